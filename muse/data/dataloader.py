@@ -1,0 +1,148 @@
+"""Batches for training (endless, shuffled, mixed, resumable) and for evaluation (every sample once, in order)."""
+
+from collections.abc import Mapping, Sequence
+
+from muse.data.eval_stream import EvalStream, count_samples
+from muse.data.loaders import EvalLoader, TrainLoader
+from muse.data.samples import SampleMaker
+from muse.data.shards import check_enough
+from muse.data.sources import InMemory, open_source
+from muse.data.train_stream import StreamSpec
+from muse.data.transforms import Transform
+from muse.errors import ConfigError
+
+
+def _parse_mixture(source: object) -> tuple[list[object], list[float]]:
+    """(source specs, weights) of one source or of a list of mappings with a `weight` each (default 1)."""
+    is_list = isinstance(source, Sequence) and not isinstance(source, str)
+    if not (is_list and source and all(isinstance(item, Mapping) for item in source)):
+        return [source], [1.0]
+    weights = []
+    for item in source:
+        weight = item.get("weight", 1.0)
+        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
+            raise ConfigError(
+                f"weight of data source {item.get('urls', item.get('images'))!r} must be a number >= 0, not {weight!r}"
+            )
+        weights.append(float(weight))
+    kept = [(item, weight) for item, weight in zip(source, weights, strict=True) if weight > 0]
+    if not kept:
+        raise ConfigError("all data sources have weight 0")
+    return [item for item, _ in kept], [weight for _, weight in kept]
+
+
+def train_loader(
+    source: object,
+    *,
+    batch_size: int,
+    resize_shorter_edge: int | None = 256,
+    crop_size: int = 224,
+    random_crop: bool = True,
+    random_flip: bool = True,
+    fields: Sequence[str] = ("images", "text"),
+    caption_keys: Sequence[str] = ("caption", "text"),
+    zero_label_ignored: bool = False,
+    num_workers: int = 0,
+    seed: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    shuffle_buffer: int = 1000,
+    resampled: bool = False,
+    cache_in_memory: bool = False,
+    max_bad_fraction: float = 0.01,
+    pin_memory: bool = False,
+    prefetch_factor: int | None = None,
+) -> TrainLoader:
+    """Endless batches `{images (B,3,c,c) float32 [0,1], text, keys[, labels (B,)][, masks (B,c,c)]}` of one rank.
+
+    source: see `open_source`, or a list of `{"urls": ..., "weight": w}` mixed in these proportions.
+
+    fields: what a sample must have; one without it is skipped and counted. A caption not asked for may be missing ("").
+
+    zero_label_ignored: masks are numbered as in ADE20K, see `reduce_zero_label`.
+
+    resampled: each worker draws shards with replacement (many ranks, few or remote shards); resuming is approximate.
+
+    cache_in_memory: decoded pictures stay in memory after the first epoch, per worker; for small sets, with 0 workers.
+
+    Raises DataError at once for missing or too few shards; while iterating, when more than `max_bad_fraction` of the
+    samples cannot be used.
+    """
+    _check_numbers(batch_size, num_workers, rank, world, max_bad_fraction)
+    specs, weights = _parse_mixture(source)
+    sources = [open_source(spec) for spec in specs]
+    if not resampled:
+        for one in sources:
+            check_enough(len(one.shards), world, num_workers, one.name)
+    if cache_in_memory:
+        sources = [InMemory(one) for one in sources]
+    maker = SampleMaker(
+        Transform(resize_shorter_edge, crop_size, random_crop, random_flip),
+        tuple(fields),
+        tuple(caption_keys),
+        zero_label_ignored,
+    )
+    spec = StreamSpec(
+        sources=tuple(sources),
+        weights=tuple(weights),
+        maker=maker,
+        batch_size=batch_size,
+        seed=seed,
+        rank=rank,
+        world=world,
+        workers=max(1, num_workers),
+        shuffle_buffer=shuffle_buffer,
+        resampled=resampled,
+    )
+    return TrainLoader(spec, num_workers, max_bad_fraction, pin_memory, prefetch_factor)
+
+
+def _check_numbers(batch_size: int, num_workers: int, rank: int, world: int, max_bad_fraction: float) -> None:
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be positive, not {batch_size}")
+    if num_workers < 0:
+        raise ConfigError(f"num_workers must not be negative, but is {num_workers}")
+    if not 0 <= rank < world:
+        raise ConfigError(f"rank {rank} is not one of {world} ranks")
+    if not 0 <= max_bad_fraction <= 1:
+        raise ConfigError(f"max_bad_fraction must be between 0 and 1, not {max_bad_fraction}")
+
+
+def eval_loader(
+    source: object,
+    *,
+    batch_size: int,
+    fields: Sequence[str] = ("images",),
+    resize_shorter_edge: int | None = 256,
+    crop_size: int | None = 224,
+    caption_keys: Sequence[str] = ("caption", "text"),
+    zero_label_ignored: bool = False,
+    num_workers: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    max_images: int | None = None,
+    max_bad_fraction: float = 0.01,
+    pin_memory: bool = False,
+    prefetch_factor: int | None = None,
+) -> EvalLoader:
+    """Each sample once over all ranks and workers, in order, centre crop; batches like training's, the last one kept.
+
+    Batches carry `indices` (B,) int64 too: the sample's place in the source, dense from 0 for local sources (for remote
+    shards only ascending and unique). Batches are the same for any number of workers; a bad sample makes its batch
+    shorter. `max_images`: the first so many samples. `crop_size` None (whole pictures) needs batch_size 1.
+
+    Raises DataError at once for a source that is missing, empty or has a broken shard; while iterating, when more than
+    `max_bad_fraction` of the samples cannot be used.
+    """
+    _check_numbers(batch_size, num_workers, rank, world, max_bad_fraction)
+    if max_images is not None and max_images < 1:
+        raise ConfigError(f"max_images must be positive, not {max_images}")
+    if crop_size is None and batch_size != 1:
+        raise ConfigError("pictures without a crop differ in size: batch_size must be 1")
+    opened = open_source(source)
+    maker = SampleMaker(
+        Transform(resize_shorter_edge, crop_size), tuple(fields), tuple(caption_keys), zero_label_ignored
+    )
+    counts = count_samples(opened, max_images) if opened.local else []
+    stream = EvalStream(opened, maker, batch_size, rank, world, max_images, counts)
+    return EvalLoader(stream, num_workers, max_bad_fraction, pin_memory, prefetch_factor)

@@ -1,0 +1,209 @@
+"""Bytes to pictures, captions and labels; whatever cannot be decoded is named by a `kind`, counted and skipped."""
+
+import io
+import json
+import logging
+import math
+import struct
+import warnings
+import zlib
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from muse.errors import DataError
+
+logger = logging.getLogger(__name__)
+
+IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm")
+MASK_EXTENSION = "seg.png"
+SAMPLE_EXTENSIONS = frozenset((*IMAGE_EXTENSIONS, MASK_EXTENSION, "txt", "json", "cls"))
+MAX_PIXELS = 89_478_485  # Pillow's own bound: above it a file is taken for a decompression bomb
+MAX_ASPECT = 50.0  # a 1 x 10000 strip resized by its shorter edge would fill the memory
+# Pillow only tries these; its other readers start programs (EPS) or are rarely hardened.
+_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+# What Pillow's readers raise on broken files.
+_BROKEN = (
+    OSError,
+    SyntaxError,
+    ValueError,
+    EOFError,
+    IndexError,
+    KeyError,
+    TypeError,
+    OverflowError,
+    struct.error,
+    zlib.error,
+)
+
+
+class BadSample(Exception):
+    """A sample that cannot be used; `kind` is the short name under which it is counted."""
+
+    def __init__(self, kind: str, detail: str = ""):
+        super().__init__(f"{kind}: {detail}" if detail else kind)
+        self.kind = kind
+
+
+def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode `data` as it is stored (any mode).
+
+    Raises BadSample: empty_file, not_an_image, decompression_bomb, truncated_image or corrupt_image.
+    """
+    if not data:
+        raise BadSample("empty_file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about damaged tags, and about size, for which the bound below is ours
+            image = Image.open(io.BytesIO(data), formats=_FORMATS)
+            width, height = image.size
+            if width * height > max_pixels:
+                raise BadSample("decompression_bomb", f"{width}x{height}")
+            image.load()
+    except UnidentifiedImageError as error:
+        raise BadSample("not_an_image") from error
+    except Image.DecompressionBombError as error:
+        raise BadSample("decompression_bomb", str(error)) from error
+    except _BROKEN as error:
+        raise BadSample("truncated_image" if "truncated" in str(error) else "corrupt_image", str(error)) from error
+    return image
+
+
+def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Decode `data` to an RGB picture, upright by its EXIF tag, transparency laid on white, 16 bits scaled to 8.
+
+    Raises BadSample with one of the kinds of `open_image`, or unsupported_mode (float, 32-bit), aspect_ratio (beyond
+    50:1).
+    """
+    image = open_image(data, max_pixels)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            image = ImageOps.exif_transpose(image)
+    except _BROKEN:
+        logger.debug("unreadable EXIF block ignored")
+    width, height = image.size
+    if max(width, height) > MAX_ASPECT * min(width, height):
+        raise BadSample("aspect_ratio", f"{width}x{height}")
+    try:
+        return _to_rgb(image)
+    except _BROKEN as error:
+        raise BadSample("unsupported_mode", f"{image.mode}: {error}") from error
+
+
+def _to_rgb(image: Image.Image) -> Image.Image:
+    if image.mode == "RGB" and "transparency" not in image.info:
+        return image
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        grey = np.asarray(image).astype(np.int64)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise ValueError("32-bit values")
+        return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+    if image.mode == "F":
+        raise ValueError("the range of float pixels is not known")
+    if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
+        image = image.convert("RGBA")
+        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
+        return Image.alpha_composite(white, image).convert("RGB")
+    return image.convert("RGB")
+
+
+def image_bytes(members: Mapping[str, bytes]) -> bytes:
+    """The picture among a sample's members. Raises BadSample missing_image."""
+    for extension in IMAGE_EXTENSIONS:
+        if extension in members:
+            return members[extension]
+    raise BadSample("missing_image", f"members: {', '.join(sorted(members)) or 'none'}")
+
+
+def decode_captions(members: Mapping[str, bytes], keys: Iterable[str] = ("caption", "text")) -> tuple[str, ...]:
+    """A sample's captions, stripped, at least one: `.txt`, else the first of `keys` in `.json` (a string or a list).
+
+    Raises BadSample missing_caption, caption_not_utf8 or bad_json.
+    """
+    try:
+        found: object = members["txt"].decode("utf-8-sig") if "txt" in members else None
+        if found is None and "json" in members:
+            record = json.loads(members["json"].decode("utf-8-sig"))
+            if not isinstance(record, dict):
+                raise BadSample("bad_json", "not an object")
+            found = next((record[key] for key in keys if record.get(key)), None)
+    except UnicodeDecodeError as error:
+        raise BadSample("caption_not_utf8") from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise BadSample("bad_json", str(error)) from error
+    texts = [found] if isinstance(found, str) else found if isinstance(found, list) else []
+    captions = tuple(text.strip() for text in texts if isinstance(text, str) and text.strip())
+    if not captions:
+        raise BadSample("missing_caption")
+    return captions
+
+
+def decode_label(members: Mapping[str, bytes]) -> int:
+    """The class index in `.cls` (>= 0). Raises BadSample missing_label or bad_label."""
+    if "cls" not in members:
+        raise BadSample("missing_label")
+    try:
+        label = int(members["cls"])  # int() takes ASCII bytes with blanks around
+    except ValueError as error:
+        raise BadSample("bad_label", repr(members["cls"][:20])) from error
+    if label < 0:
+        raise BadSample("bad_label", str(label))
+    return label
+
+
+class BadSamples:
+    """Counts skipped samples by kind, keeps the first keys of each, raises when they are too many of what was read."""
+
+    def __init__(self, max_fraction: float = 0.01, min_count: int = 200, keep: int = 10):
+        self.max_fraction, self.min_count, self.keep = max_fraction, min_count, keep
+        self.seen = 0
+        self.counts: dict[str, int] = {}
+        self.keys: dict[str, list[str]] = {}
+
+    @property
+    def total(self) -> int:
+        return sum(self.counts.values())
+
+    def add(self, seen: int, faults: Iterable[tuple[str, str]]) -> None:
+        """Record that `seen` more samples were read, of which `faults` (kind, key) were skipped."""
+        self.seen += seen
+        for kind, key in faults:
+            self.counts[kind] = self.counts.get(kind, 0) + 1
+            kept = self.keys.setdefault(kind, [])
+            if len(kept) < self.keep:
+                kept.append(key)
+                logger.warning("skipped %s: %s", key, kind)
+
+    def check(self, final: bool = False) -> None:
+        """Raise DataError if more than `max_fraction` was bad.
+
+        Unless `final` (an epoch was read), not before `min_count` samples and with three standard deviations to spare,
+        so that an unlucky start does not stop a run.
+        """
+        expected = self.max_fraction * self.seen
+        if not final:
+            expected += 3 * math.sqrt(expected)
+        if (final or self.seen >= self.min_count) and self.total > expected:
+            raise DataError(
+                f"{self.summary()}; more than max_bad_fraction={self.max_fraction:g} allows: "
+                "repair the data or raise the limit"
+            )
+
+    def summary(self) -> str:
+        """One line: how many of how many, by kind, with the first keys."""
+        kinds = "; ".join(f"{kind} {n} ({', '.join(self.keys[kind])})" for kind, n in sorted(self.counts.items()))
+        return f"{self.total} of {self.seen} samples could not be used" + (f": {kinds}" if kinds else "")
+
+    def state_dict(self) -> dict:
+        return {
+            "seen": self.seen,
+            "counts": dict(self.counts),
+            "keys": {kind: list(keys) for kind, keys in self.keys.items()},
+        }
+
+    def load_state_dict(self, state: Mapping) -> None:
+        self.seen = int(state["seen"])
+        self.counts = {kind: int(n) for kind, n in state["counts"].items()}
+        self.keys = {kind: list(keys) for kind, keys in state["keys"].items()}

@@ -1,0 +1,88 @@
+"""From a record's bytes to the tensors of a batch."""
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from muse.data.decode import MAX_PIXELS, BadSample, decode_captions, decode_image, decode_label, image_bytes
+from muse.data.segmentation import decode_mask, reduce_zero_label
+from muse.data.sources import Record
+from muse.data.transforms import Transform, to_float
+from muse.errors import ConfigError
+
+FIELDS = ("images", "text", "labels", "masks")
+
+
+class Prepared(NamedTuple):
+    """A decoded and resized sample, the same in every epoch: what a cache keeps."""
+
+    key: str
+    pixels: Tensor  # uint8 (3,h,w)
+    captions: tuple[str, ...]
+    label: int | None
+    mask: Tensor | None  # int32 (h,w)
+
+
+@dataclass(frozen=True)
+class SampleMaker:
+    """Decodes what `fields` asks for; a sample that lacks one of them is bad.
+
+    A caption that was not asked for may be missing ("").
+    """
+
+    transform: Transform
+    fields: tuple[str, ...] = ("images", "text")
+    caption_keys: tuple[str, ...] = ("caption", "text")
+    zero_label_ignored: bool = False
+    max_pixels: int = MAX_PIXELS
+
+    def __post_init__(self) -> None:
+        unknown = set(self.fields) - set(FIELDS)
+        if unknown:
+            raise ConfigError(f"unknown field {sorted(unknown)[0]!r}; the fields of a batch are {', '.join(FIELDS)}")
+
+    def prepare(self, record: Record) -> Prepared:
+        """Decode and resize. Raises BadSample."""
+        members = record.load().members
+        if record.fault:
+            raise BadSample(record.fault)
+        captions = self._captions(members)
+        label = decode_label(members) if "labels" in self.fields else None
+        mask = decode_mask(members) if "masks" in self.fields else None
+        pixels, resized = self.transform.resize(decode_image(image_bytes(members), self.max_pixels), mask)
+        if resized is not None and self.zero_label_ignored:
+            resized = torch.from_numpy(reduce_zero_label(resized.numpy()))
+        return Prepared(record.key, pixels, captions, label, resized)
+
+    def _captions(self, members: dict[str, bytes]) -> tuple[str, ...]:
+        try:
+            return decode_captions(members, self.caption_keys)
+        except BadSample:
+            if "text" in self.fields:
+                raise
+            return ("",)
+
+    def finish(self, prepared: Prepared, rng: random.Random | None = None) -> Prepared:
+        """Crop, flip and pick a caption; with `rng` as drawn from it, without one centre crop and the first caption."""
+        pixels, mask = self.transform.crop(prepared.pixels, prepared.mask, rng)
+        captions = prepared.captions
+        if len(captions) > 1:
+            captions = (rng.choice(captions),) if rng else captions[:1]
+        return Prepared(prepared.key, pixels, captions, prepared.label, mask)
+
+    def collate(self, samples: Sequence[Prepared]) -> dict:
+        """images float32 (B,3,H,W) in [0,1], text and keys; if asked for, int64 labels (B,) and masks (B,H,W)."""
+        batch = {
+            "images": to_float(torch.stack([sample.pixels for sample in samples])),
+            "text": [sample.captions[0] for sample in samples],
+            "keys": [sample.key for sample in samples],
+        }
+        if "labels" in self.fields:
+            batch["labels"] = torch.tensor([sample.label for sample in samples], dtype=torch.int64)
+        if "masks" in self.fields:
+            batch["masks"] = torch.stack([sample.mask for sample in samples]).to(torch.int64)
+        return batch

@@ -1,0 +1,198 @@
+"""The endless, shuffled, resumable stream of training samples of one worker.
+
+Every random choice comes from a generator seeded by (seed, epoch, rank, worker, source, key), so a position is a few
+integers: how many samples were drawn from the mixture, and per source the epoch and how far into it. Going to a
+position walks the epoch's records once without loading them (tar headers of local shards; remote shards have to be read
+through).
+"""
+
+import copy
+import logging
+from bisect import bisect_right
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import accumulate
+from typing import NamedTuple
+
+from torch.utils.data import IterableDataset, get_worker_info
+from webdataset.filters import shuffle
+
+from muse.data.decode import BadSample
+from muse.data.samples import Prepared, SampleMaker
+from muse.data.shards import split_shards
+from muse.data.sources import InMemory, Record, Source
+from muse.data.transforms import generator_for
+from muse.errors import DataError, MuseError
+
+logger = logging.getLogger(__name__)
+
+MAX_BAD_IN_A_ROW = 500
+_GOLDEN = 0.6180339887498949
+
+
+class Report(NamedTuple):
+    """What a worker tells beside each batch."""
+
+    worker: int
+    position: dict
+    seen: int
+    faults: list[tuple[str, str]]
+    error: str | None = None
+
+
+@dataclass(frozen=True)
+class StreamSpec:
+    """What a stream depends on, apart from its position."""
+
+    sources: tuple[Source, ...]
+    weights: tuple[float, ...]
+    maker: SampleMaker
+    batch_size: int
+    seed: int = 0
+    rank: int = 0
+    world: int = 1
+    workers: int = 1
+    shuffle_buffer: int = 1000
+    resampled: bool = False
+
+
+def start_position(sources: int) -> dict:
+    return {"drawn": 0, "sources": [[0, 0] for _ in range(sources)]}
+
+
+def pick_source(spec: StreamSpec, worker: int, drawn: int) -> int:
+    """The source of draw number `drawn`: a golden-ratio sequence from a random start; ratios hold to about log(n)/n."""
+    if len(spec.sources) == 1:
+        return 0
+    start = generator_for("mixture", spec.seed, spec.rank, worker).random()
+    bounds = list(accumulate(spec.weights))
+    point = (start + drawn * _GOLDEN) % 1.0 * bounds[-1]
+    return min(bisect_right(bounds, point), len(bounds) - 1)
+
+
+@dataclass
+class WorkerStream:
+    """Iterator of (batch, Report) for one (rank, worker), from `position` on."""
+
+    spec: StreamSpec
+    worker: int
+    position: dict
+    _seen: int = 0
+    _in_a_row: int = 0
+    _faults: list[tuple[str, str]] = field(default_factory=list)
+
+    def __iter__(self) -> Iterator[tuple[dict | None, Report]]:
+        streams = [self._samples(i) for i in range(len(self.spec.sources))]
+        try:
+            while True:
+                batch = self.spec.maker.collate([self._draw(streams) for _ in range(self.spec.batch_size)])
+                yield batch, self._report()
+        except MuseError as error:
+            # In-band: an exception that crosses a process boundary arrives as a page of traceback.
+            yield None, self._report(str(error))
+
+    def _draw(self, streams: Sequence[Iterator[Prepared]]) -> Prepared:
+        source = pick_source(self.spec, self.worker, self.position["drawn"])
+        self.position["drawn"] += 1
+        return next(streams[source])
+
+    def _report(self, error: str | None = None) -> Report:
+        position = {"drawn": self.position["drawn"], "sources": [list(place) for place in self.position["sources"]]}
+        report = Report(self.worker, position, self._seen, self._faults, error)
+        self._seen, self._faults = 0, []
+        return report
+
+    def _samples(self, index: int) -> Iterator[Prepared]:
+        """Good samples of one source, epoch after epoch."""
+        source, place = self.spec.sources[index], self.position["sources"][index]
+        while True:
+            epoch, start = place
+            good = 0
+            for record in self._records(index, epoch, start):
+                place[1] += 1
+                prepared = self._prepare(record, keep=isinstance(source, InMemory))
+                if prepared is not None:
+                    good += 1
+                    yield self.spec.maker.finish(prepared, generator_for("sample", self.spec.seed, epoch, record.key))
+            if good == 0 and start == 0:
+                raise DataError(
+                    f"{source.name}: not one of the {place[1]} samples of rank {self.spec.rank}, worker {self.worker} "
+                    f"can be used ({kinds_of(self._faults)})"
+                )
+            place[:] = [epoch + 1, 0]
+
+    def _prepare(self, record: Record, keep: bool) -> Prepared | None:
+        """The decoded sample, or None after noting why there is none. `keep`: in the record, in place of its bytes."""
+        self._seen += 1
+        prepared = record.prepared
+        if prepared is None and record.fault is None:
+            try:
+                prepared = self.spec.maker.prepare(record)
+            except BadSample as error:
+                record.fault = error.kind
+            if keep:
+                record.prepared, record.members = prepared, {}
+        if prepared is not None:
+            self._in_a_row = 0
+            return prepared
+        self._faults.append((record.fault, record.key))
+        self._in_a_row += 1
+        if self._in_a_row >= MAX_BAD_IN_A_ROW:
+            raise DataError(
+                f"{self._in_a_row} samples in a row cannot be used, the last of them {record.key} of {record.shard} "
+                f"({record.fault})"
+            )
+        return None
+
+    def _records(self, index: int, epoch: int, skip: int) -> Iterator[Record]:
+        """The worker's records of one epoch, shuffled, without the first `skip`."""
+        spec, source = self.spec, self.spec.sources[index]
+        left = skip
+        # The bytes of what is skipped are not read; what is in the buffer when skipping ends is read when it comes out.
+        lazy = isinstance(source, InMemory)
+        shards = self._shard_order(index, epoch)
+        records = (record if left or lazy else record.load() for shard in shards for record in source.read(shard))
+        if spec.shuffle_buffer > 1 and not source.one_per_shard:
+            rng = generator_for("buffer", spec.seed, epoch, spec.rank, self.worker, index)
+            records = shuffle(spec.shuffle_buffer, initial=spec.shuffle_buffer, rng=rng)(records)
+        for record in records:
+            if left:
+                left -= 1
+            else:
+                yield record
+        if left:
+            logger.warning(
+                "%s: %d samples fewer than at the checkpoint; the position is approximate", source.name, left
+            )
+
+    def _shard_order(self, index: int, epoch: int) -> list[str]:
+        """This worker's shards: its part of the epoch's one permutation, or its own draws if resampled."""
+        spec, shards = self.spec, list(self.spec.sources[index].shards)
+        part, parts = spec.rank * spec.workers + self.worker, spec.world * spec.workers
+        if spec.resampled:
+            return generator_for("shards", spec.seed, epoch, index, part).choices(shards, k=-(-len(shards) // parts))
+        generator_for("shards", spec.seed, epoch, index).shuffle(shards)
+        return split_shards(shards, part, parts)
+
+
+def kinds_of(faults: Sequence[tuple[str, str]]) -> str:
+    """`truncated_image 3, missing_caption 1`, or `no samples at all`."""
+    counts = Counter(kind for kind, _ in faults)
+    return ", ".join(f"{kind} {n}" for kind, n in counts.most_common()) or "no samples at all"
+
+
+class TrainStream(IterableDataset):
+    """The streams of all workers of one rank as torch's DataLoader wants them.
+
+    Worker i of a process goes on as stream (i + `first`) mod workers, since a DataLoader always asks its worker 0
+    first.
+    """
+
+    def __init__(self, spec: StreamSpec, positions: list[dict], first: int):
+        self.spec, self.positions, self.first = spec, positions, first
+
+    def __iter__(self) -> Iterator[tuple[dict | None, Report]]:
+        info = get_worker_info()
+        stream = ((info.id if info else 0) + self.first) % self.spec.workers
+        return iter(WorkerStream(self.spec, stream, copy.deepcopy(self.positions[stream])))

@@ -1,0 +1,70 @@
+"""The measurement behind scripts/segment_probe.py."""
+
+import argparse
+
+import numpy as np
+import torch
+
+from muse.evaluation import frozen, runs
+from muse.evaluation.pictures import segmentation_sheet
+from muse.evaluation.segmentation import IGNORE, evaluate_segmentation, foreground_masks, train_segmentation_probe
+
+ADE20K_CLASSES = 150
+
+
+def count_classes(masks: np.ndarray, block: int = 256) -> int:
+    """Largest label + 1 over (N,H,W) masks, ignored pixels left out."""
+    largest = -1
+    for start in range(0, len(masks), block):
+        part = np.asarray(masks[start : start + block])
+        labelled = part[part != IGNORE]
+        largest = max(largest, int(labelled.max()) if labelled.size else -1)
+    if largest < 0:
+        raise ValueError("the training masks hold no labelled pixel")
+    return largest + 1
+
+
+def run_segment_probe(args: argparse.Namespace, cfg) -> tuple[dict, dict, torch.Tensor] | None:
+    """Values, facts for the protocol and the picture; None in the processes that only extract features."""
+    runs.start(args)
+    network, network_facts = frozen.feature_network(args, cfg)
+    ade20k = args.labels == "ade20k"
+    sets = [
+        frozen.frozen_features(
+            args, cfg, network, network_facts, source, default, "masks", pooled=False, zero_label_ignored=ade20k
+        )
+        for source, default in ((args.train_url, "train_shards_path_or_url"), (args.val_url, "eval_shards_path_or_url"))
+    ]
+    if not runs.finish():
+        return None
+    (train, train_masks, train_facts), (val, val_masks, val_facts) = sets
+    with runs.one_line_errors("segmentation probe"):
+        if args.labels == "foreground":
+            train_masks, val_masks = (foreground_masks(torch.tensor(masks)) for masks in (train_masks, val_masks))
+            classes = 2
+        else:
+            classes = args.num_classes or (ADE20K_CLASSES if ade20k else count_classes(train_masks))
+        probe = train_segmentation_probe(
+            train, train_masks, classes, args.steps, args.probe_batch_size, args.learning_rate, cfg.training.seed, args.device
+        )
+        result = evaluate_segmentation(probe, val, val_masks)
+    values = {
+        "miou": result.mean,
+        "pixel_accuracy": result.pixel_accuracy,
+        "classes": classes,
+        "classes_absent": result.absent,
+        "iou_by_class": [None if value != value else value for value in result.per_class.tolist()],
+    }
+    settings = {name: getattr(args, name) for name in ("labels", "steps", "probe_batch_size", "learning_rate")}
+    facts = {"network": network_facts, "probe": settings, "train": train_facts, "val": val_facts}
+    return values, facts, _picture(args, cfg, probe, val, val_masks, classes)
+
+
+def _picture(args, cfg, probe, features, masks, classes: int) -> torch.Tensor:
+    """The first pictures of the validation set with their true and predicted labels."""
+    options = {"zero_label_ignored": args.labels == "ade20k"}
+    loader = runs.eval_data(args, cfg, args.val_url, "eval_shards_path_or_url", ("images", "masks"), **options)
+    images = next(iter(loader))["images"][: args.num_pictures]
+    truth = torch.tensor(np.array(masks[: len(images)])).long()
+    maps = torch.tensor(np.array(features[: len(images)])).to(probe.classify.weight.device)
+    return segmentation_sheet(images, truth, probe.predict(maps, truth.shape[-2:]).cpu(), classes)

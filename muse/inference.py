@@ -1,0 +1,84 @@
+"""Reconstruct picture files with a trained model."""
+import glob
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from muse.data.decode import BadSample, decode_image
+from muse.errors import DataError
+from muse.utils.viz_utils import fit_side, save_image, tile
+
+log = logging.getLogger(__name__)
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
+
+
+class Reconstructed(NamedTuple):
+    """One picture's result; PSNR in dB against the input as the model saw it."""
+
+    source: Path
+    reconstruction: Path
+    comparison: Path
+    height: int
+    width: int
+    psnr: float
+
+
+def find_images(pattern: str) -> list[Path]:
+    """A file, the pictures of a directory (not deeper), or what a glob matches; `DataError` when there is none."""
+    path = Path(pattern).expanduser()
+    if path.is_file():
+        return [path]
+    if path.is_dir():
+        found = sorted(file for file in path.iterdir() if file.suffix.lower() in SUFFIXES)
+        if not found:
+            raise DataError(f"{path}: holds no picture ({', '.join(sorted(SUFFIXES))})")
+        return found
+    found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+    if not found:
+        raise DataError(f"{pattern}: no such picture, directory or glob")
+    return found
+
+
+def read_image(file: Path) -> Tensor:
+    """RGB (3, H, W) in [0, 1]; transparent parts on white, EXIF rotation applied. `DataError` when it is no picture."""
+    from torchvision.transforms.functional import to_tensor
+
+    try:
+        return to_tensor(decode_image(file.read_bytes()))
+    except BadSample as error:
+        raise DataError(f"{file}: not a readable picture ({error})") from None
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read ({error.strerror})") from None
+
+
+def reconstruct_files(model, files: Sequence[Path], folder: Path,
+                      max_side: int = 2048) -> tuple[list[Reconstructed], list[tuple[Path, str]]]:
+    """Write `NAME.png` (the reconstruction) and `NAME_compare.png` (input beside it) for each file.
+
+    Returns the results and the files that could not be read, with the reason.
+    """
+    results: list[Reconstructed] = []
+    failed: list[tuple[Path, str]] = []
+    device = next(model.parameters()).device
+    taken: set[str] = set()
+    for file in files:
+        try:
+            image = fit_side(read_image(file), max_side)
+        except DataError as error:
+            failed.append((file, str(error).removeprefix(f"{file}: ")))
+            continue
+        with torch.inference_mode():
+            recon = model.reconstruct(image[None].to(device))[0].cpu()
+        stem = file.stem if file.stem not in taken else file.name.replace(".", "_")
+        taken.add(stem)
+        target, both = folder / f"{stem}.png", folder / f"{stem}_compare.png"
+        save_image(recon, target)
+        save_image(tile([[image, recon]]), both)
+        error = (recon - image).square().mean().clamp_min(1e-12)
+        results.append(Reconstructed(file, target, both, *image.shape[-2:], float(-10 * error.log10())))
+    return results, failed

@@ -1,0 +1,99 @@
+"""Semantic injection L_ITC: the pooled semantic stream against the caption's embedding.
+
+Symmetric InfoNCE over the global batch. The release contrasts within one rank's batch; here the embeddings of all ranks
+are gathered with their gradients (`gather`). Equal captions of a batch are positives of each other, not negatives.
+"""
+import hashlib
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class _AllGather(torch.autograd.Function):
+    """Concatenate along dimension 0 over ranks; backward sums every rank's gradient of this rank's part."""
+
+    @staticmethod
+    def forward(ctx, local: Tensor) -> Tensor:
+        ctx.count = local.shape[0]
+        parts = [torch.empty_like(local) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, local.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        grad = grad.contiguous()
+        dist.all_reduce(grad)
+        return grad.narrow(0, dist.get_rank() * ctx.count, ctx.count)
+
+
+def _many_ranks() -> bool:
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+
+
+def gather_batch(local: Tensor) -> Tensor:
+    """(B,...) of this rank -> (world*B,...) of all ranks, in rank order, with gradient; the input itself on one rank.
+
+    Every rank must hold the same shape. Each rank then computes the same global loss; the backward pass sums over ranks
+    and DistributedDataParallel averages, which together give the gradient of the global loss.
+    """
+    return _AllGather.apply(local) if _many_ranks() else local
+
+
+def caption_positives(captions: Sequence[str], gather: bool = True, device: torch.device | str = "cpu") -> Tensor:
+    """Which captions are equal: a boolean (B,B), or (world*B,world*B) with `gather` on several ranks."""
+    digests = [hashlib.sha256(caption.encode()).digest()[:8] for caption in captions]
+    ids = torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in digests], device=device)
+    if gather:
+        ids = gather_batch(ids)
+    return ids[:, None] == ids[None, :]
+
+
+def itc_loss(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor, positives: Tensor | None = None,
+             gather: bool = True) -> Tensor:
+    """Symmetric InfoNCE, averaged over blocks; a float32 scalar.
+
+    image_embeds (L,B,E) or (B,E) and text_embeds (B,E), both L2-normalised; logit_scale: the factor itself (exp taken).
+    positives: boolean, from `caption_positives` with the same `gather`; each row spreads its target evenly over its
+    positives. None: row i belongs to column i alone. No gradient reaches the text.
+    Raises ValueError when shapes do not fit.
+    """
+    if image_embeds.ndim == 2:
+        image_embeds = image_embeds[None]
+    _check_pair(image_embeds, text_embeds)
+    with torch.autocast(image_embeds.device.type, enabled=False):
+        images, texts = image_embeds.float().transpose(0, 1), text_embeds.detach().float()     # (B,L,E), (B,E)
+        if gather:
+            images, texts = gather_batch(images), gather_batch(texts)
+        count = texts.shape[0]
+        if positives is not None and positives.shape != (count, count):
+            raise ValueError(f"positives {tuple(positives.shape)} do not fit a batch of {count}")
+        targets = torch.eye(count, device=texts.device) if positives is None else positives.to(texts)
+        logits = logit_scale.float() * torch.einsum("ile,je->lij", images, texts)              # (L,B,B)
+        image_to_text = _soft_cross_entropy(logits, targets)
+        text_to_image = _soft_cross_entropy(logits.transpose(1, 2), targets.T)
+        return (image_to_text + text_to_image) / 2
+
+
+def _soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
+    """Mean over (L,B) rows of the cross entropy with `targets` (B,B), each row scaled to sum 1."""
+    targets = targets / targets.sum(dim=1, keepdim=True)
+    return -(targets * F.log_softmax(logits, dim=-1)).sum(dim=-1).mean()
+
+
+def passive_distillation_loss(image_embeds: Tensor, text_embeds: Tensor) -> Tensor:
+    """The ablation's alternative to contrast: pull each image onto its caption, mean of 1 - cosine; a float32 scalar.
+
+    image_embeds (L,B,E) or (B,E), text_embeds (B,E). No negatives, no temperature; no gradient reaches the text.
+    """
+    _check_pair(image_embeds, text_embeds)
+    cosine = F.cosine_similarity(image_embeds.float(), text_embeds.detach().float().expand_as(image_embeds), dim=-1)
+    return (1 - cosine).mean()
+
+
+def _check_pair(image_embeds: Tensor, text_embeds: Tensor) -> None:
+    if image_embeds.ndim not in (2, 3) or text_embeds.ndim != 2 or image_embeds.shape[-2:] != text_embeds.shape:
+        raise ValueError(f"image embeddings {tuple(image_embeds.shape)} do not fit text embeddings "
+                         f"{tuple(text_embeds.shape)}: (L,B,E) or (B,E) against (B,E) was expected")

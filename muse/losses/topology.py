@@ -1,0 +1,117 @@
+"""Topological alignment L_topo: the student's attention follows the teacher's, block by block.
+
+Paper: 1/(LH) sum over layers and heads of KL(Psi(A_T) || A_S), where Psi resizes the teacher's map, queries and keys,
+to the student's grid. The release: the last block alone, and heads averaged on both sides before the divergence.
+
+Shapes: L blocks, B images, H heads, N = h*w tokens. Rows (dimension -2) are queries, columns (-1) keys. All in float32.
+"""
+import math
+from collections.abc import Sequence
+from typing import NamedTuple, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+ROW_EPSILON = 1e-6
+LOG_EPSILON = 1e-8
+Blocks = TypeVar("Blocks", Tensor, Sequence[Tensor])
+
+
+def resize_attention(maps: Tensor, from_grid: tuple[int, int], to_grid: tuple[int, int],
+                     transpose: bool = False) -> Tensor:
+    """Psi: attention (B,H,Nt,Nt) on a grid (ht,wt) -> (B,H,N,N) on (h,w), float32, rows summing to 1.
+
+    Bilinear over the keys, then over the queries, then rows re-normalised. Equal grids return the maps unchanged.
+    `transpose=True` is what the released code computes: it hands back the map with queries and keys exchanged (before
+    the rows are re-normalised), so that the student's queries there learn which queries look *at* them.
+    Raises ValueError when the maps do not fit `from_grid`.
+    """
+    count = from_grid[0] * from_grid[1]
+    if maps.ndim != 4 or maps.shape[-2:] != (count, count):
+        raise ValueError(f"attention {tuple(maps.shape)} does not fit the grid {from_grid}: "
+                         f"(B,H,{count},{count}) was expected")
+    maps = maps.float()
+    if tuple(from_grid) == tuple(to_grid) and not transpose:
+        return maps
+    by_keys = _resize_last(maps, from_grid, to_grid)                                       # (B,H,Nt,N)
+    keys_queries = _resize_last(by_keys.transpose(-1, -2), from_grid, to_grid)             # (B,H,N keys,N queries)
+    resized = keys_queries if transpose else keys_queries.transpose(-1, -2)
+    return resized / (resized.sum(dim=-1, keepdim=True) + ROW_EPSILON)
+
+
+def _resize_last(maps: Tensor, from_grid: tuple[int, int], to_grid: tuple[int, int]) -> Tensor:
+    """(B,H,M,ht*wt) -> (B,H,M,h*w): every row is a picture on the grid."""
+    batch, heads, rows, _ = maps.shape
+    pictures = maps.reshape(batch * heads, rows, *from_grid)
+    resized = F.interpolate(pictures, size=tuple(to_grid), mode="bilinear", align_corners=False)
+    return resized.reshape(batch, heads, rows, -1)
+
+
+def select_blocks(values: Blocks, blocks: str) -> Blocks:
+    """What `losses.*.blocks` means: `all` of a sequence (or of a tensor's first dimension), or a slice: the `last`."""
+    if blocks == "all":
+        return values
+    if blocks == "last":
+        return values[-1:]
+    raise ValueError(f"blocks must be 'all' or 'last', got {blocks!r}")
+
+
+def attention_kl(target: Tensor, log_student: Tensor) -> Tensor:
+    """KL(target || student) in nats, mean over queries: probabilities and log-probabilities (B,H,N,N) -> (B,H).
+
+    Zeros of the target count nothing. No gradient reaches the target.
+    """
+    target = target.detach().float()
+    divergence = torch.special.xlogy(target, target) - target * log_student.float()
+    return divergence.sum(dim=-1).mean(dim=-1)
+
+
+def topology_kl(log_topology: Sequence[Tensor], targets: Sequence[Tensor], heads: str = "mean") -> Tensor:
+    """The divergence of every block, (L,) in nats: mean over images, queries and (`per_head`) heads.
+
+    log_topology: L tensors (B,H,N,N) of log-probabilities. targets: L tensors (B,1 or H,N,N) whose rows sum to 1.
+    `mean` compares the two averages over heads; `per_head` compares head by head, a single target head with all.
+    Raises ValueError for another `heads`, another number of targets, or shapes that do not fit.
+    """
+    if heads not in ("mean", "per_head"):
+        raise ValueError(f"topology heads must be 'mean' or 'per_head', got {heads!r}")
+    if not log_topology or len(log_topology) != len(targets):
+        raise ValueError(f"{len(targets)} topology targets for {len(log_topology)} blocks: as many were expected")
+    return torch.stack([_block_kl(log_student, target, heads) for log_student, target in zip(log_topology, targets)])
+
+
+def _block_kl(log_student: Tensor, target: Tensor, heads: str) -> Tensor:
+    student_heads = log_student.shape[1]
+    if (log_student.shape[0], *log_student.shape[2:]) != (target.shape[0], *target.shape[2:]) or (
+            heads == "per_head" and target.shape[1] not in (1, student_heads)):
+        raise ValueError(f"topology target {tuple(target.shape)} does not fit attention {tuple(log_student.shape)} "
+                         f"(heads={heads})")
+    log_student = log_student.float()
+    if heads == "mean":
+        target = target.float().mean(dim=1, keepdim=True)
+        log_student = torch.logsumexp(log_student, dim=1, keepdim=True) - math.log(student_heads)
+    return attention_kl(target, log_student).mean()
+
+
+def topology_loss(log_topology: Sequence[Tensor], targets: Sequence[Tensor], heads: str = "mean") -> Tensor:
+    """L_topo: mean over the blocks given of `topology_kl`; a float32 scalar."""
+    return topology_kl(log_topology, targets, heads).mean()
+
+
+class TopologyPrior(NamedTuple):
+    """What a student that ignores the image would score, in nats: `position` the mean map, `uniform` equal weights."""
+    position: Tensor
+    uniform: Tensor
+
+
+def positional_prior(targets: Tensor, mean_map: Tensor) -> TopologyPrior:
+    """Baselines of the topology divergence: KL of targets (B,1 or H,N,N) from one fixed map, and from the uniform map.
+
+    mean_map (N,N), (1,N,N) or (H,N,N): the mean target of the *training* set, heads averaged as in the targets. A model
+    worth the name of a topology lies below `position`, since that one needs no image at all.
+    """
+    mean_map = mean_map.float().expand(1, targets.shape[1], *mean_map.shape[-2:])
+    position = attention_kl(targets, mean_map.clamp_min(LOG_EPSILON).log())
+    uniform = attention_kl(targets, torch.full_like(mean_map, -math.log(mean_map.shape[-1])))
+    return TopologyPrior(position.mean(), uniform.mean())

@@ -1,0 +1,98 @@
+"""SynergisticBlock: one attention layer, three streams, each with its own owner (MUSE, Fig. 2 and Sec. Method).
+
+    x ──┬── RMSNorm ── u ──┬── [stop] ── W_Q, W_K ── A = softmax(QKᵀ/√d) ── topology loss       (structure owns W_Q, W_K)
+        │                  │                         │
+        │                  │                      [stop]
+        │                  └── W_V ── V ── (+) ───── A·(V + S) ── W_O ── (+) ── SwiGLU ── (+) ── reconstruction
+        │                                │                                │
+        ├── [stop] ── W_ITC ── S ──── [stop]                               │
+        │                      └── mean over tokens ── projector ── contrast with text   (semantics own W_ITC)
+        └──────────────────────────────────────────────────────────────────┘
+
+Gradient contract, per routing ([stop] is a detach; FIDELITY rows in docs/fidelity.md):
+
+| stop                                    | key                | paper                         | release | shared |
+|-----------------------------------------|--------------------|-------------------------------|---------|--------|
+| inputs of W_Q, W_K and W_ITC            | `isolate_streams`  | stages 1-2 yes, stage 3 no    | no      | no     |
+| A, where it weighs the values           | `shield_attention` | yes                           | yes     | no     |
+| S joins the values, under a stop        | `join_semantics`   | yes                           | no      | S is V |
+
+Shapes: B images, N tokens, D width, heads x d = D.
+"""
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from muse.models.layers import RMSNorm, SwiGLU, apply_rotary
+
+
+class BlockOutput(NamedTuple):
+    """What a block gives: tokens (B, N, D), semantic stream (B, N, D), log A (B, heads, N, N) in float32 or None."""
+
+    tokens: Tensor
+    semantic: Tensor
+    log_attention: Tensor | None
+
+
+class SynergisticBlock(nn.Module):
+    """The paper's block. `shared=True` is the baseline of Fig. 3: one set of values serves pixels and semantics."""
+
+    def __init__(self, dim: int, num_heads: int, *, isolate_streams: bool = True, shield_attention: bool = True,
+                 join_semantics: bool = True, shared: bool = False):
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"dim {dim} is not a multiple of num_heads {num_heads}")
+        self.num_heads, self.head_dim = num_heads, dim // num_heads
+        self.isolate_streams, self.shield_attention = isolate_streams, shield_attention
+        self.join_semantics, self.shared = join_semantics and not shared, shared
+
+        self.norm1 = RMSNorm(dim)
+        self.q_topo = nn.Linear(dim, dim, bias=False)   # W_Q
+        self.k_topo = nn.Linear(dim, dim, bias=False)   # W_K
+        self.q_norm = RMSNorm(self.head_dim)
+        self.k_norm = RMSNorm(self.head_dim)
+        self.v_sem = nn.Linear(dim, dim, bias=False)    # W_V; the release's name, though it carries texture
+        if not shared:
+            self.v_itc = nn.Linear(dim, dim, bias=False)  # W_ITC, the semantic values
+        self.proj = nn.Linear(dim, dim, bias=False)     # W_O
+        self.norm2 = RMSNorm(dim)
+        self.mlp = SwiGLU(dim)
+
+    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], return_attention: bool = False) -> BlockOutput:
+        """x (B, N, D), rotary tables (N, d) each -> `BlockOutput`; without `return_attention` A is never materialised."""
+        u = self.norm1(x)
+        query, key = self._topology_stream(u.detach() if self.isolate_streams else u, rotary)
+        values = self.v_sem(u)
+        semantic = values if self.shared else self.v_itc(x.detach() if self.isolate_streams else x)
+        if self.join_semantics:
+            values = values + semantic.detach()
+
+        log_attention = None
+        if return_attention:
+            log_attention = self._log_attention(query, key)
+            attention = log_attention.detach() if self.shield_attention else log_attention
+            mixed = attention.exp().to(values.dtype) @ self._split(values)
+        else:
+            if self.shield_attention:
+                query, key = query.detach(), key.detach()
+            mixed = F.scaled_dot_product_attention(query, key, self._split(values))
+        x = x + self.proj(mixed.transpose(1, 2).flatten(2))
+        return BlockOutput(x + self.mlp(self.norm2(x)), semantic, log_attention)
+
+    def _split(self, x: Tensor) -> Tensor:
+        """(B, N, D) -> (B, heads, N, d)"""
+        return x.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
+
+    def _topology_stream(self, u: Tensor, rotary: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """u (B, N, D) -> normalised, rotated queries and keys (B, heads, N, d)."""
+        query = apply_rotary(self.q_norm(self._split(self.q_topo(u))), rotary)
+        key = apply_rotary(self.k_norm(self._split(self.k_topo(u))), rotary)
+        return query, key
+
+    def _log_attention(self, query: Tensor, key: Tensor) -> Tensor:
+        # float32 whatever autocast says: the topology loss reads small probabilities.
+        with torch.autocast(query.device.type, enabled=False):
+            logits = query.float() @ key.float().transpose(-1, -2) * self.head_dim**-0.5
+            return logits.log_softmax(dim=-1)

@@ -1,0 +1,52 @@
+"""Teachers from the configuration's `teacher.*` sections."""
+from typing import Any
+
+from muse.models.teachers import feature, text
+from muse.models.teachers.affinity import build_affinity_teacher
+from muse.models.teachers.base import FrozenTeacher, check_choice, read_options
+from muse.models.teachers.cache import CachedTeacher
+from muse.models.teachers.dino import build_attention_teacher
+
+DEFAULT_CACHE_MB = 2048
+
+TOPOLOGY_KEYS = {"kind": "dinov3", "source": "facebook/dinov3-vith16plus-pretrain-lvd1689m", "config": {}, "layers": None,
+                 "image_size": None, "temperature": 0.1, "heads": "mean", "order": 2, "spread": False, "cache": False}
+TEXT_KEYS = {"kind": "open_clip", "source": "ViT-L-14/laion2b_s32b_b82k", "config": {}, "cache": 32768}
+FEATURE_KEYS = {"kind": "backbone", "source": "", "config": {}, "layers": None, "image_size": None, "normalize": False,
+                "cache": False}
+TOPOLOGY_TEACHERS = {"dinov3": build_attention_teacher, "affinity": build_affinity_teacher}
+
+
+def build_topology_teacher(cfg: Any, num_maps: int, grid: tuple[int, int] | None = None) -> FrozenTeacher | None:
+    """The teacher of `teacher.topology` with `num_maps` maps, one for each student block that learns topology; None for `none`.
+
+    cfg: a dict or OmegaConf node. kind: `dinov3` (attention of a DINO or any plain ViT), `affinity`, `none`. grid: the
+    student's token grid (h, w). cache: true or a number of MiB makes a CachedTeacher of it. A key that another kind uses is
+    let stand. Raises ConfigError on an unknown key or value, CheckpointError where weights are missing or refused.
+    """
+    options = read_options(cfg, TOPOLOGY_KEYS, "teacher.topology")
+    check_choice(options["kind"], ("none", *TOPOLOGY_TEACHERS), "teacher.topology.kind")
+    if options["kind"] == "none":
+        return None
+    return _cached(TOPOLOGY_TEACHERS[options["kind"]](options, num_maps, grid), options["cache"])
+
+
+def build_text_teacher(cfg: Any) -> text.TextTeacher | None:
+    """The teacher of `teacher.text`. kind: `open_clip`, `sentence`, `random` (tests), `none`. Errors as above."""
+    options = read_options(cfg, TEXT_KEYS, "teacher.text")
+    check_choice(options["kind"], ("none", "open_clip", "sentence", "random"), "teacher.text.kind")
+    return None if options["kind"] == "none" else text.build(options)
+
+
+def build_feature_teacher(cfg: Any, grid: tuple[int, int] | None = None) -> FrozenTeacher | None:
+    """The teacher of `teacher.feature`. kind: `backbone` (or the source's own name), `none`. Errors as above."""
+    options = read_options(cfg, FEATURE_KEYS, "teacher.feature")
+    if options["kind"] == "none":
+        return None
+    return _cached(feature.build(options, grid), options["cache"])
+
+
+def _cached(teacher: FrozenTeacher, cache: bool | int) -> FrozenTeacher:
+    if not cache:
+        return teacher
+    return CachedTeacher(teacher, max_bytes=(DEFAULT_CACHE_MB if cache is True else int(cache)) << 20)

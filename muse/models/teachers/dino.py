@@ -1,0 +1,114 @@
+"""Loaders of attention teachers: DINOv3 and DINOv2 through transformers, any plain ViT through timm. Native classes only."""
+import copy
+from typing import Any, NamedTuple
+
+from torch import nn
+
+from muse.errors import ConfigError
+from muse.models.teachers.attention import AttentionTeacher
+from muse.models.teachers.base import (HEADS, IMAGENET_MEAN, IMAGENET_STD, Normalise, check_choice, choose_layers,
+                                       image_size_option, log)
+from muse.models.teachers.sources import TIMM, is_timm_directory, loading, require_complete, stored_normalisation, timm_name
+
+ADVICE = ("DINOv3 weights are given out after their licence is accepted; otherwise set teacher.topology.source to a local "
+          "directory (transformers or timm layout) or to a timm name (timm:vit_huge_plus_patch16_dinov3.lvd1689m), or use "
+          "teacher.topology.kind=affinity.")
+# transformers' model_type -> its class. All put the class token first, then the registers.
+MODEL_CLASSES = {"dinov3_vit": "DINOv3ViTModel", "dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"}
+
+
+class VitParts(NamedTuple):
+    """A ViT, the attention module of each of its layers, and the AttentionTeacher settings that describe it."""
+
+    network: nn.Module
+    attentions: list[nn.Module]
+    settings: dict[str, Any]
+
+
+def build_attention_teacher(options: dict[str, Any], num_maps: int, grid: tuple[int, int] | None) -> AttentionTeacher:
+    """An attention teacher with `num_maps` maps from options `source, config, layers, image_size, heads`.
+
+    source: a hub id, a directory in transformers' or timm's layout, `timm:NAME`, or `random` (a DINOv3 built from `config`).
+    image_size: pixels, [H, W], `grid` (as many patches as the student's `grid` has tokens), or None (the images' own).
+    """
+    check_choice(options["heads"], HEADS, "teacher.topology.heads")
+    source, config = str(options["source"]), dict(options["config"])
+    from_timm = source.startswith(TIMM) or is_timm_directory(source)
+    network, attentions, settings = timm_parts(source, config) if from_timm else transformers_parts(source, config)
+    layers = choose_layers(options["layers"], len(attentions), num_maps)
+    size = options["image_size"]
+    if size == "grid":
+        if grid is None:
+            raise ConfigError("teacher.topology.image_size=grid needs the student's grid")
+        size = [tokens * patch for tokens, patch in zip(grid, settings["patch"])]
+    size = image_size_option(size, "teacher.topology.image_size")
+    sources = {layer: written_out(attentions[layer]) for layer in layers}
+    log.info("topology teacher %s: layers %s of %d, heads %s", source, layers, len(attentions), options["heads"])
+    return AttentionTeacher(network, sources, layers, heads=options["heads"], image_size=size, **settings)
+
+
+def transformers_parts(source: str, config: dict[str, Any]) -> VitParts:
+    """A DINO of transformers from a hub id, a directory (single or sharded safetensors) or `random`.
+
+    `config` holds the fields of transformers' configuration (with `model_type`, by default dinov3_vit) for `random`, and
+    overrides of the stored ones otherwise. Raises CheckpointError for weights that are refused, missing or incomplete.
+    """
+    import transformers
+    what, normalise = f"topology teacher {source!r}", Normalise()
+    with loading(what, ADVICE):
+        if source == "random":
+            settings = transformers.AutoConfig.for_model(config.pop("model_type", "dinov3_vit"), **config)
+            network = _native_class(settings, source)(settings)
+        else:
+            settings = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False, **config)
+            network, report = _native_class(settings, source).from_pretrained(
+                source, config=settings, dtype="float32", weights_only=True, output_loading_info=True)
+            require_complete(what, report["missing_keys"])
+            normalise = Normalise(*stored_normalisation(source))
+    # By class name, because the modules move between transformers versions: the innermost attention module is the one.
+    attentions = [module for module in network.modules() if _is_attention(module)
+                  and not any(_is_attention(child) for child in module.modules() if child is not module)]
+    return VitParts(network, attentions, {"patch": (settings.patch_size,) * 2, "normalise": normalise,
+                                          "num_prefix": 1 + getattr(settings, "num_register_tokens", 0)})
+
+
+def timm_parts(source: str, config: dict[str, Any]) -> VitParts:
+    """A ViT of timm from `timm:NAME` or a directory in timm's layout; `config` goes to `timm.create_model`.
+
+    `config.pretrained=false` leaves random weights (tests). Raises ConfigError for a model that is not a plain ViT.
+    """
+    import timm
+    arguments = {"pretrained": True, "num_classes": 0, "dynamic_img_size": True} | config
+    with loading(f"topology teacher {source!r}", ADVICE):
+        network = timm.create_model(timm_name(source), **arguments)
+    attentions = [getattr(block, "attn", None) for block in getattr(network, "blocks", ())]
+    if not attentions or not all(hasattr(attn, "attn_drop") and hasattr(attn, "fused_attn") for attn in attentions):
+        raise ConfigError(f"teacher.topology.source {source!r} is not a plain ViT with readable attention; use "
+                          "teacher.topology.kind=affinity for it")
+    stored = network.pretrained_cfg
+    return VitParts(network, attentions, {
+        "patch": tuple(network.patch_embed.patch_size), "num_prefix": network.num_prefix_tokens, "method": "forward_features",
+        "normalise": Normalise(stored.get("mean", IMAGENET_MEAN), stored.get("std", IMAGENET_STD))})
+
+
+def written_out(attention: nn.Module) -> nn.Module:
+    """Make one attention module compute its weights openly; returns the module whose output carries them."""
+    if hasattr(attention, "fused_attn"):
+        attention.fused_attn = False
+        return attention.attn_drop
+    # Modules of a transformers model share one configuration: a copy of its own turns this layer alone to eager attention.
+    attention.config = copy.deepcopy(attention.config)
+    attention.config._attn_implementation = "eager"
+    return attention
+
+
+def _is_attention(module: nn.Module) -> bool:
+    return type(module).__name__.endswith("Attention")
+
+
+def _native_class(settings: Any, source: str) -> Any:
+    import transformers
+    if settings.model_type not in MODEL_CLASSES:
+        raise ConfigError(f"teacher.topology.source {source!r} is a {settings.model_type!r} model; attention is read from "
+                          f"{', '.join(MODEL_CLASSES)} or a timm ViT (timm:NAME); use teacher.topology.kind=affinity for others")
+    return getattr(transformers, MODEL_CLASSES[settings.model_type])

@@ -1,0 +1,50 @@
+"""Which parameters learn, at which rate, with which decay: groups of an AdamW, carried as data."""
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+import torch
+from torch import nn
+
+from muse.errors import ConfigError
+
+
+def select_trainable(model: nn.Module, patterns: Sequence[str]) -> list[str]:
+    """Set `requires_grad` by name: True where a pattern is found, False elsewhere. Returns the names that learn."""
+    compiled = [re.compile(pattern) for pattern in patterns]
+    names = []
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(pattern.search(name) for pattern in compiled))
+        if parameter.requires_grad:
+            names.append(name)
+    if not names:
+        raise ConfigError(f"training.trainable: no parameter of the model matches {list(patterns)}")
+    return names
+
+
+def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float,
+                     multipliers: Mapping[str, float]) -> list[dict]:
+    """Groups by (rate multiplier, decay). A pattern of `multipliers` that is found in a name multiplies its rate (all that are
+    found do); vectors and scalars (norms, biases, scales) are not decayed. Each group keeps its tensors' `names`.
+    """
+    groups: dict[tuple[float, float], dict] = {}
+    for name, parameter in named:
+        factor = 1.0
+        for pattern, multiplier in multipliers.items():
+            factor *= multiplier if re.search(pattern, name) else 1.0
+        decay = weight_decay if parameter.ndim > 1 else 0.0
+        group = groups.setdefault((factor, decay), {"params": [], "names": [], "lr_multiplier": factor, "weight_decay": decay})
+        group["params"].append(parameter)
+        group["names"].append(name)
+    return list(groups.values())
+
+
+def build_adamw(groups: list[dict], lr: float, betas: tuple[float, float]) -> torch.optim.AdamW:
+    """AdamW, fused: one kernel a group instead of one a tensor, on GPUs and on CPUs."""
+    device = groups[0]["params"][0].device.type
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=device in ("cuda", "cpu"))
+
+
+def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Give every group `lr` times its own multiplier."""
+    for group in optimizer.param_groups:
+        group["lr"] = lr * group["lr_multiplier"]

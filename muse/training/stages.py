@@ -1,0 +1,28 @@
+"""The table of stages: what each one trains (MUSE, Sec. Training; FIDELITY rows 8-10). A stage is data, not code.
+
+Weights of the losses, learning rates and step counts of a stage are in `configs/`. `trainable` holds regular expressions that are
+searched in the student's parameter names; `training.trainable` in a configuration replaces them.
+"""
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One row: `trainable` patterns, and what the row is for."""
+
+    trainable: tuple[str, ...]
+    purpose: str
+
+
+# What reconstruction and structure move while the encoder is frozen. W_ITC and the projector get no gradient without the
+# semantic loss, and a tensor without gradient has no place in an optimizer (or in DDP's buckets).
+_BODY = (r"^adapter_mlp\.", r"^muse_blocks\.\d+\.(norm1|q_topo|k_topo|q_norm|k_norm|v_sem|proj|norm2|mlp)\.",
+         r"^to_latent\.", r"^decoder_adapter\.", r"^decoder\.")
+_SEMANTIC = (r"^muse_blocks\.\d+\.v_itc\.", r"^semantic_projector\.", r"^logit_scale$")
+
+STAGES: dict[str, Stage] = {
+    "encoder_distillation": Stage((r"^encoder\.",), "stands in for a pretrained encoder where none can be had (demo)"),
+    "topology_warmup": Stage(_BODY, "structure: attention learns the teacher's topology, encoder frozen"),
+    "semantic_injection": Stage((*_BODY, *_SEMANTIC), "semantics: values learn the language of CLIP, encoder frozen"),
+    "synergistic_tuning": Stage((*_BODY, *_SEMANTIC, r"^encoder\."), "everything together, encoder included"),
+}

@@ -1,0 +1,53 @@
+"""What a run needs of the machine: the accelerator as configured, and stop signals heard by every process."""
+import signal
+from types import FrameType, TracebackType
+from typing import Any, Self
+
+import torch
+from omegaconf import DictConfig
+
+
+def build_accelerator(cfg: DictConfig) -> Any:
+    """accelerate's `Accelerator`: one process, DDP or FSDP, as the launcher says; precision from the configuration."""
+    from accelerate import Accelerator
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    unused = cfg.training.find_unused_parameters
+    if unused is None:
+        # Losses that read the last block alone leave W_Q, W_K and W_ITC of the others without a gradient (FIDELITY row 1).
+        unused = "last" in (cfg.losses.topology.blocks, cfg.losses.itc.blocks)
+    handler = DistributedDataParallelKwargs(find_unused_parameters=unused, broadcast_buffers=False)
+    tracker = cfg.experiment.tracker
+    return Accelerator(mixed_precision=cfg.training.mixed_precision, kwargs_handlers=[handler],
+                       log_with=None if tracker == "none" else tracker, project_dir=cfg.experiment.output_dir)
+
+
+class StopSignal:
+    """Within the block SIGTERM and SIGUSR1 (a cluster's warning) set a flag instead of ending the process."""
+
+    SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
+
+    def __init__(self) -> None:
+        self._heard = False
+        self._before: dict[int, Any] = {}
+
+    def _hear(self, number: int, frame: FrameType | None) -> None:
+        self._heard = True
+
+    def __enter__(self) -> Self:
+        try:
+            self._before = {number: signal.signal(number, self._hear) for number in self.SIGNALS}
+        except ValueError:  # not the main thread: the caller handles signals
+            self._before = {}
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def requested(self, accelerator: Any) -> bool:
+        """Whether any process heard a signal; all processes get the same answer at the same step."""
+        if accelerator.num_processes == 1:
+            return self._heard
+        flag = torch.tensor(float(self._heard), device=accelerator.device)
+        return bool(accelerator.reduce(flag, reduction="sum") > 0)

@@ -1,0 +1,89 @@
+"""A run's records: `metrics.jsonl` (one JSON object a log step), a progress bar with rate and ETA, trackers when asked for."""
+import json
+import logging
+import time
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from omegaconf import DictConfig
+from torch import Tensor
+from tqdm import tqdm
+
+from muse.config import resolved
+
+log = logging.getLogger(__name__)
+
+
+class RunLog:
+    """Opened at `step`: records of later steps, left by a run that stopped after its last checkpoint, are dropped."""
+
+    def __init__(self, cfg: DictConfig, accelerator: Any, output: Path, step: int):
+        self.cfg, self.accelerator, self.main = cfg, accelerator, accelerator.is_main_process
+        self.path, self.every = output / "metrics.jsonl", cfg.experiment.log_every
+        self._clock, self._images, self._waited, self._seen = time.perf_counter(), None, 0.0, step
+        if self.main:
+            self._keep_until(step)
+        self._bar = tqdm(total=cfg.training.max_train_steps, initial=step, unit="step", dynamic_ncols=True, mininterval=2.0,
+                         desc=cfg.experiment.name, disable=not self.main)
+
+    def __enter__(self) -> Self:
+        if self.cfg.experiment.tracker != "none":
+            self.accelerator.init_trackers(self.cfg.experiment.name, config=_flat(resolved(self.cfg)))
+        return self
+
+    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        self._bar.close()
+        if self.cfg.experiment.tracker != "none":
+            self.accelerator.end_training()
+
+    def step(self, step: int, images: int, numbers: dict[str, Tensor], waited: float, lr: float) -> None:
+        """Count a step; on a log step read the numbers from the device and write them."""
+        self._bar.update(1)
+        self._waited += waited
+        if self._images is None:
+            self._images, self._seen = images, step
+        if step % self.every and step != self.cfg.training.max_train_steps:
+            return
+        now = time.perf_counter()
+        passed, steps = now - self._clock, max(1, step - self._seen)
+        values = {name: float(value) for name, value in numbers.items()}
+        rate = (images - self._images) / passed if images > self._images else 0.0
+        record = {"images": images, **values, "lr": lr, "images_per_s": round(rate, 2),
+                  "data_time": round(self._waited / steps, 4)}
+        self._bar.set_postfix_str(f"loss {values.get('loss', float('nan')):.4f}, {rate:.1f} images/s", refresh=False)
+        self.record(step, record)
+        self._clock, self._images, self._waited, self._seen = now, images, 0.0, step
+
+    def record(self, step: int, values: dict[str, Any]) -> None:
+        """Append one object to `metrics.jsonl` and tell the trackers."""
+        if not self.main:
+            return
+        with self.path.open("a") as file:
+            file.write(json.dumps({"step": step, **values}) + "\n")
+        if self.cfg.experiment.tracker != "none":
+            self.accelerator.log(_flat(values), step=step)
+
+    def _keep_until(self, step: int) -> None:
+        if not self.path.exists():
+            return
+        lines = []
+        for line in self.path.read_text().splitlines():
+            try:
+                if json.loads(line)["step"] <= step:
+                    lines.append(line)
+            except (json.JSONDecodeError, KeyError):  # the last line of a run that was killed while it wrote
+                continue
+        temporary = self.path.with_suffix(".tmp")
+        temporary.write_text("".join(line + "\n" for line in lines if step > 0))
+        temporary.replace(self.path)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict):
+            flat.update(_flat(value, f"{prefix}{key}/"))
+        else:
+            flat[prefix + key] = value if isinstance(value, (int, float, str, bool)) else str(value)
+    return flat

@@ -1,0 +1,114 @@
+"""Pictures of what the model does: rows of originals and reconstructions, attention over the image."""
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+GAP = 4
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """[0, 1] floats -> 0..255, rounded, on the CPU."""
+    return (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
+
+
+def save_image(image: Tensor, path: str | Path) -> None:
+    """Write one (3, H, W) picture in [0, 1]; the format follows the file's ending; never half a file."""
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.part{target.suffix}")
+    Image.fromarray(to_uint8(image).permute(1, 2, 0).numpy()).save(partial)
+    partial.replace(target)
+
+
+def tile(rows: Sequence[Sequence[Tensor]], labels: Sequence[str] = (), background: float = 1.0) -> Tensor:
+    """Rows of equally large (3, H, W) pictures as one picture; a label, if given, stands left of its row."""
+    height, width = rows[0][0].shape[-2:]
+    columns = max(len(row) for row in rows)
+    margin = 110 if labels else 0
+    sheet = torch.full((3, len(rows) * (height + GAP) + GAP, margin + columns * (width + GAP) + GAP), background)
+    for i, row in enumerate(rows):
+        for j, picture in enumerate(row):
+            top, left = GAP + i * (height + GAP), margin + GAP + j * (width + GAP)
+            sheet[:, top:top + height, left:left + width] = picture.detach().float().cpu().clamp(0, 1)
+    return _write_labels(sheet, labels, height) if labels else sheet
+
+
+def _write_labels(sheet: Tensor, labels: Sequence[str], height: int) -> Tensor:
+    canvas = Image.fromarray(to_uint8(sheet).permute(1, 2, 0).numpy())
+    draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=14)
+    for i, label in enumerate(labels):
+        draw.multiline_text((6, GAP + i * (height + GAP) + height // 2), label, fill=(30, 30, 30), font=font, anchor="lm")
+    from muse.data.transforms import to_float
+
+    return to_float(torch.frombuffer(bytearray(canvas.tobytes()), dtype=torch.uint8).view(canvas.height, canvas.width, 3)
+                    .permute(2, 0, 1))
+
+
+def reconstruction_sheet(images: Tensor, recon: Tensor) -> Tensor:
+    """Originals above reconstructions, (B, 3, H, W) each, one (3, h, w) picture."""
+    return tile([list(images), list(recon)], ["original", "reconstruction"])
+
+
+def heat(values: Tensor) -> Tensor:
+    """(H, W) in [0, 1] -> (3, H, W) colours from dark blue over red to yellow."""
+    from matplotlib import colormaps
+
+    return torch.from_numpy(colormaps["inferno"](values.detach().float().cpu().numpy())[..., :3]).permute(2, 0, 1).float()
+
+
+def attention_overlay(image: Tensor, attention: Tensor, grid: tuple[int, int], query: int) -> Tensor:
+    """One row of attention over its picture: image (3, H, W), attention (N, N), the query's cell marked by a white frame."""
+    height, width = image.shape[-2:]
+    # Its own weight would hide the others, and its place is marked anyway.
+    row = attention[query].detach().float().cpu().clone()
+    row[query] = 0
+    heatmap = (row / row.max().clamp_min(1e-12)).view(1, 1, *grid)
+    heatmap = F.interpolate(heatmap, size=(height, width), mode="bilinear", align_corners=False)[0, 0]
+    grey = image.detach().float().cpu().mean(0, keepdim=True).expand(3, -1, -1)
+    picture = 0.35 * grey + 0.65 * heat(heatmap)
+    return _frame(picture, grid, query)
+
+
+def _frame(picture: Tensor, grid: tuple[int, int], query: int) -> Tensor:
+    height, width = picture.shape[-2:]
+    row, column = divmod(query, grid[1])
+    top, bottom = round(row * height / grid[0]), round((row + 1) * height / grid[0]) - 1
+    left, right = round(column * width / grid[1]), round((column + 1) * width / grid[1]) - 1
+    picture = picture.clone()
+    picture[:, [top, bottom], left:right + 1] = 1
+    picture[:, top:bottom + 1, [left, right]] = 1
+    return picture
+
+
+def attention_sheet(images: Tensor, encoding, queries: Sequence[int] | None = None, teacher: Sequence[Tensor] | None = None) -> Tensor:
+    """Rows: the picture, the head-mean attention of its query in every block, and the teacher's map if given.
+
+    images (B, 3, H, W) in [0, 1]; encoding with `topology` and `grid`; queries: a cell for each picture (default: the middle);
+    teacher: maps (B, N, N) on the same grid, one tensor.
+    """
+    h, w = encoding.grid
+    queries = list(queries) if queries is not None else [(h // 2) * w + w // 2] * len(images)
+    rows = [[_frame(image.cpu(), encoding.grid, query) for image, query in zip(images, queries)]]
+    labels = ["query"]
+    for index, maps in enumerate(encoding.topology):
+        rows.append([attention_overlay(image, one.mean(0), encoding.grid, query)
+                     for image, one, query in zip(images, maps, queries)])
+        labels.append(f"block {index + 1}")
+    if teacher is not None:
+        rows.append([attention_overlay(image, one, encoding.grid, query) for image, one, query in zip(images, teacher, queries)])
+        labels.append("teacher")
+    return tile(rows, labels)
+
+
+def fit_side(image: Tensor, limit: int) -> Tensor:
+    """(3, H, W) shrunk so that neither side is above `limit` pixels."""
+    scale = limit / max(image.shape[-2:])
+    if scale >= 1:
+        return image
+    size = [max(1, math.floor(side * scale)) for side in image.shape[-2:]]
+    return F.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0].clamp(0, 1)

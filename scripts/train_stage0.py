@@ -1,0 +1,14 @@
+"""Train stage 0, encoder_distillation: `python scripts/train_stage0.py --config configs/muse_tiny/stage0.yaml [key=value ...]`."""
+import sys
+
+from muse.training.main import stage_main
+from muse.utils import cli
+
+
+@cli.entry
+def main(argv=None) -> int:
+    return stage_main("encoder_distillation", argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,128 @@
+import shutil
+
+import pytest
+import torch
+
+from muse.data import sources
+from muse.data.dataloader import eval_loader
+from muse.data.eval_stream import SHARD_STRIDE
+from muse.errors import ConfigError, DataError
+from tests.data.helpers import (
+    FAULTS,
+    key,
+    keys_of,
+    sample,
+    write_faulty,
+    write_shards,
+    write_tar,
+)
+
+SIZE = {"resize_shorter_edge": 16, "crop_size": 12}
+
+
+@pytest.mark.parametrize("workers, world", [(0, 1), (2, 1), (0, 3), (2, 2)])
+def test_evaluation_sees_each_sample_once_in_order(tmp_path, workers, world):
+    """23 samples in 2 shards, more readers than shards."""
+    write_shards(tmp_path, 1, 20)
+    write_shards(tmp_path, 1, 3, first=20, name="u")
+    whole = list(eval_loader(str(tmp_path), batch_size=4, fields=("images", "labels"), **SIZE))
+    ranks = []
+    for rank in range(world):
+        loader = eval_loader(
+            str(tmp_path),
+            batch_size=4,
+            fields=("images", "labels"),
+            num_workers=workers,
+            rank=rank,
+            world=world,
+            **SIZE,
+        )
+        batches = list(loader)
+        assert len(batches) == len(loader) and loader.num_samples == 23
+        ranks += batches
+    indices = torch.cat([batch["indices"] for batch in ranks])
+    assert indices.tolist() == list(range(23))
+    assert keys_of(ranks) == [key(n) for n in range(23)]
+    images = torch.cat([batch["images"] for batch in ranks])
+    assert torch.equal(images, torch.cat([batch["images"] for batch in whole]))
+    assert torch.cat([batch["labels"] for batch in ranks]).tolist() == [n % 5 for n in range(23)]
+    assert len(whole[-1]["keys"]) == 3
+
+
+@pytest.mark.parametrize("workers, world", [(0, 1), (2, 2)])
+def test_evaluation_of_streams(tmp_path, workers, world):
+    """`pipe:` shards: too few to share out (one) or enough (four)."""
+    write_shards(tmp_path, 4, 5)
+    few = f"pipe:cat {tmp_path}/t-000.tar"
+    many = [f"pipe:cat {tmp_path}/t-00{i}.tar" for i in range(4)]
+    for urls, count in ((few, 5), (many, 20)):
+        found = {}
+        for rank in range(world):
+            loader = eval_loader(urls, batch_size=2, num_workers=workers, rank=rank, world=world, **SIZE)
+            assert loader.num_samples is None
+            for batch in loader:
+                for index, name in zip(batch["indices"].tolist(), batch["keys"], strict=True):
+                    assert name not in found
+                    found[name] = index
+        assert sorted(found, key=found.get) == [key(n) for n in range(count)]
+    if world * max(1, workers) > 1:
+        assert found[key(5)] == SHARD_STRIDE
+
+
+def test_max_images_and_whole_pictures(tmp_path):
+    urls = write_shards(tmp_path, 3, 4)
+    parts = [eval_loader(urls, batch_size=2, max_images=7, rank=r, world=2, **SIZE) for r in range(2)]
+    assert [i for loader in parts for batch in loader for i in batch["indices"].tolist()] == list(range(7))
+    assert parts[0].num_samples == 7
+    streamed = eval_loader(f"pipe:cat {tmp_path}/t-000.tar", batch_size=2, max_images=3, **SIZE)
+    assert keys_of(streamed) == [key(n) for n in range(3)]
+    whole = next(iter(eval_loader(urls, batch_size=1, resize_shorter_edge=None, crop_size=None)))
+    assert whole["images"].shape == (1, 3, 16, 20)
+    for wrong in ({"max_images": 0}, {"crop_size": None}):
+        with pytest.raises(ConfigError):
+            eval_loader(urls, **{"batch_size": 2, **SIZE, **wrong})
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_evaluation_counts_bad_samples_and_stops_above_one_percent(tmp_path, workers):
+    members = {key(n): sample(n) for n in range(12)}
+    members[key(5)] = FAULTS["truncated_image"]
+    write_tar(tmp_path / "a.tar", members)
+    options = dict(batch_size=4, num_workers=workers, **SIZE)
+    loader = eval_loader(str(tmp_path), max_bad_fraction=0.1, **options)
+    indices = [batch["indices"].tolist() for batch in loader]
+    assert indices == [[0, 1, 2, 3], [4, 6, 7], [8, 9, 10, 11]]
+    assert loader.bad.counts == {"truncated_image": 1} and loader.bad.seen == 12
+    list(loader)
+    assert loader.bad.seen == 12  # every pass counts anew
+    with pytest.raises(DataError, match="1 of 12 samples could not be used: truncated_image 1 .00005."):
+        list(eval_loader(str(tmp_path), **options))
+    with pytest.raises(DataError, match="missing_label 1 .00005.|truncated_image"):
+        list(eval_loader(str(tmp_path), fields=("labels",), **options))
+
+
+def test_evaluation_refuses_broken_or_empty_or_changed_shards(tmp_path):
+    urls = write_faulty(tmp_path, 2)
+    with pytest.raises(DataError, match=r"a-1.tar breaks off \(truncated_tar\) after 3 samples"):
+        eval_loader(urls, batch_size=2, max_bad_fraction=1.0, **SIZE)
+    cut = sources.TarSource(f"pipe:head -c 3000 {tmp_path}/a-0.tar", attempts=1)
+    with pytest.raises(DataError, match="breaks off"):
+        list(eval_loader(cut, batch_size=2, max_bad_fraction=1.0, max_images=50, **SIZE))
+    write_tar(tmp_path / "none.tar", {})
+    with pytest.raises(DataError, match="holds no samples"):
+        eval_loader(f"{tmp_path}/none.tar", batch_size=2, **SIZE)
+    good = write_shards(tmp_path / "good", 1, 4)
+    loader = eval_loader(good, batch_size=2, **SIZE)
+    write_shards(tmp_path / "good", 1, 3)
+    with pytest.raises(DataError, match="3 samples read where 4 were counted"):
+        list(loader)
+    shutil.rmtree(tmp_path / "good")
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_each_fault_is_counted_once(tmp_path, workers):
+    write_faulty(tmp_path, 10)
+    options = dict(batch_size=4, num_workers=workers, fields=("images", "text"), max_bad_fraction=1.0)
+    evaluation = eval_loader(f"{tmp_path}/a-0.tar", **options, **SIZE)
+    assert keys_of(evaluation) == [key(n) for n in range(10)]
+    assert evaluation.bad.counts == dict.fromkeys(FAULTS, 1) and evaluation.bad.seen == 10 + len(FAULTS)

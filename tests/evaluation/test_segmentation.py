@@ -1,0 +1,89 @@
+"""mIoU against torchmetrics, cell targets against pixel-wise cross-entropy, the probe on separable features."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torchmetrics import JaccardIndex
+
+from muse.evaluation.segmentation import (
+    IGNORE,
+    ConfusionMatrix,
+    cell_targets,
+    evaluate_segmentation,
+    foreground_iou,
+    train_segmentation_probe,
+)
+
+
+def random_labels(seed, shape=(6, 20, 24), classes=5):
+    return torch.randint(0, classes, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("batch", [1, 4, 6])
+def test_miou_is_torchmetrics(batch):
+    truth, guess = random_labels(0), random_labels(1)
+    guess = torch.where(torch.rand(truth.shape, generator=torch.Generator().manual_seed(2)) < 0.6, truth, guess)
+    truth[:, :3] = IGNORE
+    confusion = ConfusionMatrix(5)
+    for a, b in zip(guess.split(batch), truth.split(batch)):
+        confusion.update(a, b)
+    got = confusion.compute()
+    reference = JaccardIndex(task="multiclass", num_classes=5, ignore_index=IGNORE, average="none")
+    torch.testing.assert_close(got.per_class.float(), reference(guess, truth))
+    assert got.mean == pytest.approx(float(reference(guess, truth).mean()), rel=1e-6) and got.absent == 0
+    assert got.pixel_accuracy == pytest.approx(float((guess == truth)[truth != IGNORE].double().mean()))
+
+
+def test_absent_classes_are_left_out_and_counted():
+    confusion = ConfusionMatrix(6)
+    confusion.update(torch.tensor([0, 0, 1, 3]), torch.tensor([0, 1, 1, IGNORE]))
+    got = confusion.compute()
+    assert got.absent == 4 and got.mean == pytest.approx(0.5)  # 1/2 for both classes that occur
+
+
+def test_confusion_refuses():
+    confusion = ConfusionMatrix(3)
+    with pytest.raises(ValueError, match="mask labels 0..7 do not fit 3 classes"):
+        confusion.update(torch.zeros(2, dtype=torch.long), torch.tensor([0, 7]))
+    with pytest.raises(ValueError, match="differ in size"):
+        confusion.update(torch.zeros(1, 4, 4), torch.zeros(1, 4, 5))
+    with pytest.raises(ValueError, match="no labelled pixel"):
+        confusion.compute()
+
+
+def test_cell_shares_give_pixelwise_cross_entropy():
+    masks = random_labels(3, (2, 12, 16), 4)
+    masks[0, :5, :7] = IGNORE
+    logits = torch.randn(2, 4, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    targets = cell_targets(masks, (3, 4), 4).double()
+    log_shares = logits.log_softmax(1).flatten(2).transpose(1, 2)
+    got = -(targets * log_shares).sum() / targets.sum()
+    pixels = logits.repeat_interleave(4, 2).repeat_interleave(4, 3)
+    torch.testing.assert_close(got, F.cross_entropy(pixels, masks, ignore_index=IGNORE), rtol=1e-6, atol=0)
+
+
+def blocky_scene(count, classes, seed):
+    """Features that code the class of their cell, linearly and with noise; masks of whole cells."""
+    generator = torch.Generator().manual_seed(seed)
+    cells = torch.randint(0, classes, (count, 4, 6), generator=generator)
+    codes = torch.randn(classes, 12, generator=torch.Generator().manual_seed(7))
+    features = codes[cells].permute(0, 3, 1, 2) * 30 + torch.randn(count, 12, 4, 6, generator=generator) * 3 + 100
+    return features, cells.repeat_interleave(8, 1).repeat_interleave(8, 2)
+
+
+def test_probe_learns_what_is_linear():
+    (x, y), (xv, yv) = blocky_scene(60, 4, 0), blocky_scene(20, 4, 1)
+    probe = train_segmentation_probe(x, y, 4, steps=150)
+    coarse = probe.predict(xv, (4, 6))
+    assert float((coarse == yv[:, ::8, ::8]).float().mean()) > 0.99
+    result = evaluate_segmentation(probe, xv, yv)
+    assert 0.4 < result.mean < 1  # bilinear borders between blocks cost something
+    assert evaluate_segmentation(probe, xv, yv, batch_size=3).mean == result.mean
+
+
+def test_foreground_iou_of_known_maps():
+    """A feature that is the mask itself, at full size: IoU 1; one that is noise: the IoU of answering one class everywhere at best."""
+    masks = random_labels(4, (40, 8, 8), 3)
+    noise = torch.randn(40, 1, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert foreground_iou((masks > 0).float()[:, None], masks, (masks > 0).float()[:, None], masks, steps=200) == 1
+    assert foreground_iou(noise, masks, noise, masks, steps=50) <= float((masks > 0).float().mean()) + 0.02

@@ -1,0 +1,34 @@
+#!/usr/bin/env python3
+"""Make the demo's data: WebDataset shards of cut-outs on photographs (stamps) or of drawn scenes (shapes)."""
+
+import argparse
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from muse.data.demo import make_demo_data  # noqa: E402
+from muse.utils import cli  # noqa: E402
+
+
+@cli.entry
+def main(argv: list[str] | None = None) -> int:
+    """Parse, make or reuse the data, print its card."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kind", default="stamps", help="stamps (photo-like; default) or shapes (drawn)")
+    parser.add_argument("--output", required=True, help="folder for the shards; reused when it holds the same data")
+    parser.add_argument("--images", type=int, help="training pictures (default: 3000 for stamps, 512 for shapes)")
+    parser.add_argument("--val-images", type=int, help="default: 240 for stamps, images / 8 for shapes")
+    parser.add_argument("--size", type=int, default=128, help="side in pixels (default: 128)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--objects", default="photo", help="photo, or all to train on cartoons and other objects too")
+    parser.add_argument("--overwrite", action="store_true", help="replace demo data made with other arguments")
+    parser.add_argument("--workers", type=int, help="processes (default: one per core)")
+    args = parser.parse_args(argv)
+    make_demo_data(**vars(args))
+    print((Path(args.output).expanduser() / "datacard.md").read_text())
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
