@@ -65,6 +65,7 @@ class TopologyTeacherConfig:
     layers: list[Any] | None = None
     image_size: int | None = None
     temperature: float = 0.1
+    order: int = 2
     spread: bool = False
     cache: bool = False
 
@@ -82,6 +83,8 @@ class FeatureTeacherConfig:
     source: str = ""
     config: dict[str, Any] = _dict()
     layers: list[Any] | None = None
+    image_size: int | None = None
+    normalize: bool = False
     cache: bool = False
 
 

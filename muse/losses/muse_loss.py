@@ -2,6 +2,8 @@
 
 A term whose weight is 0 is not built: it costs nothing and needs no weights. A new term is one class and one line of `TERMS`.
 """
+import functools
+import json
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -10,11 +12,13 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from muse.config import plain
+from muse.errors import ConfigError
 from muse.losses.contrastive import caption_positives, itc_loss, passive_distillation_loss
 from muse.losses.distillation import FeatureDistillation, PixelHead
 from muse.losses.reconstruction import pixel_loss
 from muse.losses.topology import resize_attention, select_blocks, topology_kl
 from muse.models.muse_vit import MUSE_ViT, StudentOutput
+from muse.models.teachers.cache import CachedTeacher
 
 
 class Needs(NamedTuple):
@@ -37,6 +41,11 @@ class Term(nn.Module):
 
     def forward(self, out: StudentOutput, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         raise NotImplementedError
+
+
+def ask(teacher: nn.Module, batch: dict[str, Any]) -> Any:
+    """The teacher's answer for a batch; one that remembers is told the samples' keys."""
+    return teacher(batch["images"], keys=batch["keys"]) if isinstance(teacher, CachedTeacher) else teacher(batch["images"])
 
 
 class ReconstructionTerm(Term):
@@ -72,7 +81,7 @@ class TopologyTerm(Term):
 
     def targets(self, batch: dict[str, Any], grid: tuple[int, int]) -> tuple[Tensor, ...]:
         """The teacher's maps on the student's grid: L tensors (B, 1 or heads, N, N). Equal maps are resized once."""
-        target = self.teacher(batch["images"], keys=batch.get("keys"))
+        target = ask(self.teacher, batch)
         resized: dict[int, Tensor] = {}
         for maps in target.maps:
             if id(maps) not in resized:
@@ -114,11 +123,11 @@ class DistillationTerm(Term):
         super().__init__(weight)
         width = student.encoder.config.hidden_size
         self.teacher, self.pixel_weight = teacher, pixel_weight
-        self.features = FeatureDistillation(width, teacher.channels)
+        self.features = FeatureDistillation(width, teacher.dim)
         self.pixels = PixelHead(width, student.patch_size)
 
     def forward(self, out: StudentOutput, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        features = self.features(out.encoder_tokens, self.teacher(batch["images"]))
+        features = self.features(out.encoder_tokens, ask(self.teacher, batch))
         pixels = self.pixels(out.encoder_tokens, batch["images"])
         return features + self.pixel_weight * pixels, {"distillation_cosine": features.detach(), "distillation_pixels": pixels.detach()}
 
@@ -131,24 +140,37 @@ def _perceptual(cfg: DictConfig, student: MUSE_ViT, grid: tuple[int, int]) -> Te
     return PerceptualTerm(section.weight, PerceptualLoss(section.name, plain(section.weights), plain(section.blocks)))
 
 
-def _topology(cfg: DictConfig, student: MUSE_ViT, grid: tuple[int, int]) -> Term:
-    from muse.models.teachers import build_topology_teacher
+@functools.lru_cache(maxsize=4)
+def _teacher(kind: str, options: str, *arguments: Any) -> nn.Module:
+    """Teachers are frozen, so successive stages of one process share one, with all that it remembers."""
+    from muse.models import teachers
 
-    section = cfg.losses.topology
-    options = {**plain(cfg.teacher.topology), "heads": section.heads}
-    teacher = build_topology_teacher(options, cfg.model.num_blocks, grid)
-    return TopologyTerm(section.weight, teacher, section.blocks, section.heads, section.transpose)
+    return getattr(teachers, f"build_{kind}_teacher")(json.loads(options), *arguments)
 
 
-def _itc(cfg: DictConfig, student: MUSE_ViT, grid: tuple[int, int]) -> Term:
-    from muse.errors import ConfigError
-    from muse.models.teachers import build_text_teacher
+def shared_topology_teacher(cfg: DictConfig, grid: tuple[int, int]) -> nn.Module:
+    """The topology teacher of a configuration, for a student with this latent grid."""
+    options = {**plain(cfg.teacher.topology), "heads": cfg.losses.topology.heads}
+    return _teacher("topology", json.dumps(options, sort_keys=True), cfg.model.num_blocks, tuple(grid))
 
-    section, teacher = cfg.losses.itc, build_text_teacher(plain(cfg.teacher.text))
+
+def shared_text_teacher(cfg: DictConfig) -> nn.Module:
+    """The text teacher of a configuration; `ConfigError` when its width is not the model's."""
+    teacher = _teacher("text", json.dumps(plain(cfg.teacher.text), sort_keys=True))
     if teacher.dim != cfg.model.semantic_dim:
         raise ConfigError(f"model.semantic_dim={cfg.model.semantic_dim} but the text teacher {cfg.teacher.text.source} embeds "
                           f"in {teacher.dim} dimensions")
-    return ITCTerm(section.weight, teacher, section.blocks, section.gather, section.objective)
+    return teacher
+
+
+def _topology(cfg: DictConfig, student: MUSE_ViT, grid: tuple[int, int]) -> Term:
+    section = cfg.losses.topology
+    return TopologyTerm(section.weight, shared_topology_teacher(cfg, grid), section.blocks, section.heads, section.transpose)
+
+
+def _itc(cfg: DictConfig, student: MUSE_ViT, grid: tuple[int, int]) -> Term:
+    section = cfg.losses.itc
+    return ITCTerm(section.weight, shared_text_teacher(cfg), section.blocks, section.gather, section.objective)
 
 
 def _distillation(cfg: DictConfig, student: MUSE_ViT, grid: tuple[int, int]) -> Term:

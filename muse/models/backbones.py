@@ -210,11 +210,22 @@ def build_decoder(source: str, config: dict[str, Any], load_weights: bool = True
             in_shortcut=full["decoder_in_shortcut"], conv_act_fn=full["decoder_conv_act_fn"])
     except (TypeError, ValueError, IndexError, RuntimeError, ZeroDivisionError) as error:
         raise ConfigError(f"model.decoder.config does not make an AutoencoderDC decoder: {error}") from None
+    _rest_residuals(decoder)
     if directory is not None and load_weights:
         files = TensorFiles(directory)
         state = {name.removeprefix("decoder."): files[name].float() for name in files.keys() if name.startswith("decoder.")}
         _load_strict(decoder, state, source)
     return decoder, full
+
+
+def _rest_residuals(decoder: nn.Module) -> None:
+    """Start every residual branch at zero: a new decoder then unfolds channels into space and learns from there, two dB ahead
+    after a thousand pictures (docs/demo.md). Pretrained weights overwrite it."""
+    from diffusers.models.autoencoders.autoencoder_dc import ResBlock
+
+    for module in decoder.modules():
+        if isinstance(module, ResBlock):
+            nn.init.zeros_(module.norm.weight)
 
 
 def _checked(make: Callable, fields: dict[str, Any], key: str) -> Any:

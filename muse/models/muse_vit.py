@@ -42,6 +42,7 @@ class StudentOutput(NamedTuple):
     image_embeds: Tensor | None          # (L, B, E), L2-normalised: every block through the one projector
     reconstruction: Tensor | None        # (B, 3, H, W), nominal [0, 1], not clamped
     encoder_tokens: Tensor               # (B, C, he, we): encoder tokens before the pixel-unshuffle
+    tokens: Tensor | None                # (B, D, h, w): tokens after the last block
     logit_scale: Tensor                  # scalar, exp already taken
 
 
@@ -157,7 +158,7 @@ class MUSE_ViT(PretrainedMixin, nn.Module):
         scale = self.logit_scale.exp()
         if encoder_only:
             tokens, grid = self._encode_tokens(images)
-            return StudentOutput(None, grid, (), None, None, None, self._to_map(tokens, grid), scale)
+            return StudentOutput(None, grid, (), None, None, None, self._to_map(tokens, grid), None, scale)
         trunk = self._trunk(images, topology)
         embeds = latent = recon = None
         if semantics:
@@ -166,7 +167,8 @@ class MUSE_ViT(PretrainedMixin, nn.Module):
             latent = self._latent(scale_gradient(trunk.tokens, self.config.grad_scale), trunk.grid)
             recon = self.decode(latent, size=images.shape[-2:])
         encoder_map = self._to_map(trunk.encoder_tokens, trunk.encoder_grid)
-        return StudentOutput(latent, trunk.grid, trunk.log_topology, trunk.anchors, embeds, recon, encoder_map, scale)
+        tokens = self._to_map(trunk.tokens, trunk.grid)
+        return StudentOutput(latent, trunk.grid, trunk.log_topology, trunk.anchors, embeds, recon, encoder_map, tokens, scale)
 
     # ------------------------------------------------------------------------------------------------ inside
     def _encode_tokens(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:

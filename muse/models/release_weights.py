@@ -1,6 +1,5 @@
 """The authors' checkpoint file: its layout in this project's names, and a key report by module (FIDELITY rows 21, 22)."""
 import logging
-import pickle
 import re
 from collections import Counter
 from dataclasses import dataclass, field
@@ -12,6 +11,8 @@ from torch import Tensor
 
 from muse.errors import CheckpointError
 from muse.models.backbones import convert_internvit, is_original_layout
+from muse.models.muse_vit import IMAGENET_MEAN, IMAGENET_STD
+from muse.models.weight_files import UNREADABLE
 
 log = logging.getLogger(__name__)
 
@@ -21,6 +22,18 @@ PREFIXES = ("module.", "_orig_mod.")
 SKIPPED = [
     (r"^dino_teacher\.", "the topology teacher lives with the trainer"),
     (r"^dino_(mean|std)$", "the teacher's pixel statistics; every network here normalises its own input"),
+]
+# Transformers' words for InternViT (left) in the release's: the way back of `backbones.internvit_to_transformers`.
+_TO_INTERNVIT = [
+    (r"^embeddings\.cls_token$", "embeddings.class_embedding"),
+    (r"^embeddings\.position_embeddings$", "embeddings.position_embedding"),
+    (r"^embeddings\.patch_embeddings\.projection\.", "embeddings.patch_embedding."),
+    (r"^encoder\.layer\.", "encoder.layers."),
+    (r"\.lambda_([12])$", r".ls\1"),
+    (r"\.attention\.projection_layer\.", ".attn.proj."),
+    (r"\.attention\.(q_norm|k_norm)\.", r".attn.\1."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
 ]
 
 
@@ -61,7 +74,7 @@ def read_release_file(path: str | Path) -> dict[str, Tensor]:
     else:
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
-        except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+        except UNREADABLE as error:
             raise CheckpointError(f"{file}: not a checkpoint that loads with weights_only=True "
                                   f"({' '.join(str(error).split())[:160]})") from None
     for wrapper in WRAPPERS:
@@ -93,6 +106,52 @@ def from_release(state: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple
             report.unexpected.append(name)
     report.missing = sorted(expected.keys() - converted.keys())
     return converted, report
+
+
+def to_release(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """This project's tensors in the release's names, q, k and v of the encoder fused; the inverse of `from_release`.
+
+    `dino_mean` and `dino_std`, which the release keeps beside the student, are ImageNet's.
+    """
+    converted = {"dino_mean": torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), "dino_std": torch.tensor(IMAGENET_STD).view(1, 3, 1, 1)}
+    for name, tensor in state.items():
+        short = name.removeprefix("encoder.")
+        if short == name:
+            converted[name] = tensor
+            continue
+        if ".attention.q_proj." in short:
+            fused = torch.cat([state[name.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"])
+            converted["encoder." + _internvit_name(short).replace(".attention.q_proj.", ".attn.qkv.")] = fused
+        elif not re.search(r"\.attention\.[kv]_proj\.", short):
+            converted["encoder." + _internvit_name(short)] = tensor
+    return converted
+
+
+def write_release_file(path: str | Path, state: dict[str, Tensor]) -> None:
+    """Write a `.safetensors` file, or else a pickle of tensors as the authors do; beside it first, then renamed."""
+    from safetensors.torch import save_file
+
+    target = Path(path)
+    partial = target.with_name(f".{target.name}.part")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial.touch()
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in state.items()}
+        if target.suffix == ".safetensors":
+            save_file(tensors, partial, metadata={"format": "pt"})
+        else:
+            torch.save(tensors, partial)
+        partial.replace(target)
+    except OSError as error:
+        if partial.is_file():
+            partial.unlink()
+        raise CheckpointError(f"{target}: cannot be written ({error.strerror or error})") from None
+
+
+def _internvit_name(name: str) -> str:
+    for pattern, replacement in _TO_INTERNVIT:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def load_release_checkpoint(path: str | Path, config: Any, device: str | torch.device = "cpu"):

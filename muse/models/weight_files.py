@@ -1,6 +1,7 @@
 """Reading a file of weights: one function, one kind of error, nothing but tensors."""
 import hashlib
 import pickle
+import struct
 from pathlib import Path
 
 import torch
@@ -9,6 +10,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from muse.errors import CheckpointError
+
+# What `torch.load(weights_only=True)` and safetensors raise on a file that is none of theirs: a text file, read as a pickle's
+# opcodes, ends in whatever the opcode that its first letters happen to be stumbles over.
+UNREADABLE = (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, OSError, ValueError, LookupError, TypeError,
+              AttributeError, AssertionError, struct.error)
 
 
 def read_state_dict(path: str | Path, what: str) -> dict[str, Tensor]:
@@ -22,7 +28,7 @@ def read_state_dict(path: str | Path, what: str) -> dict[str, Tensor]:
     try:
         state = load_file(path) if path.suffix == ".safetensors" else (
             torch.load(path, map_location="cpu", weights_only=True))
-    except (SafetensorError, pickle.UnpicklingError, EOFError, RuntimeError, OSError, ValueError) as error:
+    except UNREADABLE as error:
         raise CheckpointError(f"weights of {what} cannot be read: {path} ({_first_line(error)})") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"weights of {what}: {path} does not hold a plain state dict (name -> tensor)")

@@ -32,6 +32,11 @@ class CachedTeacher(FrozenTeacher):
         self._entries: dict[tuple[str, tuple[int, int] | None], _Entry] = {}
         self.freeze()
 
+    @property
+    def dim(self) -> int:
+        """Channels of a feature teacher."""
+        return self.teacher.dim
+
     def forward(self, images: Tensor, keys: Sequence[str] | None = None,
                 grid: tuple[int, int] | None = None) -> TopologyTarget | Tensor:
         """The teacher's output for images (B,3,H,W) whose samples are named by `keys` (B of them)."""

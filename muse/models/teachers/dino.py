@@ -36,7 +36,7 @@ def build_attention_teacher(options: dict[str, Any], num_maps: int, grid: tuple[
     from_timm = source.startswith(TIMM) or is_timm_directory(source)
     network, attentions, settings = timm_parts(source, config) if from_timm else transformers_parts(source, config)
     layers = choose_layers(options["layers"], len(attentions), num_maps)
-    size = options["image_size"]
+    size = options["image_size"] or settings.pop("image_size", None)
     if size == "grid":
         if grid is None:
             raise ConfigError("teacher.topology.image_size=grid needs the student's grid")
@@ -77,18 +77,27 @@ def timm_parts(source: str, config: dict[str, Any]) -> VitParts:
 
     `config.pretrained=false` leaves random weights (tests). Raises ConfigError for a model that is not a plain ViT.
     """
-    import timm
-    arguments = {"pretrained": True, "num_classes": 0, "dynamic_img_size": True} | config
     with loading(f"topology teacher {source!r}", ADVICE):
-        network = timm.create_model(timm_name(source), **arguments)
+        network, any_size = _timm_network(timm_name(source), {"pretrained": True, "num_classes": 0} | config)
     attentions = [getattr(block, "attn", None) for block in getattr(network, "blocks", ())]
-    if not attentions or not all(hasattr(attn, "attn_drop") and hasattr(attn, "fused_attn") for attn in attentions):
+    if not attentions or not hasattr(network, "patch_embed") or not all(
+            hasattr(attn, "attn_drop") and hasattr(attn, "fused_attn") for attn in attentions):
         raise ConfigError(f"teacher.topology.source {source!r} is not a plain ViT with readable attention; use "
                           "teacher.topology.kind=affinity for it")
     stored = network.pretrained_cfg
-    return VitParts(network, attentions, {
-        "patch": tuple(network.patch_embed.patch_size), "num_prefix": network.num_prefix_tokens, "method": "forward_features",
-        "normalise": Normalise(stored.get("mean", IMAGENET_MEAN), stored.get("std", IMAGENET_STD))})
+    settings = {"patch": tuple(network.patch_embed.patch_size), "num_prefix": getattr(network, "num_prefix_tokens", 1),
+                "normalise": Normalise(stored.get("mean", IMAGENET_MEAN), stored.get("std", IMAGENET_STD)),
+                "method": "forward_features"}
+    return VitParts(network, attentions, settings if any_size else settings | {"image_size": network.patch_embed.img_size})
+
+
+def _timm_network(name: str, arguments: dict[str, Any]) -> tuple[nn.Module, bool]:
+    """A timm model, and whether it takes images of any size."""
+    import timm
+    try:
+        return timm.create_model(name, dynamic_img_size=True, **arguments), True
+    except TypeError:  # not every class knows the argument; without it a ViT takes its own size alone
+        return timm.create_model(name, **arguments), False
 
 
 def written_out(attention: nn.Module) -> nn.Module:

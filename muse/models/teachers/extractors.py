@@ -76,14 +76,15 @@ class TimmFeatures(_Chosen):
 
 
 class TransformersFeatures(_Chosen):
-    """Any native transformers backbone (`AutoBackbone`): ResNet, ConvNeXt, Swin, DINOv2, DINOv3 ..."""
+    """Any native transformers backbone class: ResNet, ConvNeXt, Swin, DINOv2, DINOv3 ..."""
 
     def __init__(self, source: str, config: dict[str, Any], blocks: Sequence[Block]):
         import transformers
         stages = sorted(blocks)
-        network, report = transformers.AutoBackbone.from_pretrained(
-            source, out_indices=stages, dtype="float32", weights_only=True, trust_remote_code=False, output_loading_info=True,
-            **config)
+        settings = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False, out_indices=stages, **config)
+        # Not AutoBackbone.from_pretrained, which asks the hub even about a directory.
+        network, report = transformers.MODEL_FOR_BACKBONE_MAPPING[type(settings)].from_pretrained(
+            source, config=settings, dtype="float32", weights_only=True, output_loading_info=True)
         require_complete(source, report["missing_keys"])
         super().__init__(network, Normalise(*stored_normalisation(source)), stages)
 

@@ -7,9 +7,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from muse.models.layers import check_images
-from muse.models.teachers.affinity import EFFICIENTNET_LAYERS, FeatureLayer, layer_features, read_layers, resize_features
+from muse.models.teachers.affinity import FeatureLayer, layer_features, read_layers, resize_features
 from muse.models.teachers.base import FrozenTeacher, log
 from muse.models.teachers.extractors import load_extractor
+
+# A fine, a middle and a coarse level; their vectors are of like length (48, 70, 92 on the demo's pictures).
+EFFICIENTNET_LAYERS = tuple({"block": block, "size": 128} for block in (4, 10, 14))
 
 
 class FeatureTeacher(FrozenTeacher):
