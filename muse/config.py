@@ -7,250 +7,15 @@ Environment variables (`${oc.env:NAME}`) are resolved when a value is used, not 
 import difflib
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import (ConfigAttributeError, ConfigKeyError, InterpolationResolutionError, OmegaConfBaseException,
                               ReadonlyConfigError, ValidationError)
 
+from muse.config_schema import Config, ModelConfig
 from muse.errors import ConfigError
-
-
-def _dict() -> Any:
-    return field(default_factory=dict)
-
-
-# ---------------------------------------------------------------------------------------------------- sections
-@dataclass
-class SourceConfig:
-    source: str = "random"
-    config: dict[str, Any] = _dict()
-
-
-@dataclass
-class EncoderConfig(SourceConfig):
-    source: str = "OpenGVLab/InternVL3-1B-hf"
-
-
-@dataclass
-class DecoderConfig(SourceConfig):
-    source: str = "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers"
-
-
-@dataclass
-class ModelConfig:
-    routing: str = "paper"
-    isolate_streams: bool | None = None
-    shield_attention: bool | None = None
-    join_semantics: bool | None = None
-    dim: int = 512
-    num_heads: int = 8
-    num_blocks: int = 6
-    unshuffle: int = 2
-    latent_dim: int = 32
-    semantic_dim: int = 768
-    grad_scale: float = 1.0
-    gradient_checkpointing: bool = False
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    decoder: DecoderConfig = field(default_factory=DecoderConfig)
-
-
-@dataclass
-class TopologyTeacherConfig:
-    kind: str = "dinov3"
-    source: str = "facebook/dinov3-vith16plus-pretrain-lvd1689m"
-    config: dict[str, Any] = _dict()
-    layers: list[Any] | None = None
-    image_size: int | None = None
-    temperature: float = 0.1
-    order: int = 2
-    spread: bool = False
-    cache: bool = False
-
-
-@dataclass
-class TextTeacherConfig:
-    kind: str = "open_clip"
-    source: str = "ViT-L-14/laion2b_s32b_b82k"
-    config: dict[str, Any] = _dict()
-
-
-@dataclass
-class FeatureTeacherConfig:
-    kind: str = "none"
-    source: str = ""
-    config: dict[str, Any] = _dict()
-    layers: list[Any] | None = None
-    image_size: int | None = None
-    normalize: bool = False
-    cache: bool = False
-
-
-@dataclass
-class TeacherConfig:
-    topology: TopologyTeacherConfig = field(default_factory=TopologyTeacherConfig)
-    text: TextTeacherConfig = field(default_factory=TextTeacherConfig)
-    feature: FeatureTeacherConfig = field(default_factory=FeatureTeacherConfig)
-
-
-@dataclass
-class ReconstructionLossConfig:
-    type: str = "l2"
-    weight: float = 1.0
-
-
-@dataclass
-class PerceptualLossConfig:
-    name: str = "lpips-convnext_s-1.0-0.1"
-    weight: float = 1.1
-    blocks: list[int] | None = None
-    weights: dict[str, str] = _dict()
-
-
-@dataclass
-class TopologyLossConfig:
-    weight: float = 0.0
-    blocks: str | None = None
-    heads: str = "mean"
-    transpose: bool = False
-
-
-@dataclass
-class ITCLossConfig:
-    weight: float = 0.0
-    blocks: str | None = None
-    gather: bool = True
-    objective: str = "nce"
-
-
-@dataclass
-class AdversarialLossConfig:
-    weight: float = 0.0
-    start: int = 0
-    lecam_weight: float = 0.001
-    lecam_decay: float = 0.999
-    base_channels: int = 128
-    num_stages: int = 3
-
-
-@dataclass
-class DistillationLossConfig:
-    weight: float = 0.0
-    pixel_weight: float = 0.5
-
-
-@dataclass
-class LossesConfig:
-    reconstruction: ReconstructionLossConfig = field(default_factory=ReconstructionLossConfig)
-    perceptual: PerceptualLossConfig = field(default_factory=PerceptualLossConfig)
-    topology: TopologyLossConfig = field(default_factory=TopologyLossConfig)
-    itc: ITCLossConfig = field(default_factory=ITCLossConfig)
-    adversarial: AdversarialLossConfig = field(default_factory=AdversarialLossConfig)
-    distillation: DistillationLossConfig = field(default_factory=DistillationLossConfig)
-
-
-@dataclass
-class DatasetParamsConfig:
-    train_shards_path_or_url: Any = "${oc.env:DATA_DIR}/train-{000000..000007}.tar"
-    eval_shards_path_or_url: Any = "${oc.env:DATA_DIR}/val-{000000..000001}.tar"
-    num_workers_per_gpu: int = 8
-    shuffle_buffer: int = 1000
-    resampled: bool = False
-    cache_in_memory: bool = False
-    eval_batch_size: int = 32
-    max_eval_images: int | None = None
-
-
-@dataclass
-class PreprocessingConfig:
-    resize_shorter_edge: int = 224
-    crop_size: int = 224
-    random_crop: bool = True
-    random_flip: bool = True
-
-
-@dataclass
-class DatasetConfig:
-    params: DatasetParamsConfig = field(default_factory=DatasetParamsConfig)
-    preprocessing: PreprocessingConfig = field(default_factory=PreprocessingConfig)
-    max_bad_fraction: float = 0.01
-
-
-@dataclass
-class OptimizerParamsConfig:
-    learning_rate: float = 4e-4
-    discriminator_learning_rate: float = 1e-4
-    beta1: float = 0.9
-    beta2: float = 0.999
-    weight_decay: float = 1e-4
-
-
-@dataclass
-class OptimizerConfig:
-    name: str = "adamw"
-    params: OptimizerParamsConfig = field(default_factory=OptimizerParamsConfig)
-    lr_multipliers: dict[str, float] = _dict()
-
-
-@dataclass
-class SchedulerParamsConfig:
-    warmup_steps: int = 2000
-    end_lr: float = 1e-5
-    hold_fraction: float = 0.0
-
-
-@dataclass
-class SchedulerConfig:
-    scheduler: str = "cosine"
-    params: SchedulerParamsConfig = field(default_factory=SchedulerParamsConfig)
-
-
-@dataclass
-class TrainingConfig:
-    stage: str = "topology_warmup"
-    trainable: list[str] | None = None
-    seed: int = 42
-    max_train_steps: int = 50000
-    per_gpu_batch_size: int = 48
-    global_batch_size: int | None = None
-    gradient_accumulation_steps: int = 1
-    max_grad_norm: float = 1.0
-    mixed_precision: str = "bf16"
-    use_ema: bool = True
-    ema_decay: float = 0.999
-    max_skipped_steps: int = 0
-    find_unused_parameters: bool | None = None
-
-
-@dataclass
-class ExperimentConfig:
-    name: str = "muse"
-    output_dir: str = "outputs/muse"
-    init_from: str | None = None
-    resume: bool = True
-    log_every: int = 50
-    save_every: int = 5000
-    keep_last: int = 2
-    keep_every: int | None = None
-    eval_every: int = 5000
-    generate_every: int = 5000
-    num_pictures: int = 8
-    log_grad_every: int = 0
-    tracker: str = "none"
-
-
-@dataclass
-class Config:
-    model: ModelConfig = field(default_factory=ModelConfig)
-    teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    losses: LossesConfig = field(default_factory=LossesConfig)
-    dataset: DatasetConfig = field(default_factory=DatasetConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    lr_scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    experiment: ExperimentConfig = field(default_factory=ExperimentConfig)
 
 
 # ---------------------------------------------------------------------------------------------------- routing
@@ -371,7 +136,9 @@ def _file_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[DictConfig]:
     if not isinstance(content, DictConfig):
         raise ConfigError(f"{path}: a configuration must be a mapping of sections")
     bases = content.pop("base", None) or []
-    bases = [bases] if isinstance(bases, str) else list(bases)
+    bases = [bases] if isinstance(bases, str) else bases
+    if not isinstance(bases, (list, ListConfig)) or not all(isinstance(base, str) for base in bases):
+        raise ConfigError(f"{path}: base must be a file name or a list of file names, got {bases!r}")
     layers = [layer for base in bases for layer in _file_layers(path.parent / base, (*seen, path.resolve()))]
     return [*layers, content]
 
@@ -387,6 +154,8 @@ def _overrides(overrides: Sequence[str]) -> DictConfig:
 
 
 def _merge(schema: DictConfig, layers: Sequence[DictConfig], prefix: str = "") -> DictConfig:
+    for layer in layers:
+        _check_sections(schema, layer, prefix)
     try:
         return OmegaConf.merge(schema, *layers)
     except (ConfigKeyError, ConfigAttributeError) as error:
@@ -398,6 +167,16 @@ def _merge(schema: DictConfig, layers: Sequence[DictConfig], prefix: str = "") -
         raise ConfigError(f"{prefix}{error.full_key} cannot be changed") from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"configuration not valid: {str(error).splitlines()[0]}") from None
+
+
+def _check_sections(schema: DictConfig, layer: DictConfig, prefix: str) -> None:
+    """OmegaConf does not say which section it was that got a value in place of keys."""
+    for name in layer:
+        mine, given = schema._get_node(name, validate_access=False), layer._get_node(name)
+        if isinstance(mine, DictConfig) and not isinstance(given, DictConfig):
+            raise ConfigError(f"wrong type for {prefix}{name}: a section of keys was expected, got {given!r}")
+        if isinstance(mine, DictConfig):
+            _check_sections(mine, given, f"{prefix}{name}.")
 
 
 def _all_keys(node: DictConfig, prefix: str) -> list[str]:
@@ -429,6 +208,7 @@ def validate(config: DictConfig) -> None:
         if not (value >= 0 and math.isfinite(value)):
             raise ConfigError(f"{key} must be zero or more, got {value}")
     _check_model(config.model)
+    _check_latent(config.model)
     _check_losses(config)
     _check_crop(config)
 
@@ -438,6 +218,10 @@ def _check_model(model: DictConfig) -> None:
         raise ConfigError(f"model.dim={model.dim} must be model.num_heads={model.num_heads} times an even head width")
     if model.routing == "shared" and model.join_semantics:
         raise ConfigError("model.join_semantics=true is impossible with model.routing=shared: there S is the value stream")
+
+
+def _check_latent(model: DictConfig) -> None:
+    # Not part of `_check_model`: a saved model with a `decoder_adapter` has two widths and the source `random`.
     channels = model.decoder.config.get("latent_channels")
     if channels is not None and channels != model.latent_dim and model.decoder.source == "random":
         raise ConfigError(f"model.latent_dim={model.latent_dim} but model.decoder.config.latent_channels={channels}")

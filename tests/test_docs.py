@@ -1,5 +1,6 @@
 """The documents: every key, test, link and fault they name exists, and their examples run."""
 import ast
+import functools
 import itertools
 import re
 import shutil
@@ -41,6 +42,7 @@ def fidelity_rows() -> dict[int, list[str]]:
     return rows
 
 
+@functools.cache
 def defined_tests(file: Path) -> set[str]:
     """Names of the test functions of a file, methods of its classes included."""
     tree = ast.parse(file.read_text(encoding="utf-8"))
@@ -66,12 +68,13 @@ def test_every_key_of_the_comparison_exists():
 
 def test_every_test_of_the_comparison_exists():
     for number, cells in fidelity_rows().items():
-        named = re.findall(r"`([^`]+)`", cells[6])
+        named = re.findall(r"`(tests/[^`]+::[^`]+)`", cells[6])
         assert named or re.fullmatch(r"— \w.*", cells[6]), f"row {number}: a test, or — and why there is none"
-        for reference in named:
+    for document in DOCS:
+        for reference in re.findall(r"`(tests/[^`]+::[^`]+)`", document.read_text(encoding="utf-8")):
             path, _, function = reference.partition("::")
-            assert (ROOT / path).is_file(), f"row {number}: no file {path}"
-            assert function in defined_tests(ROOT / path), f"row {number}: {path} has no {function}"
+            assert (ROOT / path).is_file(), f"{document.name}: no file {path}"
+            assert function in defined_tests(ROOT / path), f"{document.name}: {path} has no {function}"
 
 
 # ------------------------------------------------------------------------------------------------ all documents

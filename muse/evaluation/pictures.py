@@ -9,17 +9,17 @@ from muse.utils.viz_utils import tile
 def comparison_sheet(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
     """(B,3,H,W) pairs -> (3,h,w): originals, reconstructions, and three times their absolute difference."""
     difference = (3 * (real - fake).abs()).clamp(0, 1)
-    return tile([list(real), list(fake), list(difference)], ["original", "reconstruction", "difference ×3"])
+    return tile([list(real), list(fake), list(difference)], ["original", "reconstruction", "difference x3"])
 
 
 def palette(num_classes: int) -> torch.Tensor:
-    """(K,3) colours in [0,1], class 0 black: the bits of the class number spread over the channels, as PASCAL VOC does."""
-    labels = torch.arange(num_classes)
-    colours = torch.zeros(num_classes, 3, dtype=torch.long)
-    for bit in range(8):
-        for channel in range(3):
-            colours[:, channel] |= ((labels >> (3 * bit + channel)) & 1) << (7 - bit)
-    return colours.float() / 255
+    """(K,3) colours in [0,1]: class 0 black, the others bright, hues a golden angle apart so that neighbours differ."""
+    turns = torch.arange(num_classes) * 0.618034
+    value = 1 - 0.35 * ((torch.arange(num_classes) // 5) % 2)[:, None]
+    hue = (turns[:, None] + torch.tensor([0.0, 2 / 3, 1 / 3])) % 1
+    colours = ((6 * hue - 3).abs() - 1).clamp(0, 1) * value
+    colours[:1] = 0
+    return colours
 
 
 def colour_labels(labels: torch.Tensor, num_classes: int) -> torch.Tensor:

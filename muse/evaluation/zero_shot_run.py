@@ -5,7 +5,7 @@ import hashlib
 import json
 import logging
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ def class_names(args: argparse.Namespace, loader) -> tuple[list[str], str]:
 
 
 def text_weights(
-    teacher, teacher_facts: dict, names: Sequence[str], templates: Sequence[Template], folder: str | Path
+    encode: Callable, teacher_facts: dict, names: Sequence[str], templates: Sequence[Template], folder: str | Path
 ) -> torch.Tensor:
     """`class_embeddings`, kept in `folder` under the hash of the text tower and of every prompt."""
     texts = [prompts(name, templates) for name in names]
@@ -46,7 +46,7 @@ def text_weights(
     if path.exists():
         logger.info("text weights from %s", path)
         return torch.load(path, weights_only=True)
-    weights = class_embeddings(teacher, names, templates).cpu()
+    weights = class_embeddings(encode, names, templates).cpu()
     if is_main():
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(".part")
@@ -83,12 +83,15 @@ def run_zero_shot(args: argparse.Namespace, cfg) -> tuple[dict, dict] | None:
     names, names_from = class_names(args, loader)
     templates = read_lines(args.templates, "template") if args.templates else imagenet_prompts()[1]
     model = cli.load_model(args, cfg)
-    teacher = build_text_teacher(plain(cfg.teacher.text)).to(args.device)
+    teacher = build_text_teacher(plain(cfg.teacher.text))
+    if teacher is None:
+        raise ConfigError("zero-shot needs a text tower: teacher.text.kind is none")
+    teacher = teacher.to(args.device)
     if teacher.dim != cfg.model.semantic_dim:
         raise ConfigError(f"the text tower gives width {teacher.dim}, model.semantic_dim is {cfg.model.semantic_dim}")
     tower = {"kind": cfg.teacher.text.kind, "source": cfg.teacher.text.source, "weights_sha256": state_sha256(teacher)}
     with runs.one_line_errors("zero-shot"):
-        weights = text_weights(teacher, tower, names, templates, f"{args.output_dir}/text")
+        weights = text_weights(teacher.encode, tower, names, templates, f"{args.output_dir}/text")
         own = embed_data(model, loader, args.device, fields)
         data = runs.data_facts(loader, cfg)
         order = all_rows(own["indices"]).argsort()
@@ -100,7 +103,7 @@ def run_zero_shot(args: argparse.Namespace, cfg) -> tuple[dict, dict] | None:
         if args.retrieval:
             captions = [captions[i] for i in order.tolist()]
             distinct = list(dict.fromkeys(captions))
-            texts = torch.cat([teacher(distinct[i : i + 256]).float().cpu() for i in range(0, len(distinct), 256)])
+            texts = teacher.encode(distinct).float().cpu()
             row = {caption: i for i, caption in enumerate(distinct)}
             found = retrieval(images, texts[[row[c] for c in captions]], captions, args.retrieval, seed=cfg.training.seed)
             values |= {f"retrieval_{name}": value for name, value in found.items()}

