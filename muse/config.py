@@ -47,7 +47,9 @@ POSITIVE = ("model.dim", "model.num_heads", "model.num_blocks", "model.unshuffle
             "experiment.log_every")
 NOT_NEGATIVE = ("losses.reconstruction.weight", "losses.perceptual.weight", "losses.topology.weight", "losses.itc.weight",
                 "losses.adversarial.weight", "losses.distillation.weight", "dataset.params.num_workers_per_gpu",
-                "optimizer.params.learning_rate", "lr_scheduler.params.warmup_steps", "dataset.max_bad_fraction")
+                "optimizer.params.learning_rate", "lr_scheduler.params.warmup_steps", "dataset.max_bad_fraction",
+                "training.max_skipped_steps", "training.max_grad_norm", "experiment.keep_last", "experiment.save_every",
+                "experiment.eval_every", "experiment.generate_every")
 
 
 # ---------------------------------------------------------------------------------------------------- loading

@@ -60,13 +60,12 @@ def reconstruct_files(model, files: Sequence[Path], folder: Path,
                       max_side: int = 2048) -> tuple[list[Reconstructed], list[tuple[Path, str]]]:
     """Write `NAME.png` (the reconstruction) and `NAME_compare.png` (input beside it) for each file.
 
-    Returns the results and the files that could not be read, with the reason.
+    Returns the results and the files that could not be read, with the reason. `DataError` where a result would overwrite an input.
     """
     results: list[Reconstructed] = []
     failed: list[tuple[Path, str]] = []
     device = next(model.parameters()).device
-    taken: set[str] = set()
-    for file in files:
+    for file, target, both in name_results(files, folder):
         try:
             image = fit_side(read_image(file), max_side)
         except DataError as error:
@@ -74,11 +73,24 @@ def reconstruct_files(model, files: Sequence[Path], folder: Path,
             continue
         with torch.inference_mode():
             recon = model.reconstruct(image[None].to(device))[0].cpu()
-        stem = file.stem if file.stem not in taken else file.name.replace(".", "_")
-        taken.add(stem)
-        target, both = folder / f"{stem}.png", folder / f"{stem}_compare.png"
         save_image(recon, target)
         save_image(tile([[image, recon]]), both)
         error = (recon - image).square().mean().clamp_min(1e-12)
         results.append(Reconstructed(file, target, both, *image.shape[-2:], float(-10 * error.log10())))
     return results, failed
+
+
+def name_results(files: Sequence[Path], folder: Path) -> list[tuple[Path, Path, Path]]:
+    """(input, reconstruction, comparison) for each file, no two results under one name and none over an input."""
+    named, taken, inputs = [], set(), {file.resolve() for file in files}
+    for file in files:
+        for stem in (file.stem, file.name.replace(".", "_"), *(f"{file.stem}_{number}" for number in range(2, len(files) + 2))):
+            targets = folder / f"{stem}.png", folder / f"{stem}_compare.png"
+            if taken.isdisjoint(targets):
+                break
+        clash = inputs & {target.resolve() for target in targets}
+        if clash:
+            raise DataError(f"{clash.pop()}: would be overwritten by a reconstruction; choose another output directory")
+        taken.update(targets)
+        named.append((file, *targets))
+    return named

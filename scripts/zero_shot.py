@@ -1,4 +1,5 @@
 """Zero-shot classification (top-1, top-5) and, if asked for, caption retrieval, into OUTPUT_DIR/metrics.json."""
+
 import sys
 
 from muse.utils import cli
@@ -10,11 +11,18 @@ def main(argv=None) -> int:
 
     parser = cli.parser(__doc__, checkpoint=True)
     runs.add_flags(parser, "outputs/zero_shot")
-    parser.add_argument("--classnames", default=None,
-                        help="file, one name a line in the order of the labels; default: classes.txt beside the shards, the class "
-                             "folders' names, else open_clip's ImageNet names")
-    parser.add_argument("--templates", default=None, help="file, one template a line with {} for the name; default: open_clip's 80")
-    parser.add_argument("--retrieval", type=int, default=0, metavar="K", help="also caption retrieval among K (the data needs captions)")
+    parser.add_argument(
+        "--classnames",
+        default=None,
+        help="file, one name a line in the order of the labels; default: classes.txt beside the shards, the class "
+        "folders' names, else open_clip's ImageNet names",
+    )
+    parser.add_argument(
+        "--templates", default=None, help="file, one template a line with {} for the name; default: open_clip's 80"
+    )
+    parser.add_argument(
+        "--retrieval", type=int, default=0, metavar="K", help="also caption retrieval among K (the data needs captions)"
+    )
     args = cli.parse(parser, argv)
     cfg = cli.load_cfg(args)
     from muse.evaluation.zero_shot_run import run_zero_shot

@@ -22,10 +22,13 @@ PER_NODE="${NUM_GPUS:-$(( GPUS > 0 ? GPUS : 1 ))}"
 TOTAL=$(( PER_NODE * NODES ))
 SCRIPT=("$ROOT/scripts/train_stage$STAGE.py" --config "$CONFIG" ${OVERRIDES[@]+"${OVERRIDES[@]}"} "$@")
 if [ "$TOTAL" -eq 1 ]; then exec "$PYTHON" "${SCRIPT[@]}"; fi
-LAUNCH=(--num_processes "$TOTAL" --num_machines "$NODES" --machine_rank "${NODE_RANK:-0}" --main_process_port "${MASTER_PORT:-29500}"
-        --dynamo_backend no --mixed_precision no)
-[ -n "${MASTER_ADDR:-}" ] && LAUNCH+=(--main_process_ip "$MASTER_ADDR")
 if [ "$GPUS" -eq 0 ]; then
-  LAUNCH+=(--cpu --num_cpu_threads_per_process "$(( $(nproc) / PER_NODE > 0 ? $(nproc) / PER_NODE : 1 ))")
-else LAUNCH+=(--multi_gpu); fi
+  # accelerate starts one process where it is told --cpu; torchrun starts as many as asked, and accelerate finds them over gloo.
+  export ACCELERATE_USE_CPU=true OMP_NUM_THREADS="${OMP_NUM_THREADS:-$(( $(nproc) / PER_NODE > 0 ? $(nproc) / PER_NODE : 1 ))}"
+  exec "$PYTHON" -m torch.distributed.run --nproc_per_node "$PER_NODE" --nnodes "$NODES" --node_rank "${NODE_RANK:-0}" \
+    --master_addr "${MASTER_ADDR:-127.0.0.1}" --master_port "${MASTER_PORT:-29500}" "${SCRIPT[@]}"
+fi
+LAUNCH=(--num_processes "$TOTAL" --num_machines "$NODES" --machine_rank "${NODE_RANK:-0}" --main_process_port "${MASTER_PORT:-29500}"
+        --multi_gpu --dynamo_backend no --mixed_precision no)
+[ -n "${MASTER_ADDR:-}" ] && LAUNCH+=(--main_process_ip "$MASTER_ADDR")
 exec "$PYTHON" -m accelerate.commands.launch "${LAUNCH[@]}" "${SCRIPT[@]}"

@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 CONFIGS = Path(muse.__file__).parents[1] / "configs" / "muse_tiny"
 STAGES = ("stage0", "stage1", "stage2", "stage3")
 # Seconds of one stage-0 step on the machine the default plan was made for; a slower one gets fewer steps (`Plan.fitted`).
-REFERENCE_STEP = 0.60
+REFERENCE_STEP = 0.55
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Plan:
 
     steps: tuple[int, int, int, int]
     images: int = 3000
-    probe_images: int = 800
+    probe_images: int = 600
     val_images: int | None = None
     limited: bool = True
 
@@ -52,7 +52,7 @@ class Plan:
 
 
 PLANS = {
-    "default": Plan((150, 260, 110, 110), limited=False),
+    "default": Plan((200, 160, 200, 140)),
     "fast": Plan((12, 12, 10, 8), images=160, probe_images=120, val_images=64, limited=False),
     "full": Plan((600, 1200, 1200, 1200), images=6000, probe_images=2000, limited=False),
 }

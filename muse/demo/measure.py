@@ -50,7 +50,7 @@ class Pictures:
 class Yardstick:
     """Everything that stays the same between measurements: pictures, teachers, baselines. `measure(model)` gives the numbers."""
 
-    def __init__(self, cfg: DictConfig, topology_teacher: Callable, text_teacher: Callable, probe_images: int = 800,
+    def __init__(self, cfg: DictConfig, topology_teacher: Callable, text_teacher: Callable, probe_images: int = 600,
                  val_images: int | None = None):
         params = cfg.dataset.params
         self.train = Pictures.load(cfg, params.train_shards_path_or_url, probe_images)
@@ -111,7 +111,8 @@ class Yardstick:
             pool = (lambda x: x) if name == "semantic" else (lambda x: x.mean((2, 3)))
             probes[name] = train_linear_probe(pool(train[name]), self.train.labels, pool(val[name]), self.val.labels,
                                               len(self.classes)).last
-        iou = {name: foreground_iou(train[name], self.train.masks, val[name], self.val.masks) for name in ("block", "encoder")}
+        iou = {name: foreground_iou(train[name], self.train.masks, val[name], self.val.masks, steps=200)
+               for name in ("block", "encoder")}
         return {
             **quality, "topology": topology,
             "retrieval_r1": found["image_to_text_r1"], "retrieval_r5": found["image_to_text_r5"], "retrieval": found,

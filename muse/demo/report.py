@@ -65,6 +65,13 @@ def text_table(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
+def markdown_table(results: dict[str, Any]) -> str:
+    """The table for a README."""
+    head = ["after stage", *(name.split(" ", 1)[0] for name in STAGE_NAMES.values()), "without training"]
+    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * len(STAGE_NAMES) + "---|"]
+    return "\n".join([*lines, *(f"| {name} | {' | '.join(values)} | {baseline} |" for name, values, baseline in rows(results))]) + "\n"
+
+
 def routing_line(results: dict[str, Any]) -> str:
     """One sentence about the gradient check."""
     agrees = results["routing"]["agrees"]
@@ -88,6 +95,7 @@ def write_report(output: Path, results: dict[str, Any], model: Any, yardstick: A
     body = "".join("<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in (name, *values, baseline)) + "</tr>"
                    for name, values, baseline in rows(results))
     parts.append(f"<h2>Numbers</h2><table><tr>{head}</tr>{body}</table><p>{html.escape(routing_line(results))}.</p>")
+    (output / "table.md").write_text(markdown_table(results))
     path = output / "report.html"
     path.write_text("\n".join(parts) + "\n")
     return path
@@ -104,7 +112,7 @@ def _intro(results: dict[str, Any]) -> str:
 def draw(output: Path, model: Any, yardstick: Any, teacher: Any) -> list[tuple[Path, str]]:
     """Reconstructions and attention of held-out pictures; (file, caption)."""
     val = yardstick.val
-    chosen = torch.linspace(0, len(val.images) - 1, 2 * COLUMNS).round().long()
+    chosen = _different(val.text, 2 * COLUMNS)
     images = val.images[chosen]
     with torch.inference_mode():
         recon = model.reconstruct(images)
@@ -118,6 +126,14 @@ def draw(output: Path, model: Any, yardstick: Any, teacher: Any) -> list[tuple[P
     save_image(attention_sheet(images[:COLUMNS], encoding, queries, target), output / "attention.png")
     return [(output / "reconstructions.png", "Reconstructions of pictures it has never seen"),
             (output / "attention.png", "What each block attends to, from the framed cell")]
+
+
+def _different(captions: list[str], count: int) -> Tensor:
+    """Places of `count` pictures, spread over the set, with as few captions twice as can be."""
+    first = list({caption.split(",")[0]: index for index, caption in reversed(list(enumerate(captions)))}.values())
+    rest = [index for index in range(len(captions)) if index not in set(first)]
+    pool = sorted(first) if len(first) >= count else sorted(first) + rest[:count - len(first)]
+    return torch.tensor(pool)[torch.linspace(0, len(pool) - 1, min(count, len(pool))).round().long()]
 
 
 def _query(cells: Tensor, grid: tuple[int, int]) -> int:

@@ -18,7 +18,8 @@ class Evaluator:
         a callable images -> (B, D) is used for the fd_ metric named, or adds fd_<its name>.
     device: where the images of `update` are moved and where sums are kept.
     expect: the number of images that must have been seen, over all processes, at `compute`.
-    inception_weights, feature_weights, lpips_weights: local files instead of each library's download; lpips_net: alex, vgg, squeeze.
+    inception_weights, feature_weights, lpips_weights: local files instead of each library's download.
+    lpips_net: alex, vgg or squeeze.
 
     ConfigError for an unknown name; DataError or CheckpointError when a network's weights cannot be had.
     """
@@ -79,14 +80,16 @@ class Evaluator:
         return values
 
     def protocol(self) -> dict:
-        """After `compute`: the number of images, and the networks behind the metrics with the SHA-256 of their weights."""
+        """After `compute`: the number of images, and the networks behind the metrics with their weights' SHA-256."""
         networks = {getattr(m, "name", None) or "+".join(m.names): m.protocol for m in self.metrics if m.protocol}
         return {"images": self.total, "feature_networks": networks}
 
 
 @torch.no_grad()
-def reconstruct_batches(model, batches: Iterable[dict], evaluator: Evaluator) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
-    """Reconstruct every batch's `images`, add the pairs to the evaluator, and hand them on (on the evaluator's device)."""
+def reconstruct_batches(
+    model, batches: Iterable[dict], evaluator: Evaluator
+) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+    """Reconstruct every batch's `images`, add the pairs to the evaluator, and hand them on (on its device)."""
     for batch in batches:
         real = batch["images"].to(evaluator.device)
         fake = model.reconstruct(real)
@@ -95,9 +98,14 @@ def reconstruct_batches(model, batches: Iterable[dict], evaluator: Evaluator) ->
 
 
 def evaluate_reconstruction(
-    model, batches: Iterable[dict], metrics: Sequence[str] = ("psnr", "ssim"), feature_network=None, device="cpu", **options
+    model,
+    batches: Iterable[dict],
+    metrics: Sequence[str] = ("psnr", "ssim"),
+    feature_network=None,
+    device="cpu",
+    **options,
 ) -> dict[str, float]:
-    """Metrics of `model.reconstruct` over batches with `images`; options go to `Evaluator`. Every process must call it."""
+    """Metrics of `model.reconstruct` over batches with `images`; options go to `Evaluator`. All processes call it."""
     evaluator = Evaluator(metrics, feature_network, device, **options)
     for _ in reconstruct_batches(model, batches, evaluator):
         pass

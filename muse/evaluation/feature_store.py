@@ -1,8 +1,8 @@
 """Features on disk: extracted once, then memory-mapped.
 
-A store is a folder named by the hash of what the features depend on. Every process writes its own rows as they come (one
-batch in memory at a time); process 0 then puts all rows in data-set order. 1.28 million images of 512 float32 features are
-2.6 GB of disk, and reading them back takes page cache, not memory of the process.
+A store is a folder named by the hash of what the features depend on. Every process writes its own rows as they come
+(one batch in memory at a time); process 0 then puts all rows in data-set order. 1.28 million images of 512 float32
+features are 2.6 GB of disk, and reading them back takes page cache, not memory of the process.
 """
 
 import contextlib
@@ -45,10 +45,10 @@ def stored_features(
     extract: Callable[[], Iterable[dict[str, np.ndarray]]],
     notes: Callable[[], dict] = dict,
 ) -> tuple[dict[str, np.ndarray], dict]:
-    """(name -> memory-mapped array of all samples in data-set order, notes): the store of `facts`, or a new one from `extract()`.
+    """The store of `facts`, or a new one from `extract()`: name -> memory-mapped array in data-set order, and notes.
 
-    extract: yields this process's batches, name -> array with one row a sample, `indices` among them. notes: asked once after it,
-    kept with the store and given back whenever it is read. DataError when there were no samples.
+    extract: yields this process's batches, name -> array with one row a sample, `indices` among them. notes: asked
+    once after it, kept with the store and given back whenever it is read. DataError when there were no samples.
     """
     target = Path(folder) / store_key(facts)
     if all(all_objects((target / "facts.json").exists())):

@@ -1,7 +1,7 @@
 """Feature networks of the Fréchet distance `fd_<name>`: frozen, [0,1] images in, (B, D) pooled features out.
 
-`REGISTRY` names those that need a builder of their own; any other name is taken as timm's. A distance in such a space is
-never called FID.
+`REGISTRY` names those that need a builder of their own; any other name is taken as timm's. A distance in such a space
+is never called FID.
 """
 
 import hashlib

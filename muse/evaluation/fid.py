@@ -2,9 +2,10 @@
 
     d² = |μ₁ − μ₂|² + tr Σ₁ + tr Σ₂ − 2 tr (Σ₁ Σ₂)^½
 
-The trace of the root is the sum of the roots of the eigenvalues of Σ₁Σ₂. With Σ₁ = L Lᵀ the symmetric product Lᵀ Σ₂ L has the
-same non-zero eigenvalues, so no matrix root is taken and no imaginary part can appear. L comes from a Cholesky factorisation
-with pivoting, which stops at the rank of Σ₁: fewer samples than dimensions need no special case.
+The trace of the root is the sum of the roots of the eigenvalues of Σ₁Σ₂. With Σ₁ = L Lᵀ the symmetric product Lᵀ Σ₂ L
+has the same non-zero eigenvalues, so no matrix root is taken and no imaginary part can appear. L comes from a
+Cholesky factorisation with pivoting, which stops at the rank of Σ₁: fewer samples than dimensions need no special
+case.
 """
 
 import numpy as np
@@ -36,16 +37,17 @@ def _float64(value, name: str, dims: int) -> torch.Tensor:
 
 
 def frechet_distance(mean1, cov1, mean2, cov2) -> float:
-    """Squared Fréchet (2-Wasserstein) distance of N(mean1, cov1) and N(mean2, cov2); arrays or tensors, (D,) and (D, D).
+    """Squared Fréchet (2-Wasserstein) distance of N(mean1, cov1) and N(mean2, cov2), arrays or tensors (D,) and (D, D).
 
-    Computed in float64 on the CPU. Never negative. ValueError on shapes that do not fit or on values that are not finite.
+    In float64 on the CPU; never negative. ValueError on shapes that do not fit or on values that are not finite.
     """
     mean1, mean2 = _float64(mean1, "mean1", 1), _float64(mean2, "mean2", 1)
     cov1, cov2 = _float64(cov1, "cov1", 2), _float64(cov2, "cov2", 2)
     dim = len(mean1)
     if len(mean2) != dim or cov1.shape != (dim, dim) or cov2.shape != (dim, dim):
         raise ValueError(
-            f"feature widths differ: means {dim} and {len(mean2)}, covariances {tuple(cov1.shape)} and {tuple(cov2.shape)}"
+            f"feature widths differ: means {dim} and {len(mean2)}, "
+            f"covariances {tuple(cov1.shape)} and {tuple(cov2.shape)}"
         )
     cov1, cov2 = (cov1 + cov1.T) / 2, (cov2 + cov2.T) / 2
     factor = semidefinite_factor(cov1)

@@ -36,7 +36,7 @@ class BareEncoder(nn.Module):
         self.eval()
 
     def features(self, images: torch.Tensor, kind: str = "encoder") -> torch.Tensor:
-        """(B,3,H,W) in [0,1] -> (B,C,h,w): patch tokens, averaged over each unshuffle cell as MUSE_ViT.features does."""
+        """(B,3,H,W) in [0,1] -> (B,C,h,w): patch tokens, averaged over unshuffle cells as MUSE_ViT.features does."""
         rows, columns = padding_to_multiple(images.shape[-2:], self.patch * self.unshuffle)
         images = F.pad(images, (0, columns, 0, rows), mode="replicate") if rows or columns else images
         tokens = self.encoder(pixel_values=(images - self.mean) / self.std).last_hidden_state[:, 1:]
@@ -46,12 +46,22 @@ class BareEncoder(nn.Module):
 
 def add_flags(parser: argparse.ArgumentParser, feature: str) -> None:
     """--checkpoint, --feature (with this default), --baseline, --cache_dir."""
-    parser.add_argument("--checkpoint", default=None, help="what to probe; not needed for a baseline that does not look at it")
+    parser.add_argument(
+        "--checkpoint", default=None, help="what to probe; not needed for a baseline that does not look at it"
+    )
     parser.add_argument("--feature", default=feature, choices=FEATURES, help="which features of the model")
-    parser.add_argument("--baseline", nargs="?", const="encoder", default=None, choices=("encoder", "pixels"),
-                        help="probe instead the bare encoder (as its source gives it; the checkpoint's where the source is "
-                             "random), or the picture shrunk to 16x16 pixels")
-    parser.add_argument("--cache_dir", "--cache-dir", default=None, help="where extracted features stay; default OUTPUT_DIR/features")
+    parser.add_argument(
+        "--baseline",
+        nargs="?",
+        const="encoder",
+        default=None,
+        choices=("encoder", "pixels"),
+        help="probe instead the bare encoder (as its source gives it; the checkpoint's where the source is "
+        "random), or the picture shrunk to 16x16 pixels",
+    )
+    parser.add_argument(
+        "--cache_dir", "--cache-dir", default=None, help="where extracted features stay; default OUTPUT_DIR/features"
+    )
 
 
 def feature_network(args: argparse.Namespace, cfg: Any) -> tuple[Callable[[torch.Tensor], torch.Tensor], dict]:
@@ -63,21 +73,35 @@ def feature_network(args: argparse.Namespace, cfg: Any) -> tuple[Callable[[torch
         facts = {"feature": "bare encoder", "source": cfg.model.encoder.source, "weights_sha256": state_sha256(encoder)}
         return lambda images: encoder.features(images.to(args.device)), facts
     if args.checkpoint is None:
-        raise CheckpointError("--checkpoint is needed: only --baseline pixels, and the bare encoder of a pretrained source, go without")
+        raise CheckpointError(
+            "--checkpoint is needed: only --baseline pixels, and the bare encoder of a pretrained source, go without"
+        )
     from muse.models.loading import weights_file
 
     model = cli.load_model(args, cfg)
     kind = "encoder" if args.baseline else args.feature
     sha256 = cli.sha256(weights_file(args.checkpoint))
     routing = {key: cfg.model[key] for key in ("routing", "join_semantics")}
-    return lambda images: model.features(images.to(args.device), kind), {"feature": kind, "checkpoint_sha256": sha256, **routing}
+    return lambda images: model.features(images.to(args.device), kind), {
+        "feature": kind,
+        "checkpoint_sha256": sha256,
+        **routing,
+    }
 
 
 def frozen_features(
-    args: argparse.Namespace, cfg: Any, network: Callable, network_facts: dict, source: str | None, default: str, target: str,
-    pooled: bool, **options,
+    args: argparse.Namespace,
+    cfg: Any,
+    network: Callable,
+    network_facts: dict,
+    source: str | None,
+    default: str,
+    target: str,
+    pooled: bool,
+    **options,
 ) -> tuple[np.ndarray, np.ndarray, dict]:
-    """Features and targets (`labels` or `masks`) of a whole data set as memory-mapped arrays, and the facts for the protocol.
+    """Features and targets (`labels` or `masks`) of a whole data set as memory-mapped arrays, and the facts for the
+    protocol.
 
     pooled: mean over the grid, (N,C); else the maps, (N,C,h,w). Extracted once per network, feature, crop and data.
     """

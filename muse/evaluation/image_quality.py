@@ -1,8 +1,8 @@
 """PSNR and SSIM of [0,1] images, one value an image.
 
-SSIM is Wang et al. 2004: Gaussian window 11×11, σ 1.5, data range 1, K = .01, .03, population covariance, border of five
-pixels left out, mean over channels. It equals scikit-image's `structural_similarity(gaussian_weights=True, sigma=1.5,
-use_sample_covariance=False, data_range=1)`.
+SSIM is Wang et al. 2004: Gaussian window 11×11, σ 1.5, data range 1, K = .01, .03, population covariance, border of
+five pixels left out, mean over channels. It equals scikit-image's `structural_similarity(gaussian_weights=True,
+sigma=1.5, use_sample_covariance=False, data_range=1)`.
 """
 
 import torch
@@ -63,9 +63,11 @@ def _ssim_chunk(real: torch.Tensor, fake: torch.Tensor, window: torch.Tensor) ->
 
 
 def ssim(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
-    """(B,3,H,W) twice -> (B,) float64; float32 inside (float64 for float64 images). ValueError under 11 pixels a side."""
+    """(B,3,H,W) twice -> (B,) float64; float32 inside (float64 for float64 images). ValueError under 11 pixels."""
     if min(real.shape[-2:]) < WINDOW:
-        raise ValueError(f"SSIM needs images of at least {WINDOW}×{WINDOW} pixels, got {real.shape[-2]}×{real.shape[-1]}")
+        raise ValueError(
+            f"SSIM needs images of at least {WINDOW}×{WINDOW} pixels, got {real.shape[-2]}×{real.shape[-1]}"
+        )
     dtype = torch.float64 if real.dtype == torch.float64 and real.device.type != "mps" else torch.float32
     window = gaussian_window(real.device, dtype)
     parts = zip(real.split(_chunk(real)), fake.split(_chunk(fake)), strict=True)

@@ -51,7 +51,8 @@ class Inception(nn.Module):
         except (urllib.error.URLError, OSError) as error:
             raise DataError(
                 f"rfid and is need the file {path.name}, which could not be downloaded ({error}): get it from "
-                f"{URL_INCEPTION_V3} and pass it with --inception-weights FILE (in Python: inception_weights=FILE), or choose other --metrics"
+                f"{URL_INCEPTION_V3} and pass it with --inception-weights FILE (in Python: "
+                "inception_weights=FILE), or choose other --metrics"
             ) from error
         except RuntimeError as error:
             raise DataError(f"{path} does not hold torch-fidelity's Inception weights") from error
@@ -65,7 +66,8 @@ class Inception(nn.Module):
 def inception_score(logits: torch.Tensor, splits: int = 10, seed: int = 2020) -> tuple[float, float]:
     """(N, classes) logits in data-set order -> mean and standard deviation of the score over `splits` parts.
 
-    torch-fidelity's definition and shuffle, so that the numbers agree; fewer images than splits make one split an image.
+    torch-fidelity's definition and shuffle, so that the numbers agree; fewer images than splits make one split an
+    image.
     """
     from torch_fidelity.metric_isc import (
         KEY_METRIC_ISC_MEAN,

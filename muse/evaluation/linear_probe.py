@@ -1,7 +1,7 @@
 """Linear probe on frozen features: BatchNorm without affine parameters, then one linear layer.
 
-SGD with Nesterov momentum and a cosine schedule. Several learning rates train at once: their weights lie side by side in one
-matrix, so every batch of features is read and normalised once for all of them.
+SGD with Nesterov momentum and a cosine schedule. Several learning rates train at once: their weights lie side by side
+in one matrix, so every batch of features is read and normalised once for all of them.
 """
 
 import math
@@ -28,7 +28,8 @@ class Accuracy:
 class ProbeResult:
     """`last` is the final epoch and `best` the best epoch, each of the learning rate that did best there.
 
-    Both learning rates are chosen on the validation set, as the field does; `by_rate` gives the last epoch of all of them.
+    Both learning rates are chosen on the validation set, as the field does; `by_rate` gives the last epoch of all of
+    them.
     """
 
     last: Accuracy
@@ -80,7 +81,10 @@ def _rows(features, index) -> torch.Tensor:
 
 
 class LinearProbe:
-    """BatchNorm (momentum .1, no affine) and R linear heads (C → K), one a learning rate. `weight` (C, R, K), `bias` (R, K)."""
+    """BatchNorm (momentum .1, no affine) and R linear heads C → K, one a learning rate.
+
+    `weight` (C, R, K), `bias` (R, K).
+    """
 
     momentum = 0.9
 
@@ -119,7 +123,9 @@ class LinearProbe:
         """(N, C) tensor or array -> (R, N) class indices on the CPU."""
         self.norm.eval()
         blocks = [slice(i, i + EVAL_BLOCK) for i in range(0, len(features), EVAL_BLOCK)]
-        return torch.cat([self.logits(_rows(features, block).to(self.device)).argmax(-1).T.cpu() for block in blocks], dim=1)
+        return torch.cat(
+            [self.logits(_rows(features, block).to(self.device)).argmax(-1).T.cpu() for block in blocks], dim=1
+        )
 
 
 def train_linear_probe(
@@ -136,8 +142,9 @@ def train_linear_probe(
 ) -> ProbeResult:
     """Probe of (N, C) features (tensor or memory-mapped array) with (N,) labels.
 
-    rates are for a batch of 256 and scale with the batch, as usual. batch_size None: sixteen batches an epoch, of 64 to 1024. Evaluated after every epoch (at most 50 times).
-    ValueError on labels out of range, missing samples, or features of two widths.
+    rates are for a batch of 256 and scale with the batch, as usual. batch_size None: sixteen batches an epoch, of 64
+    to 1024. Evaluated after every epoch (at most 50 times). ValueError on labels out of range, missing samples, or
+    features of two widths.
     """
     num_classes = check_labels(train_labels, num_classes, "training set")
     check_labels(val_labels, num_classes, "validation set")
@@ -157,7 +164,9 @@ def train_linear_probe(
     history: list[tuple[int, list[Accuracy]]] = []
     for epoch in range(1, epochs + 1):
         order = torch.randperm(count, generator=generator)
-        for batch in order[: count // batch_size * batch_size].split(batch_size):  # the odd rest waits for another epoch
+        for batch in order[: count // batch_size * batch_size].split(
+            batch_size
+        ):  # the odd rest waits for another epoch
             index = batch.sort().values  # reads of a mapped file in file order
             probe.step(_rows(train_features, index), train_labels[index], 0.5 * (1 + math.cos(math.pi * step / steps)))
             step += 1
@@ -170,7 +179,9 @@ def train_linear_probe(
 def _result(history, rates, train_labels, val_labels, num_classes) -> ProbeResult:
     last = history[-1][1]
     chosen = max(range(len(rates)), key=lambda i: last[i].micro)
-    best_epoch, best = max(((epoch, score) for epoch, scores in history for score in scores), key=lambda pair: pair[1].micro)
+    best_epoch, best = max(
+        ((epoch, score) for epoch, scores in history for score in scores), key=lambda pair: pair[1].micro
+    )
     return ProbeResult(
         last=last[chosen],
         best=best,
@@ -205,8 +216,16 @@ def run_linear_probe(args, cfg) -> tuple[ProbeResult, dict] | None:
     (train, train_labels, train_facts), (val, val_labels, val_facts) = sets
     with runs.one_line_errors("linear probe"):
         result = train_linear_probe(
-            train, torch.tensor(train_labels), val, torch.tensor(val_labels), args.num_classes, args.learning_rates, args.epochs,
-            args.probe_batch_size, cfg.training.seed, args.device,
+            train,
+            torch.tensor(train_labels),
+            val,
+            torch.tensor(val_labels),
+            args.num_classes,
+            args.learning_rates,
+            args.epochs,
+            args.probe_batch_size,
+            cfg.training.seed,
+            args.device,
         )
     probe = {"epochs": args.epochs, "batch_size": args.probe_batch_size, "learning_rates": args.learning_rates}
     return result, {"network": network_facts, "probe": probe, "train": train_facts, "val": val_facts}

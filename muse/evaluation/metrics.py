@@ -1,7 +1,7 @@
 """The metrics an `Evaluator` can hold: each takes batches of image pairs; a new one is a line of `METRICS`.
 
-A metric has `update(real, fake, indices)`, `compute() -> dict[str, float]` and `protocol` (the network behind it and its
-SHA-256). `compute` sums over processes, changes nothing and can be called again.
+A metric has `update(real, fake, indices)`, `compute() -> dict[str, float]` and `protocol` (the network behind it and
+its SHA-256). `compute` sums over processes, changes nothing and can be called again.
 """
 
 import logging
@@ -64,7 +64,9 @@ class FrechetDistance:
         count, mean1, cov1 = self.real.compute(dim)
         _, mean2, cov2 = self.fake.compute(dim)
         if count < MIN_IMAGES and is_main():
-            logger.warning("%s from %d images: under %d a Fréchet distance is biased upwards", self.name, count, MIN_IMAGES)
+            logger.warning(
+                "%s from %d images: under %d a Fréchet distance is biased upwards", self.name, count, MIN_IMAGES
+            )
         return {self.name: frechet_distance(mean1, cov1, mean2, cov2)}
 
 
@@ -171,7 +173,10 @@ def build_metrics(names: Sequence[str], options: Options) -> list:
             if name == inception[0]:
                 metrics.append(_inception(inception, options))
             continue
-        key = next((key for key in METRICS if name == key or (key.endswith("_") and name.startswith(key) and name != key)), None)
+        key = next(
+            (key for key in METRICS if name == key or (key.endswith("_") and name.startswith(key) and name != key)),
+            None,
+        )
         if key is None:
             known = ", ".join(key + "<network>" if key.endswith("_") else key for key in METRICS)
             raise ConfigError(f"unknown metric '{name}': one of rfid, is, {known}")

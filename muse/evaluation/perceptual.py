@@ -1,4 +1,4 @@
-"""LPIPS as a metric, by the `lpips` package. Distances in other networks are those of muse/models/perceptual_loss.py."""
+"""LPIPS as a metric, by the `lpips` package. Other networks' distances are those of muse/models/perceptual_loss.py."""
 
 import urllib.error
 
@@ -15,8 +15,9 @@ LPIPS_NETS = {"alex": "alexnet", "vgg": "vgg16", "squeeze": "squeezenet1_1"}
 class Lpips(nn.Module):
     """LPIPS v0.1 of the `lpips` package: (B,3,H,W) in [0,1] twice -> (B,).
 
-    weights: a file with torchvision's state dict of the backbone (alex: alexnet, vgg: vgg16, squeeze: squeezenet1_1); None lets
-    torchvision download it. The linear heads come with the package. DataError, one line, when there is neither.
+    weights: a file with torchvision's state dict of the backbone (alex: alexnet, vgg: vgg16, squeeze: squeezenet1_1);
+    None lets torchvision download it. The linear heads come with the package. DataError, one line, when there is
+    neither.
     """
 
     def __init__(self, net: str = "alex", weights: str | None = None):
@@ -50,7 +51,9 @@ class Lpips(nn.Module):
         renamed = {key: state.get("features." + key.split(".", 1)[1]) for key in own}
         wrong = [key for key, value in renamed.items() if value is None or value.shape != own[key].shape]
         if wrong:
-            raise DataError(f"{source} does not hold the weights of LPIPS's backbone: {len(wrong)} tensors differ ({wrong[0]})")
+            raise DataError(
+                f"{source} does not hold the weights of LPIPS's backbone: {len(wrong)} tensors differ ({wrong[0]})"
+            )
         self.network.net.load_state_dict(renamed)
 
     @torch.no_grad()

@@ -28,7 +28,9 @@ def colour_labels(labels: torch.Tensor, num_classes: int) -> torch.Tensor:
     return colours[labels.masked_fill(labels == IGNORE, num_classes)].permute(0, 3, 1, 2)
 
 
-def segmentation_sheet(images: torch.Tensor, masks: torch.Tensor, predictions: torch.Tensor, num_classes: int) -> torch.Tensor:
+def segmentation_sheet(
+    images: torch.Tensor, masks: torch.Tensor, predictions: torch.Tensor, num_classes: int
+) -> torch.Tensor:
     """Pictures, true labels and predicted labels laid half over them, as one (3,h,w) picture."""
     rows = [0.4 * images + 0.6 * colour_labels(labels, num_classes) for labels in (masks, predictions)]
     return tile([list(images), *(list(row) for row in rows)], ["picture", "truth", "prediction"])

@@ -20,19 +20,27 @@ from muse.utils import cli
 def add_flags(parser: argparse.ArgumentParser, output_dir: str, train: bool = False) -> None:
     """Data and output flags, each with `-` or `_`, before or after the release's spelling."""
     if train:
-        parser.add_argument("--train_url", "--train-url", default=None, help="training data; default: the configuration's")
+        parser.add_argument(
+            "--train_url", "--train-url", default=None, help="training data; default: the configuration's"
+        )
     parser.add_argument(
-        "--val_url", "--val-url", default=None,
+        "--val_url",
+        "--val-url",
+        default=None,
         help="shard pattern, directory of shards or of pictures; default: the configuration's evaluation data",
     )
     parser.add_argument("--output_dir", "--output-dir", default=output_dir, help="where metrics.json goes")
-    parser.add_argument("--batch_size", "--batch-size", type=int, default=None, help="images at a time; changes no result")
+    parser.add_argument(
+        "--batch_size", "--batch-size", type=int, default=None, help="images at a time; changes no result"
+    )
     parser.add_argument("--num_workers", "--num-workers", type=int, default=0, help="loader processes")
-    parser.add_argument("--max_images", "--max-images", type=int, default=None, help="only the first so many of each set")
+    parser.add_argument(
+        "--max_images", "--max-images", type=int, default=None, help="only the first so many of each set"
+    )
 
 
 def start(args: argparse.Namespace) -> None:
-    """Join the process group a launcher (torchrun, accelerate) has prepared, if any, and take this process's own device."""
+    """Join the process group a launcher (torchrun, accelerate) has prepared, if any, and take this process's device."""
     # trained weights make denormal activations, which a CPU computes three times slower
     torch.set_flush_denormal(True)
     args.device = cli.device(args.device)
@@ -54,7 +62,9 @@ def finish() -> bool:
     return main
 
 
-def eval_data(args: argparse.Namespace, cfg: Any, source: str | None, default: str, fields: Sequence[str], **options) -> EvalLoader:
+def eval_data(
+    args: argparse.Namespace, cfg: Any, source: str | None, default: str, fields: Sequence[str], **options
+) -> EvalLoader:
     """Loader of this process's part of `source`, or of `dataset.params.<default>` when it is None."""
     params, preprocessing = cfg.dataset.params, cfg.dataset.preprocessing
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)

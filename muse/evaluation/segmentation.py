@@ -26,10 +26,15 @@ class ConfusionMatrix:
             raise ValueError(f"prediction {tuple(predictions.shape)} and mask {tuple(masks.shape)} differ in size")
         # ignored pixels get a row of their own, dropped below: far cheaper than picking the others out
         truth = masks.masked_fill(masks == self.ignore, self.num_classes)
-        for name, labels, limit in (("mask", truth, self.num_classes), ("prediction", predictions, self.num_classes - 1)):
+        for name, labels, limit in (
+            ("mask", truth, self.num_classes),
+            ("prediction", predictions, self.num_classes - 1),
+        ):
             if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) > limit):
                 seen = labels[labels != self.num_classes] if name == "mask" else labels
-                raise ValueError(f"{name} labels {int(seen.min())}..{int(seen.max())} do not fit {self.num_classes} classes")
+                raise ValueError(
+                    f"{name} labels {int(seen.min())}..{int(seen.max())} do not fit {self.num_classes} classes"
+                )
         cells = (truth.long() * self.num_classes + predictions).flatten()
         counts = torch.bincount(cells, minlength=self.num_classes * (self.num_classes + 1))
         self.counts += counts.view(-1, self.num_classes)[: self.num_classes].cpu()
@@ -59,8 +64,9 @@ class IoU:
 def cell_targets(masks: torch.Tensor, grid: tuple[int, int], num_classes: int, ignore: int = IGNORE) -> torch.Tensor:
     """(B,H,W) labels -> (B,h*w,K) share of every class among the pixels of each cell; ignored pixels count nothing.
 
-    Cross-entropy against these shares, summed, equals pixel-wise cross-entropy on logits repeated over the cell's pixels, at a
-    fraction of the cost. Masks are cut to whole cells by nearest resizing where the grid does not divide them.
+    Cross-entropy against these shares, summed, equals pixel-wise cross-entropy on logits repeated over the cell's
+    pixels, at a fraction of the cost. Masks are cut to whole cells by nearest resizing where the grid does not divide
+    them.
     """
     height, width = masks.shape[-2:]
     rows, columns = max(1, round(height / grid[0])), max(1, round(width / grid[1]))
@@ -70,9 +76,13 @@ def cell_targets(masks: torch.Tensor, grid: tuple[int, int], num_classes: int, i
         masks = F.interpolate(masks[:, None].float(), size, mode="nearest")[:, 0].long()
     valid = masks != ignore
     if valid.any() and not (0 <= int(masks[valid].min()) and int(masks[valid].max()) < num_classes):
-        raise ValueError(f"mask labels {int(masks[valid].min())}..{int(masks[valid].max())} do not fit {num_classes} classes")
+        raise ValueError(
+            f"mask labels {int(masks[valid].min())}..{int(masks[valid].max())} do not fit {num_classes} classes"
+        )
     batch, cells = len(masks), grid[0] * grid[1]
-    tiles = masks.view(batch, grid[0], rows, grid[1], columns).permute(0, 1, 3, 2, 4).reshape(batch * cells, rows * columns)
+    tiles = (
+        masks.view(batch, grid[0], rows, grid[1], columns).permute(0, 1, 3, 2, 4).reshape(batch * cells, rows * columns)
+    )
     valid = (tiles != ignore).float()
     shares = torch.zeros(batch * cells, num_classes, device=masks.device)
     shares.scatter_add_(1, tiles.masked_fill(tiles == ignore, 0), valid)
@@ -158,7 +168,11 @@ def foreground_masks(masks: torch.Tensor) -> torch.Tensor:
 
 
 def foreground_iou(
-    train_features: torch.Tensor, train_masks: torch.Tensor, val_features: torch.Tensor, val_masks: torch.Tensor, **options
+    train_features: torch.Tensor,
+    train_masks: torch.Tensor,
+    val_features: torch.Tensor,
+    val_masks: torch.Tensor,
+    **options,
 ) -> float:
     """IoU of the foreground under a linear probe: features (N,C,h,w), object masks (N,H,W) with 0 as background."""
     probe = train_segmentation_probe(train_features, foreground_masks(train_masks), 2, **options)

@@ -45,7 +45,14 @@ def run_segment_probe(args: argparse.Namespace, cfg) -> tuple[dict, dict, torch.
         else:
             classes = args.num_classes or (ADE20K_CLASSES if ade20k else count_classes(train_masks))
         probe = train_segmentation_probe(
-            train, train_masks, classes, args.steps, args.probe_batch_size, args.learning_rate, cfg.training.seed, args.device
+            train,
+            train_masks,
+            classes,
+            args.steps,
+            args.probe_batch_size,
+            args.learning_rate,
+            cfg.training.seed,
+            args.device,
         )
         result = evaluate_segmentation(probe, val, val_masks)
     values = {

@@ -17,7 +17,9 @@ TINY = 1e-30
 
 @torch.no_grad()
 def teacher_maps(teacher: Callable, images: torch.Tensor, grid: tuple[int, int]) -> list[torch.Tensor]:
-    """The teacher's head means on the student's grid: L tensors (B,1,N,N); a map that stands in several places is resized once."""
+    """The teacher's head means on the student's grid: L tensors (B,1,N,N); a map that stands in several places is
+    resized once.
+    """
     target = teacher(images)
     done: dict[int, torch.Tensor] = {}
     for maps in target.maps:
@@ -47,10 +49,10 @@ def object_cells(masks: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
 
 
 def same_object_auc(maps: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
-    """(B,N,N) attention, (B,N) object labels -> (B,): how well attention separates the query's own object from the rest.
+    """(B,N,N) attention, (B,N) object labels -> (B,): how well attention separates the query's object from the rest.
 
-    Area under the ROC curve over the keys of each query on an object (the query itself left out, ties count half), averaged
-    over the image's queries; NaN for an image without an object or with nothing else.
+    Area under the ROC curve over the keys of each query on an object (the query itself left out, ties count half),
+    averaged over the image's queries; NaN for an image without an object or with nothing else.
     """
     count = maps.shape[-1]
     itself = torch.eye(count, dtype=torch.bool, device=maps.device)
@@ -69,7 +71,7 @@ def same_object_auc(maps: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
 
 
 class TopologyQuality:
-    """Streaming means over images of the divergences and the AUC, block by block. prior (L,N,N): `mean_teacher_maps`."""
+    """Streaming means over images of the divergences and the AUC, by block. prior (L,N,N): `mean_teacher_maps`."""
 
     KEYS = ("kl", "kl_positional", "kl_uniform", "auc", "auc_teacher", "auc_positional")
 
@@ -78,11 +80,15 @@ class TopologyQuality:
         self.sums = torch.zeros(len(prior), len(self.KEYS), dtype=torch.float64)
         self.counts = torch.zeros_like(self.sums)
 
-    def update(self, topology: Sequence[torch.Tensor], targets: Sequence[torch.Tensor], cells: torch.Tensor | None) -> None:
+    def update(
+        self, topology: Sequence[torch.Tensor], targets: Sequence[torch.Tensor], cells: torch.Tensor | None
+    ) -> None:
         """L student maps (B,heads,N,N), L teacher maps (B,1,N,N), object cells (B,N) or None (no AUC)."""
         if not len(topology) == len(targets) == len(self.prior):
             raise ValueError(f"{len(topology)} student maps, {len(targets)} teacher maps, {len(self.prior)} priors")
-        for block, (maps, target, prior) in enumerate(zip(topology, targets, self.prior.to(targets[0].device), strict=True)):
+        for block, (maps, target, prior) in enumerate(
+            zip(topology, targets, self.prior.to(targets[0].device), strict=True)
+        ):
             student = maps.float().mean(1, keepdim=True)
             self._add(block, "kl", attention_kl(target, student.clamp_min(TINY).log())[:, 0])
             baselines = positional_prior(target, prior)
@@ -100,7 +106,7 @@ class TopologyQuality:
         self.counts[block, column] += len(values)
 
     def compute(self) -> dict:
-        """{"blocks": [{kl, kl_positional, kl_uniform (nats), auc, auc_teacher, auc_positional}, …], and their means over blocks}.
+        """{"blocks": [{kl, kl_positional, kl_uniform (nats), auc, auc_teacher, auc_positional}, …]} and their means.
 
         AUC keys are absent without masks. ValueError without images.
         """
@@ -108,14 +114,19 @@ class TopologyQuality:
         if not counts[:, 0].all():
             raise ValueError("topology quality: no images were given")
         keys = [key for i, key in enumerate(self.KEYS) if counts[:, i].all()]
-        blocks = [{key: float(sums[b, i] / counts[b, i]) for i, key in enumerate(self.KEYS) if key in keys} for b in range(len(sums))]
+        blocks = [
+            {key: float(sums[b, i] / counts[b, i]) for i, key in enumerate(self.KEYS) if key in keys}
+            for b in range(len(sums))
+        ]
         means = {key: sum(block[key] for block in blocks) / len(blocks) for key in keys}
         return {"blocks": blocks, **means, "images": int(counts[0, 0])}
 
 
 @torch.no_grad()
 def topology_quality(model, teacher: Callable, batches: Iterable[dict], prior: torch.Tensor, device="cpu") -> dict:
-    """`TopologyQuality.compute()` of a model with `encode(images, return_attention=True)` over batches with `images`, `masks`."""
+    """`TopologyQuality.compute()` of a model with `encode(images, return_attention=True)` over batches with `images`,
+    `masks`.
+    """
     quality = TopologyQuality(prior)
     for batch in batches:
         images = batch["images"].to(device)

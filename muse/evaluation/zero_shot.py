@@ -63,7 +63,8 @@ def class_embeddings(
 
 
 def hit_probability(scores: torch.Tensor, targets: torch.Tensor, k: int) -> torch.Tensor:
-    """(n, m) scores, (n,) right columns -> (n,) float64 probability that the right one is among the k best, ties broken at random.
+    """(n, m) scores, (n,) right columns -> (n,) float64 probability that the right one is among the k best, ties broken
+    at random.
 
     Without ties this is 0 or 1. With them a collapsed model scores chance, not 100%.
     """
@@ -79,7 +80,9 @@ def zero_shot(image_embeds: torch.Tensor, labels: torch.Tensor, class_embeds: to
     The majority class is that of `labels` themselves, the best that a constant answer can do.
     """
     if image_embeds.shape[1] != class_embeds.shape[1]:
-        raise ValueError(f"image embeddings have width {image_embeds.shape[1]}, text embeddings {class_embeds.shape[1]}")
+        raise ValueError(
+            f"image embeddings have width {image_embeds.shape[1]}, text embeddings {class_embeds.shape[1]}"
+        )
     if not torch.isfinite(image_embeds).all():
         raise ValueError("image embeddings contain NaN or infinity")
     classes = check_labels(labels, len(class_embeds), "zero-shot")
@@ -108,8 +111,9 @@ def retrieval(
 ) -> dict[str, float]:
     """R@1 and R@5 among `group` candidates, averaged over random groups, image → text and text → image.
 
-    image_embeds and text_embeds (N, E) in pairs with their N captions. Every group holds `group` distinct captions, each with one
-    of its images at random; fewer distinct captions make the group smaller. Chance is 1/group and 5/group.
+    image_embeds and text_embeds (N, E) in pairs with their N captions. Every group holds `group` distinct captions,
+    each with one of its images at random; fewer distinct captions make the group smaller. Chance is 1/group and
+    5/group.
     """
     if not len(image_embeds) == len(text_embeds) == len(captions):
         raise ValueError("images, texts and captions differ in number")
@@ -129,7 +133,9 @@ def retrieval(
     return result | {"chance_r1": 1 / group, "chance_r5": min(5 / group, 1.0)}
 
 
-def _draw_groups(caption_of: torch.Tensor, distinct: int, group: int, groups: int, generator: torch.Generator) -> torch.Tensor:
+def _draw_groups(
+    caption_of: torch.Tensor, distinct: int, group: int, groups: int, generator: torch.Generator
+) -> torch.Tensor:
     """(groups, group) sample indices with distinct captions in each row."""
     chosen = torch.rand(groups, distinct, generator=generator).argsort(1)[:, :group]
     order = caption_of.argsort(stable=True)  # samples of one caption lie together

@@ -17,14 +17,24 @@ from muse.evaluation import runs
 from muse.evaluation.feature_store import store_key
 from muse.evaluation.features import state_sha256
 from muse.evaluation.reduce import all_objects, all_rows, is_main
-from muse.evaluation.zero_shot import Template, class_embeddings, imagenet_prompts, prompts, read_lines, retrieval, zero_shot
+from muse.evaluation.zero_shot import (
+    Template,
+    class_embeddings,
+    imagenet_prompts,
+    prompts,
+    read_lines,
+    retrieval,
+    zero_shot,
+)
 from muse.utils import cli
 
 logger = logging.getLogger(__name__)
 
 
 def class_names(args: argparse.Namespace, loader) -> tuple[list[str], str]:
-    """The names and where they are from: --classnames, classes.txt beside local data, class folders, open_clip's ImageNet list."""
+    """The names and where they are from: --classnames, classes.txt beside local data, class folders, open_clip's
+    ImageNet list.
+    """
     if args.classnames:
         return read_lines(args.classnames, "class name"), args.classnames
     source = loader.stream.source
@@ -57,7 +67,9 @@ def text_weights(
 
 @torch.no_grad()
 def embed_data(model, loader, device, fields: Sequence[str]) -> dict[str, Any]:
-    """This process's images: embeddings (N,E) on the CPU, and the labels and captions among `fields`, with their indices."""
+    """This process's images: embeddings (N,E) on the CPU, and the labels and captions among `fields`, with their
+    indices.
+    """
     rows: dict[str, list] = {"images": [], "indices": [], "labels": [], "text": []}
     for batch in loader:
         rows["images"].append(model.embed_image(batch["images"].to(device)).float().cpu())
@@ -105,8 +117,14 @@ def run_zero_shot(args: argparse.Namespace, cfg) -> tuple[dict, dict] | None:
             distinct = list(dict.fromkeys(captions))
             texts = teacher.encode(distinct).float().cpu()
             row = {caption: i for i, caption in enumerate(distinct)}
-            found = retrieval(images, texts[[row[c] for c in captions]], captions, args.retrieval, seed=cfg.training.seed)
+            found = retrieval(
+                images, texts[[row[c] for c in captions]], captions, args.retrieval, seed=cfg.training.seed
+            )
             values |= {f"retrieval_{name}": value for name, value in found.items()}
     text = json.dumps([prompts("{}", templates), names])
-    prompt_facts = {"classnames": names_from, "templates": len(templates), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+    prompt_facts = {
+        "classnames": names_from,
+        "templates": len(templates),
+        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+    }
     return values, {"text_tower": tower, "prompts": prompt_facts, **data}

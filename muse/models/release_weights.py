@@ -163,6 +163,9 @@ def load_release_checkpoint(path: str | Path, config: Any, device: str | torch.d
     from muse.models.muse_vit import MUSE_ViT
 
     model = MUSE_ViT(config, load_backbones=False)
+    if model.config.join_semantics or model.config.routing == "shared":
+        log.warning("%s: with model.routing=%s the outputs differ from the authors'; theirs are model.routing=release", path,
+                    model.config.routing)
     state, report = from_release(read_release_file(path), model.state_dict())
     for line in report.lines():
         log.info("%s", line)

@@ -10,7 +10,7 @@ from muse.errors import ConfigError
 
 def select_trainable(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     """Set `requires_grad` by name: True where a pattern is found, False elsewhere. Returns the names that learn."""
-    compiled = [re.compile(pattern) for pattern in patterns]
+    compiled = [_pattern(pattern, "training.trainable") for pattern in patterns]
     names = []
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(any(pattern.search(name) for pattern in compiled))
@@ -21,16 +21,24 @@ def select_trainable(model: nn.Module, patterns: Sequence[str]) -> list[str]:
     return names
 
 
+def _pattern(text: str, key: str) -> re.Pattern:
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise ConfigError(f"{key}: {text!r} is not a regular expression ({error})") from None
+
+
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float,
                      multipliers: Mapping[str, float]) -> list[dict]:
     """Groups by (rate multiplier, decay). A pattern of `multipliers` that is found in a name multiplies its rate (all that are
     found do); vectors and scalars (norms, biases, scales) are not decayed. Each group keeps its tensors' `names`.
     """
+    compiled = {_pattern(pattern, "optimizer.lr_multipliers"): multiplier for pattern, multiplier in multipliers.items()}
     groups: dict[tuple[float, float], dict] = {}
     for name, parameter in named:
         factor = 1.0
-        for pattern, multiplier in multipliers.items():
-            factor *= multiplier if re.search(pattern, name) else 1.0
+        for pattern, multiplier in compiled.items():
+            factor *= multiplier if pattern.search(name) else 1.0
         decay = weight_decay if parameter.ndim > 1 else 0.0
         group = groups.setdefault((factor, decay), {"params": [], "names": [], "lr_multiplier": factor, "weight_decay": decay})
         group["params"].append(parameter)

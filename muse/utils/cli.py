@@ -47,11 +47,30 @@ def entry(main: Callable[..., int | None]) -> Callable[..., int]:
     return wrapped
 
 
+class _Stderr(logging.StreamHandler):
+    """Writes to whatever stderr is now: a caller of `main` may redirect it, and may have closed the one before."""
+
+    @property
+    def stream(self):
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, value: Any) -> None:
+        pass
+
+
+class _Parser(argparse.ArgumentParser):
+    """Its complaints are a user's mistakes like all others: one line, exit code 2."""
+
+    def error(self, message: str):
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
 def setup_logging() -> None:
     """Log lines of the package on stderr, once."""
     root = logging.getLogger("muse")
     if not root.handlers:
-        handler = logging.StreamHandler()
+        handler = _Stderr()
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S"))
         root.addHandler(handler)
         root.setLevel(os.environ.get("MUSE_LOG", "INFO").upper())
@@ -59,7 +78,7 @@ def setup_logging() -> None:
 
 def parser(description: str, checkpoint: bool = False) -> argparse.ArgumentParser:
     """A parser with the flags that every command takes."""
-    made = argparse.ArgumentParser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    made = _Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     made.add_argument("--config", required=True, help="YAML configuration, such as configs/muse_tiny/stage3.yaml")
     if checkpoint:
         made.add_argument("--checkpoint", required=True, help="save_pretrained directory, training checkpoint-N, .safetensors, "

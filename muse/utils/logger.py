@@ -6,6 +6,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+import torch
 from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
@@ -47,13 +48,20 @@ class RunLog:
             return
         now = time.perf_counter()
         passed, steps = now - self._clock, max(1, step - self._seen)
-        values = {name: float(value) for name, value in numbers.items()}
+        values = self._over_processes(numbers)
         rate = (images - self._images) / passed if images > self._images else 0.0
         record = {"images": images, **values, "lr": lr, "images_per_s": round(rate, 2),
                   "data_time": round(self._waited / steps, 4)}
         self._bar.set_postfix_str(f"loss {values.get('loss', float('nan')):.4f}, {rate:.1f} images/s", refresh=False)
         self.record(step, record)
         self._clock, self._images, self._waited, self._seen = now, images, 0.0, step
+
+    def _over_processes(self, numbers: dict[str, Tensor]) -> dict[str, float]:
+        """The numbers' means over all processes, which each saw its own part of the batch."""
+        stacked = torch.stack([value.detach().float().reshape(()) for value in numbers.values()])
+        if self.accelerator.num_processes > 1:
+            stacked = self.accelerator.reduce(stacked, reduction="mean")
+        return dict(zip(numbers, stacked.tolist()))
 
     def record(self, step: int, values: dict[str, Any]) -> None:
         """Append one object to `metrics.jsonl` and tell the trackers."""

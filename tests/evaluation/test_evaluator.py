@@ -32,8 +32,9 @@ def feed(evaluator, real, fake, batch):
 def inception_file(tmp_path_factory):
     """Inception with random weights of sensible size, in a file such as torch-fidelity reads."""
     torch.manual_seed(0)
-    with mock.patch.object(fidelity, "load_state_dict_from_url", return_value={}), mock.patch.object(
-        fidelity.FeatureExtractorInceptionV3, "load_state_dict"
+    with (
+        mock.patch.object(fidelity, "load_state_dict_from_url", return_value={}),
+        mock.patch.object(fidelity.FeatureExtractorInceptionV3, "load_state_dict"),
     ):
         network = fidelity.FeatureExtractorInceptionV3("random", ["2048"])
     for module in network.modules():
@@ -138,7 +139,9 @@ def test_refusals(tmp_path):
 def test_inception_without_a_file_says_which_and_how(tmp_path, monkeypatch):
     monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
     with mock.patch.object(fidelity, "load_state_dict_from_url", side_effect=OSError("no network")):
-        with pytest.raises(DataError, match=r"weights-inception-2015-12-05-6726825d.pth.*--inception-weights") as caught:
+        with pytest.raises(
+            DataError, match=r"weights-inception-2015-12-05-6726825d.pth.*--inception-weights"
+        ) as caught:
             Evaluator(("rfid",))
     assert "\n" not in str(caught.value)
     torch.save({"a": torch.zeros(1)}, tmp_path / "wrong.pth")

@@ -1,4 +1,6 @@
-"""The store puts rows of several processes in data-set order, is read back, and outlives no change of what it depends on."""
+"""The store puts rows of several processes in data-set order, is read back, and outlives no change of what it depends
+on.
+"""
 
 import numpy as np
 import pytest

@@ -13,10 +13,15 @@ from muse.evaluation.perceptual import Lpips
 
 @pytest.fixture(scope="module")
 def pairs():
-    photos = [data.astronaut(), data.coffee()[:400, :400], data.chelsea()[:300, :300], np.full((64, 64, 3), 100, np.uint8)]
-    real = torch.cat([
-        F.interpolate(torch.from_numpy(p.copy()).permute(2, 0, 1)[None] / 255, (96, 80), mode="area") for p in photos
-    ])
+    photos = [
+        data.astronaut(),
+        data.coffee()[:400, :400],
+        data.chelsea()[:300, :300],
+        np.full((64, 64, 3), 100, np.uint8),
+    ]
+    real = torch.cat(
+        [F.interpolate(torch.from_numpy(p.copy()).permute(2, 0, 1)[None] / 255, (96, 80), mode="area") for p in photos]
+    )
     noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(0))
     strength = torch.tensor([0.02, 0.05, 0.1, 0.2]).view(4, 1, 1, 1)
     return real, (F.avg_pool2d(real, 3, 1, 1) + strength * noise).clamp(0, 1)
@@ -36,7 +41,12 @@ def test_psnr_is_scikit_images(pairs):
 def test_ssim_is_scikit_images(pairs, dtype, tolerance):
     real, fake = (images.to(dtype) for images in pairs)
     reference = each(
-        structural_similarity, real.double(), fake.double(), channel_axis=2, gaussian_weights=True, sigma=1.5,
+        structural_similarity,
+        real.double(),
+        fake.double(),
+        channel_axis=2,
+        gaussian_weights=True,
+        sigma=1.5,
         use_sample_covariance=False,
     )
     np.testing.assert_allclose(ssim(real, fake), reference, atol=tolerance)

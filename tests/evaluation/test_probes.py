@@ -30,16 +30,22 @@ def test_probe_is_within_a_point_of_logistic_regression():
     assert result.last.micro == pytest.approx((answers == yv.numpy()).mean(), abs=0.01)
     assert result.last.macro == pytest.approx(balanced_accuracy_score(yv, answers), abs=0.02)
     assert result.best.micro >= result.last.micro
-    assert result.majority.macro == pytest.approx(0.2) and result.majority.micro == pytest.approx(float((yv == 0).float().mean()))
+    assert result.majority.macro == pytest.approx(0.2) and result.majority.micro == pytest.approx(
+        float((yv == 0).float().mean())
+    )
     assert result.chance == 0.2 and result.classes == 5
 
 
 def test_heads_side_by_side_equal_heads_alone():
-    """Learning rates trained in one matrix give what each gives by itself; a memory-mapped array gives what a tensor gives."""
+    """Learning rates trained in one matrix give what each gives by itself; a memory-mapped array gives what a tensor
+    gives.
+    """
     (x, y), (xv, yv) = overlapping_classes(600, 2), overlapping_classes(300, 3)
     together = train_linear_probe(x, y, xv, yv, rates=(0.01, 0.3), epochs=4, batch_size=100).by_rate
     for rate in (0.01, 0.3):
-        alone = train_linear_probe(x.numpy(), y, xv.numpy(), yv, rates=(rate,), epochs=4, batch_size=100).by_rate[f"{rate:g}"]
+        alone = train_linear_probe(x.numpy(), y, xv.numpy(), yv, rates=(rate,), epochs=4, batch_size=100).by_rate[
+            f"{rate:g}"
+        ]
         assert alone.micro == pytest.approx(together[f"{rate:g}"].micro, abs=1 / 300)
 
 
@@ -49,7 +55,10 @@ def test_one_nesterov_step_is_torchs():
     probe = LinearProbe(4, 3, [0.5], seed=0, device="cpu")
     linear = torch.nn.Linear(4, 3)
     linear.weight.data, linear.bias.data = probe.weight.detach()[:, 0].T.clone(), probe.bias.detach()[0].clone()
-    norm, optimizer = torch.nn.BatchNorm1d(4, affine=False), torch.optim.SGD(linear.parameters(), 0.5, 0.9, nesterov=True)
+    norm, optimizer = (
+        torch.nn.BatchNorm1d(4, affine=False),
+        torch.optim.SGD(linear.parameters(), 0.5, 0.9, nesterov=True),
+    )
     for seed in range(3):
         x, y = torch.randn(8, 4, generator=torch.Generator().manual_seed(seed)), torch.arange(8) % 3
         probe.step(x, y, 1.0)
@@ -142,7 +151,9 @@ def test_retrieval_groups_hold_distinct_captions():
     got = retrieval(text, text, captions, group=8, groups=50)
     assert got["image_to_text_r1"] == got["text_to_image_r1"] == 1 and got["captions"] == 10
     collapsed = retrieval(torch.ones(30, 4), torch.ones(30, 4), captions, group=8, groups=5)
-    assert collapsed["image_to_text_r1"] == pytest.approx(1 / 8) and collapsed["image_to_text_r5"] == pytest.approx(5 / 8)
+    assert collapsed["image_to_text_r1"] == pytest.approx(1 / 8) and collapsed["image_to_text_r5"] == pytest.approx(
+        5 / 8
+    )
     assert retrieval(text, text, captions, group=32)["group"] == 10
 
 

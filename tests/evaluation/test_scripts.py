@@ -30,7 +30,9 @@ def read(folder):
 def test_evaluate_writes_what_the_model_gives(flags, trained_run, shapes_data, tmp_path):
     from muse import load_config
 
-    code = evaluate.main([*flags, "--output_dir", str(tmp_path), "--metrics", "psnr,ssim,perceptual_random,fd_efficientnet_lite0"])
+    code = evaluate.main(
+        [*flags, "--output_dir", str(tmp_path), "--metrics", "psnr,ssim,perceptual_random,fd_efficientnet_lite0"]
+    )
     got = read(tmp_path)
     assert code == 0
     config, run = trained_run
@@ -88,7 +90,11 @@ def test_mistakes_are_one_line_and_leave_no_result(flags, tmp_path, capsys, monk
         (evaluate, [*quick, "--checkpoint", str(tmp_path / "none")], "no such checkpoint"),
         (linear_probe, val("unlabelled.tar"), "missing_label"),
         (linear_probe, val("big_label.tar"), "labels 99..99 do not fit 8 classes"),
-        (zero_shot, [*val("big_label.tar"), "--classnames", str(ROOT / "LICENSE"), "--templates", str(tmp_path / "none.txt")], "none.txt"),
+        (
+            zero_shot,
+            [*val("big_label.tar"), "--classnames", str(ROOT / "LICENSE"), "--templates", str(tmp_path / "none.txt")],
+            "none.txt",
+        ),
         (segment_probe, val("small_mask.tar"), "mask_size"),
         (segment_probe, [*val("large_mask.tar"), "--labels", "plain", "--steps", "2"], "labels 200..200 do not fit"),
     ]
@@ -110,7 +116,12 @@ def test_linear_probe_caches_features_and_has_baselines(flags, tmp_path, capsys)
     assert sorted((tmp_path / "features").iterdir()) == stores
     assert [(store / "features.npy").stat().st_mtime_ns for store in stores] == times
     assert again["by_rate"] == first["by_rate"]
-    assert first["classes"] == 8 and first["chance"] == 1 / 8 and first["train_samples"] == 64 and first["val_samples"] == 8
+    assert (
+        first["classes"] == 8
+        and first["chance"] == 1 / 8
+        and first["train_samples"] == 64
+        and first["val_samples"] == 8
+    )
     assert first["protocol"]["network"]["feature"] == "semantic"
     assert linear_probe.main([*run, "--baseline", "pixels"]) == 0
     assert read(tmp_path)["protocol"]["network"] == {"feature": "pixels 16x16"}
@@ -126,7 +137,10 @@ def test_zero_shot_takes_the_names_beside_the_data(flags, tmp_path):
     first = read(tmp_path)
     assert first["classes"] == 8 and first["top5_chance"] == 5 / 8 and 0 <= first["top1"] <= first["top5"] <= 1
     assert first["retrieval_group"] <= 8 and first["retrieval_chance_r1"] == 1 / first["retrieval_group"]
-    assert first["protocol"]["prompts"]["classnames"].endswith("classes.txt") and first["protocol"]["prompts"]["templates"] == 2
+    assert (
+        first["protocol"]["prompts"]["classnames"].endswith("classes.txt")
+        and first["protocol"]["prompts"]["templates"] == 2
+    )
     (cached,) = (tmp_path / "text").iterdir()
     weights = torch.load(cached, weights_only=True)
     torch.save(torch.zeros_like(weights), cached)  # the second run must read this: all classes tie
@@ -135,10 +149,26 @@ def test_zero_shot_takes_the_names_beside_the_data(flags, tmp_path):
 
 
 def test_segment_probe_launcher_keeps_a_quoted_pattern(flags, shapes_data, tmp_path):
-    """The shell launcher, both modes of labels; mIoU equals the confusion of its own predictions over the classes that occur."""
+    """The shell launcher, both modes of labels; mIoU equals the confusion of its own predictions over the classes that
+    occur.
+    """
     pattern = f"{shapes_data}/train-{{000000..000007}}.tar"
-    command = ["bash", str(ROOT / "tools" / "segment_probe.sh"), "muse", *flags, "--train-url", pattern, "--val-url",
-               f"{shapes_data}/val-{{000000..000001}}.tar", "--labels", "plain", "--steps", "20", "--output_dir", str(tmp_path)]
+    command = [
+        "bash",
+        str(ROOT / "tools" / "segment_probe.sh"),
+        "muse",
+        *flags,
+        "--train-url",
+        pattern,
+        "--val-url",
+        f"{shapes_data}/val-{{000000..000001}}.tar",
+        "--labels",
+        "plain",
+        "--steps",
+        "20",
+        "--output_dir",
+        str(tmp_path),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     got = read(tmp_path)

@@ -82,7 +82,9 @@ def test_probe_learns_what_is_linear():
 
 
 def test_foreground_iou_of_known_maps():
-    """A feature that is the mask itself, at full size: IoU 1; one that is noise: the IoU of answering one class everywhere at best."""
+    """A feature that is the mask itself, at full size: IoU 1; one that is noise: the IoU of answering one class
+    everywhere at best.
+    """
     masks = random_labels(4, (40, 8, 8), 3)
     noise = torch.randn(40, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     assert foreground_iou((masks > 0).float()[:, None], masks, (masks > 0).float()[:, None], masks, steps=200) == 1

@@ -86,11 +86,14 @@ def test_divergences_equal_scipys(batches):
         student = encoding.topology[block].double().mean(1).numpy()
         np.testing.assert_allclose(prior[block], target.mean(0), rtol=1e-5)
         for key, other in (
-            ("kl", student), ("kl_positional", np.broadcast_to(target.mean(0), target.shape)),
+            ("kl", student),
+            ("kl_positional", np.broadcast_to(target.mean(0), target.shape)),
             ("kl_uniform", np.full_like(target, 1 / 8)),
         ):
             want = np.mean([entropy(target[i, q], other[i, q]) for i in range(7) for q in range(8)])
-            assert got["blocks"][block][key] == pytest.approx(want, rel=1e-4, abs=3e-6), key  # resized rows sum to 1 − 1e-6
+            assert got["blocks"][block][key] == pytest.approx(want, rel=1e-4, abs=3e-6), (
+                key
+            )  # resized rows sum to 1 − 1e-6
         cells = object_cells(torch.cat([b["masks"] for b in batches]), (2, 4))
         want = float(same_object_auc(torch.from_numpy(student), cells).mean())
         assert got["blocks"][block]["auc"] == pytest.approx(want, rel=1e-9)

@@ -58,7 +58,6 @@ def test_set_lr_multiplies_and_one_step_is_adamw_s_formula():
 
 def test_gradient_norms_by_module():
     model = tiny_model()
-    model.reconstruct  # noqa: B018 - the public surface is not needed here
     out = model(random_images(2, 32, 32))
     out.reconstruction.square().mean().backward()
     norms = gradient_norms(model)

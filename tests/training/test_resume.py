@@ -1,0 +1,182 @@
+"""A resumed run equals an unbroken one, bit for bit; stages hand over; a stop signal saves."""
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from muse import MUSE_ViT, load_config
+from muse.errors import CheckpointError, ConfigError
+from muse.training import checkpoint as ckpt
+from muse.training.trainer import Trainer, train
+from tests.helpers import ROOT, run_config
+from tests.training.test_checkpoint import same
+
+TENSORS = ("model.safetensors", "ema.safetensors", "state.safetensors", "rank-0.safetensors")
+TIMES = ("images_per_s", "data_time")  # what the clock says differs
+FOUR_STEPS = {"training": {"max_train_steps": 4}, "experiment": {"save_every": 2, "keep_last": 5}}
+CASES = {
+    "stage1": ("topology_warmup", {}),
+    "stage2": ("semantic_injection", {}),
+    "stage3-adversarial": ("synergistic_tuning", {}),
+    "accumulation": ("topology_warmup", {"training": {"gradient_accumulation_steps": 2, "per_gpu_batch_size": 3}}),
+    "one-worker": ("topology_warmup", {"dataset": {"params": {"num_workers_per_gpu": 1}}}),
+}
+
+
+def hold_equal(left, right) -> None:
+    """Two checkpoint directories with the same tensors, generators, data position and counters."""
+    assert sorted(os.listdir(left)) == sorted(os.listdir(right))
+    for name in TENSORS:
+        a, b = load_file(left / name), load_file(right / name)
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), name
+    assert (left / "rank-0.json").read_text() == (right / "rank-0.json").read_text()
+    states = [{key: value for key, value in ckpt.read_tree(path, "state").items() if key != "config"} for path in (left, right)]
+    assert same(*states)
+
+
+def records(run) -> list[dict]:
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_steps_and_two_more_equal_four(case, run, settings, tmp_path):
+    stage, changes = CASES[case]
+    whole = run(stage, changes, FOUR_STEPS, output="whole")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    shutil.copytree(whole / "checkpoint-2", broken / "checkpoint-2")
+    lines = (whole / "metrics.jsonl").read_text().splitlines(keepends=True)
+    # As a run leaves it that was killed while it wrote step 4: step 3 was logged but is not in the checkpoint.
+    (broken / "metrics.jsonl").write_text("".join(lines[:3]) + '{"step": 4, "lo')
+    torch.manual_seed(99)  # whatever the process did before
+    train(settings(stage, changes, FOUR_STEPS, output="broken"))
+    hold_equal(whole / "checkpoint-4", broken / "checkpoint-4")
+    assert records(whole) == records(broken) and len(records(whole)) == 4
+    for name in os.listdir(whole / "final"):
+        assert (whole / "final" / name).read_bytes() == (broken / "final" / name).read_bytes()
+
+
+def test_a_finished_run_only_hands_out_its_result(run, settings, monkeypatch):
+    done = run(output="done")
+    before = (done / "final/model.safetensors").read_bytes()
+    monkeypatch.setattr(Trainer, "train_step", lambda self, micro: pytest.fail("a step was taken"))
+    assert train(settings(output="done")) == done / "final"
+    assert (done / "final/model.safetensors").read_bytes() == before and len(records(done)) == 2
+
+
+def test_resume_can_be_refused_and_another_model_is(run, settings):
+    done = run(output="done")
+    with pytest.raises(ConfigError, match="written by another model or stage; choose another experiment.output_dir"):
+        train(settings("topology_warmup", {"model": {"grad_scale": 0.5}}, output="done"))
+    with pytest.raises(ConfigError, match="another model or stage"):
+        train(settings("semantic_injection", output="done"))
+    train(settings("semantic_injection", {"experiment": {"resume": False}}, output="done"))
+    assert "itc" in records(done)[0] and len(records(done)) == 2
+
+
+def test_a_broken_checkpoint_is_named(run, settings):
+    done = run(output="done")
+    file = done / "checkpoint-2/state.safetensors"
+    file.write_bytes(file.read_bytes()[:50])
+    with pytest.raises(CheckpointError, match="state.safetensors: not a readable safetensors file"):
+        train(settings(output="done"))
+
+
+# ---------------------------------------------------------------------------------------------------- the directory
+def test_the_run_directory_is_what_the_contract_says(run, tmp_path):
+    three = {"training": {"max_train_steps": 5}, "experiment": {"save_every": 1, "keep_last": 2, "keep_every": 3, "eval_every": 5,
+                                                               "generate_every": 5, "num_pictures": 2, "log_every": 2}}
+    output = run("semantic_injection", three)
+    assert sorted(os.listdir(output)) == ["checkpoint-3", "checkpoint-4", "checkpoint-5", "config.yaml", "final", "images", "metrics.jsonl"]
+    assert sorted(os.listdir(output / "images")) == ["attention-5.png", "reconstruction-5.png"]
+    assert [line["step"] for line in records(output)] == [2, 4, 5, 5]  # every second step, the last, its evaluation
+    assert {"loss", "reconstruction", "perceptual", "topology", "itc", "grad_norm", "lr", "images", "topology_block0"} <= \
+        records(output)[0].keys()
+    assert records(output)[0]["images"] == 8 and records(output)[-1]["eval"].keys() >= {"psnr", "ssim"}
+    again = load_config(output / "config.yaml")
+    assert again.training.max_train_steps == 5 and again.model.dim == 32
+    # `final` holds the averages of what the stage trains, and the rest as it is.
+    last = {**load_file(output / "checkpoint-5/model.safetensors"), **load_file(output / "checkpoint-5/ema.safetensors")}
+    final = MUSE_ViT.from_pretrained(output / "final").state_dict()
+    assert final.keys() == last.keys() and all(torch.equal(final[name], last[name]) for name in final)
+
+
+def test_the_evaluation_in_the_log_is_the_final_model_s(run, shapes_data):
+    from muse.data.dataloader import eval_loader
+    from muse.evaluation.image_quality import psnr
+
+    output = run("topology_warmup", {"experiment": {"eval_every": 2}})
+    model = MUSE_ViT.from_pretrained(output / "final")
+    batch = next(iter(eval_loader(f"{shapes_data}/val-*.tar", batch_size=8, resize_shorter_edge=32, crop_size=32)))
+    with torch.no_grad():
+        expected = float(psnr(batch["images"], model.reconstruct(batch["images"])).mean())
+    assert records(output)[-1]["eval"]["psnr"] == pytest.approx(expected, rel=1e-4)
+
+
+# ---------------------------------------------------------------------------------------------------- hand-over
+def test_three_stages_hand_over(run, settings):
+    """Each starts from the averages of the one before, trains its own part and leaves the rest bit for bit."""
+    runs, before = {}, None
+    for stage in ("topology_warmup", "semantic_injection", "synergistic_tuning"):
+        change = {"experiment": {"init_from": str(before) if before else None}}
+        start = Trainer(settings(stage, change, output=stage)).model
+        if before:
+            expected = load_file(before / "final/model.safetensors")
+            assert all(torch.equal(tensor, expected[name]) for name, tensor in start.state_dict().items())
+        kept = {name: parameter.detach().clone() for name, parameter in start.named_parameters()}
+        before = runs[stage] = run(stage, change, output=stage)
+        after = load_file(before / "final/model.safetensors")
+        moved = {name for name, tensor in kept.items() if not torch.equal(tensor, after[name])}
+        trained = set(load_file(before / "checkpoint-2/ema.safetensors"))
+        assert moved <= trained
+        assert not {name for name in trained - moved if not name.endswith("k_proj.bias")}, stage
+        assert any(name.startswith("encoder.") for name in moved) == (stage == "synergistic_tuning")
+        assert any("v_itc" in name for name in moved) == (stage != "topology_warmup")
+    assert MUSE_ViT.from_pretrained(before / "final").config.isolate_streams is False
+
+
+@pytest.mark.parametrize("source", ["/nowhere/stage1", "an_empty_directory"])
+def test_a_missing_stage_before_is_said_before_any_data_is_read(source, settings, tmp_path):
+    if not source.startswith("/"):
+        (tmp_path / source).mkdir()
+        source = str(tmp_path / source)
+    nowhere = {"dataset": {"params": {"train_shards_path_or_url": "/nowhere/data/*.tar"}}, "experiment": {"init_from": source}}
+    with pytest.raises(CheckpointError) as caught:
+        train(settings("semantic_injection", nowhere))
+    assert source in str(caught.value) and "/nowhere/data" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+# ---------------------------------------------------------------------------------------------------- stop signals
+def test_a_stop_signal_saves_and_the_same_command_goes_on(run, shapes_data, tmp_path):
+    long = {"training": {"max_train_steps": 400}, "lr_scheduler": {"params": {"warmup_steps": 400}}}
+    config = run_config(tmp_path / "c.yaml", shapes_data, tmp_path / "stopped", "topology_warmup", long)
+    log = tmp_path / "stopped/metrics.jsonl"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen([sys.executable, ROOT / "scripts/train_stage1.py", "--config", config, "--device", "cpu"],
+                               env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    try:
+        while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 2):
+            time.sleep(0.05)
+        process.send_signal(signal.SIGTERM)
+        output = process.communicate(timeout=120)[0]
+    finally:
+        process.kill()
+    assert process.returncode == 0, output
+    assert "on a signal; the same command goes on from there" in output
+    (step, path), = ckpt.checkpoints(tmp_path / "stopped")
+    assert 2 <= step < 400 and not (tmp_path / "stopped/final").exists()
+    # The very same numbers as a run that nobody stopped. (A shorter total changes nothing: the rate is still warming up.)
+    total = [f"training.max_train_steps={step + 1}"]
+    train(load_config(config, total))
+    train(load_config(config, [*total, f"experiment.output_dir={tmp_path / 'unbroken'}"]))
+    hold_equal(tmp_path / f"stopped/checkpoint-{step + 1}", tmp_path / f"unbroken/checkpoint-{step + 1}")
+    assert records(tmp_path / "stopped") == records(tmp_path / "unbroken")

@@ -1,0 +1,227 @@
+"""The loop: accumulation, processes, numbers that are not finite, what is logged."""
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from muse.errors import ConfigError, MuseError
+from muse.training.lr_schedulers import lr_at
+from muse.training.trainer import Trainer, train
+from tests.data.helpers import encode, key, picture, write_tar
+from tests.helpers import ROOT, random_images, run_config
+
+PLAIN = {"losses": {"perceptual": {"weight": 0.0}, "topology": {"weight": 0.0}, "itc": {"weight": 0.0}},
+         "training": {"max_grad_norm": 0.0}}
+
+
+def first_moments(trainer) -> dict[str, torch.Tensor]:
+    """Adam's mean after one step is (1 - beta1) times the gradient."""
+    groups = trainer.optimizer.param_groups
+    names = [name for group in groups for name in group["names"]]
+    state = trainer.optimizer.state_dict()["state"]
+    return {name: state[index]["exp_avg"] for index, name in enumerate(names) if index in state}
+
+
+# ---------------------------------------------------------------------------------------------------- accumulation
+def test_two_micro_batches_are_one_batch_of_both(trainer):
+    images = random_images(6, 32, 32)
+    batches = [{"images": part, "text": [""] * len(part), "keys": ["k"] * len(part)} for part in (images, images[:3], images[3:])]
+    given = {}
+    for name, micro in (("one", batches[:1]), ("two", batches[1:])):
+        one = trainer("topology_warmup", PLAIN)
+        given[name] = one.train_step(micro), first_moments(one), one
+    assert given["one"][0]["loss"].item() == pytest.approx(given["two"][0]["loss"].item(), rel=1e-5)
+    assert given["one"][0]["grad_norm"].item() == pytest.approx(given["two"][0]["grad_norm"].item(), rel=1e-4)
+    for name, moment in given["one"][1].items():
+        other = given["two"][1][name]
+        assert torch.allclose(moment, other, rtol=1e-3, atol=1e-4 * float(moment.abs().max()) + 1e-9), name
+    assert given["one"][2].images_seen == given["two"][2].images_seen == 6
+
+
+def test_only_the_stage_s_tensors_have_an_optimizer_state_and_an_average(trainer):
+    one = trainer("topology_warmup")
+    names = [name for name, parameter in one.model.named_parameters() if parameter.requires_grad]
+    assert sorted(name for group in one.optimizer.param_groups for name in group["names"]) == sorted(names) == \
+        sorted(one.ema.state_dict())
+    assert trainer("topology_warmup", {"training": {"use_ema": False}}).ema is None
+    assert one.adversary is None and trainer("synergistic_tuning").adversary is not None
+
+
+def test_an_adversary_that_starts_later_costs_nothing_before(trainer):
+    one = trainer("synergistic_tuning", {"losses": {"adversarial": {"start": 1}}})
+    batch = [{"images": random_images(2, 32, 32), "text": ["a", "b"], "keys": ["a", "b"]}]
+    before = {name: tensor.clone() for name, tensor in one.adversary.discriminator.state_dict().items()}
+    assert "generator" not in one.train_step(batch)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in one.adversary.discriminator.state_dict().items())
+    numbers = one.train_step(batch)
+    assert {"generator", "discriminator", "lecam"} <= numbers.keys()
+    assert not all(torch.equal(tensor, before[name]) for name, tensor in one.adversary.discriminator.state_dict().items())
+    # What the student descends is the weighted sum, the generator's term with its own weight.
+    parts = {"reconstruction": 1.0, "perceptual": 0.1, "topology": 0.5, "itc": 0.5, "generator": 0.1}
+    assert numbers["loss"].item() == pytest.approx(sum(weight * numbers[name].item() for name, weight in parts.items()), rel=1e-5)
+
+
+def test_rates_in_the_log_are_the_schedule_s(run):
+    output = run("topology_warmup", {"training": {"max_train_steps": 5}, "experiment": {"log_grad_every": 2}})
+    lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    assert [line["lr"] for line in lines] == pytest.approx([lr_at(step, base=1e-3, end=1e-5, warmup=2, total=5) for step in range(5)])
+    assert [any(key.startswith("grad_norm/") for key in line) for line in lines] == [False, True, False, True, False]
+    whole = lines[1]
+    assert whole["grad_norm"] == pytest.approx(sum(v**2 for k, v in whole.items() if k.startswith("grad_norm/")) ** 0.5, rel=1e-4)
+
+
+def test_rates_by_part_reach_the_optimizer(trainer):
+    one = trainer("synergistic_tuning", {"optimizer": {"lr_multipliers": {"^encoder\\.": 0.5}}})
+    one.train_step([{"images": random_images(2, 32, 32), "text": ["a", "b"], "keys": ["a", "b"]}])
+    rates = {name: group["lr"] for group in one.optimizer.param_groups for name in group["names"]}
+    assert {rate for name, rate in rates.items() if name.startswith("encoder.")} == {0.5 * 0.5e-3}  # step 0 of 2 warm-up steps
+    assert {rate for name, rate in rates.items() if not name.startswith("encoder.")} == {0.5e-3}
+
+
+# ---------------------------------------------------------------------------------------------------- not finite
+@pytest.fixture
+def broken_at(monkeypatch):
+    """Make the pixel loss NaN at the calls given (counted from 0)."""
+    from muse.losses import muse_loss
+
+    def install(*calls):
+        count, real = iter(range(10**6)), muse_loss.pixel_loss
+        monkeypatch.setattr(muse_loss, "pixel_loss", lambda *args: real(*args) * (float("nan") if next(count) in calls else 1.0))
+    return install
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_by_name(broken_at, settings, tmp_path):
+    broken_at(1)
+    with pytest.raises(MuseError, match=r"^reconstruction, loss is not finite at step 2; samples \w+.*max_skipped_steps=0") as caught:
+        train(settings(output="run"))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run/final").exists() and not list((tmp_path / "run").glob("checkpoint-*"))
+
+
+def test_steps_may_be_skipped_as_often_as_allowed(broken_at, settings, trainer):
+    broken_at(0, 2)
+    one = trainer("topology_warmup", {"training": {"max_skipped_steps": 1}})
+    before = {name: tensor.clone() for name, tensor in one.model.state_dict().items()}
+    batch = [{"images": random_images(2, 32, 32), "text": ["", ""], "keys": ["a", "b"]}]
+    numbers = one.train_step(batch)
+    assert not torch.isfinite(numbers["loss"]) and (one.step, one.skipped, one.images_seen) == (1, 1, 0)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in one.model.state_dict().items())
+    assert all(parameter.grad is None for parameter in one.model.parameters())
+    one.train_step(batch)
+    assert (one.step, one.skipped, one.images_seen) == (2, 1, 2)
+    assert not torch.equal(one.model.state_dict()["to_latent.weight"], before["to_latent.weight"])
+    with pytest.raises(MuseError, match="not finite at step 3"):
+        one.train_step(batch)
+
+
+def test_a_gradient_that_is_not_finite_is_caught_before_the_step(trainer):
+    one = trainer("topology_warmup")
+    one.model.to_latent.weight.register_hook(lambda gradient: gradient * float("inf"))
+    before = one.model.to_latent.weight.detach().clone()
+    with pytest.raises(MuseError, match="grad_norm is not finite at step 1"):
+        one.train_step([{"images": random_images(2, 32, 32), "text": ["", ""], "keys": ["a", "b"]}])
+    assert torch.equal(one.model.to_latent.weight, before)
+
+
+# ---------------------------------------------------------------------------------------------------- refusals
+def test_a_global_batch_that_is_not_met_is_refused(trainer):
+    sizes = {"training": {"global_batch_size": 16, "per_gpu_batch_size": 4, "gradient_accumulation_steps": 2}}
+    with pytest.raises(ConfigError, match="global_batch_size=16 but 4 per process x 2 accumulated x 1 processes = 8"):
+        trainer("topology_warmup", sizes)
+    sizes["training"]["global_batch_size"] = 8
+    trainer("topology_warmup", sizes)
+
+
+def test_a_text_teacher_of_another_width_is_refused(settings):
+    with pytest.raises(ConfigError, match="model.semantic_dim=16 but the text teacher .* embeds in 24 dimensions"):
+        Trainer(settings("semantic_injection", {"teacher": {"text": {"config": {"dim": 24}}}}))
+
+
+def test_trainable_patterns_of_one_s_own(trainer):
+    one = trainer("topology_warmup", {"training": {"trainable": ["q_topo", "k_topo"]}, "losses": PLAIN["losses"] | {
+        "topology": {"weight": 1.0}, "reconstruction": {"weight": 0.0}}})
+    assert {name.split(".")[-2] for name in one.ema.state_dict()} == {"q_topo", "k_topo"}
+    assert one.raw_loss.needs["reconstruction"] is False
+    with pytest.raises(ConfigError, match="no parameter of the model matches"):
+        trainer("topology_warmup", {"training": {"trainable": ["nothing"]}})
+
+
+# ---------------------------------------------------------------------------------------------------- two processes
+@pytest.fixture
+def two_shards(tmp_path):
+    """Two shards of four pictures: an epoch is one shard for each of two processes, and one batch of eight for a single one."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for shard in range(2):
+        numbers = range(4 * shard, 4 * shard + 4)
+        write_tar(folder / f"train-{shard}.tar", {key(n): {"png": encode(picture(n, 32, 32)), "txt": f"picture {n}".encode()}
+                                                  for n in numbers})
+    return folder
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def test_two_processes_equal_one_with_the_same_global_batch(two_shards, tmp_path):
+    """tools/train_stage2.sh with NUM_GPUS=2 on a CPU, contrast over both processes' captions, against one process."""
+    steps = {"experiment": {"save_every": 1, "keep_last": 5}, "training": {"max_grad_norm": 0.0, "global_batch_size": 8}}
+    outputs = {}
+    for processes in (1, 2):
+        outputs[processes] = tmp_path / f"run{processes}"
+        config = run_config(tmp_path / f"{processes}.yaml", two_shards, outputs[processes], "semantic_injection", steps)
+        environment = {**os.environ, "NUM_GPUS": str(processes), "BATCH_SIZE": str(8 // processes), "MUSE_PYTHON": sys.executable,
+                       "MASTER_PORT": str(free_port()), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        done = subprocess.run(["bash", ROOT / "tools/train_stage2.sh", config, "--device", "cpu"], env=environment, text=True,
+                              capture_output=True, timeout=570)
+        assert done.returncode == 0, done.stderr[-3000:]
+    one, two = outputs[1], outputs[2]
+    logs = {number: [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+            for number, output in outputs.items()}
+    assert [line["step"] for line in logs[2]] == [1, 2]  # written once, not once a process
+    assert [line["images"] for line in logs[2]] == [8, 16]
+    for left, right in zip(logs[1], logs[2]):
+        for name in ("loss", "reconstruction", "topology", "itc", "perceptual", "grad_norm"):
+            assert left[name] == pytest.approx(right[name], rel=1e-3), name
+    # Adam's first mean is the gradient of the global batch.
+    a, b = (load_file(path / "checkpoint-1/state.safetensors") for path in (one, two))
+    for name in (name for name in a if name.endswith("exp_avg")):
+        assert torch.allclose(a[name], b[name], rtol=1e-3, atol=1e-3 * float(a[name].abs().max()) + 1e-9), name
+    assert sorted(path.name for path in (two / "checkpoint-2").glob("rank-*.json")) == ["rank-0.json", "rank-1.json"]
+    assert not list(two.glob(".partial*"))
+
+
+def test_both_processes_end_with_the_same_weights(two_shards, tmp_path):
+    """Two gloo processes in one test: stage 3 with its adversary; each dumps what it ends with."""
+    from torch import multiprocessing
+
+    config = run_config(tmp_path / "c.yaml", two_shards, tmp_path / "run", "synergistic_tuning",
+                        {"experiment": {"save_every": 1, "keep_last": 5}})
+    multiprocessing.start_processes(_train_and_dump, args=(str(config), free_port(), str(tmp_path)), nprocs=2, start_method="spawn")
+    left, right = (torch.load(tmp_path / f"end-{rank}.pt", weights_only=True) for rank in range(2))
+    assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+    assert any(name.startswith("discriminator.") for name in left)
+    lines = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert lines == [1, 2]
+
+
+def _train_and_dump(rank: int, config: str, port: int, folder: str) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
+                      ACCELERATE_USE_CPU="true", CUDA_VISIBLE_DEVICES="")
+    torch.set_num_threads(1)
+    from muse import load_config
+
+    one = Trainer(load_config(config, ["training.seed=7"]))
+    one.run()
+    state = {**one.model.state_dict(), **{f"ema.{name}": mean for name, mean in one.ema.state_dict().items()},
+             **{f"discriminator.{name}": tensor for name, tensor in
+                one.accelerator.unwrap_model(one.adversary.discriminator).state_dict().items()},
+             **one.adversary.loss.state_dict()}
+    torch.save(state, f"{folder}/end-{rank}.pt")
