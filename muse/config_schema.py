@@ -46,11 +46,11 @@ class TopologyTeacherConfig:
     source: str = "facebook/dinov3-vith16plus-pretrain-lvd1689m"
     config: dict[str, Any] = _dict()
     layers: list[Any] | None = None
-    image_size: int | None = None
+    image_size: Any = None
     temperature: float = 0.1
     order: int = 2
     spread: bool = False
-    cache: bool = False
+    cache: Any = False
 
 
 @dataclass
@@ -66,9 +66,9 @@ class FeatureTeacherConfig:
     source: str = ""
     config: dict[str, Any] = _dict()
     layers: list[Any] | None = None
-    image_size: int | None = None
+    image_size: Any = None
     normalize: bool = False
-    cache: bool = False
+    cache: Any = False
 
 
 @dataclass

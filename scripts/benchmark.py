@@ -11,7 +11,7 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
     parser.add_argument("--parts", default="evaluator,frechet,miou", help="comma-separated")
     parser.add_argument("--dim", type=int, default=2048, help="feature width of evaluator and frechet")
-    parser.add_argument("--images", type=int, default=64, help="image pairs of 224x224 for evaluator")
+    parser.add_argument("--images", type=int, default=128, help="image pairs of 224x224 for evaluator")
     parser.add_argument("--masks", type=int, default=4, help="512x512 masks of 150 classes for miou")
     parser.add_argument("--output", default=None, help="also write the figures as JSON to this file")
     args = parser.parse_args(argv)

@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 from omegaconf import DictConfig, OmegaConf
 
-from muse.config import Config, load_config
+from muse.config import load_config
+from muse.config_schema import Config
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted(file for file in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")) if file.is_file())

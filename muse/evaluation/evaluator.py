@@ -10,6 +10,12 @@ from muse.evaluation.metrics import Options, build_metrics
 from muse.evaluation.reduce import all_sum
 
 
+def _clamped(images: torch.Tensor) -> torch.Tensor:
+    """Inside [0,1]; most are already, and a copy costs more than a look."""
+    low, high = torch.aminmax(images)
+    return images if low >= 0 and high <= 1 else images.clamp(0, 1)
+
+
 class Evaluator:
     """Metrics of reconstructions against originals, [0,1] images.
 
@@ -61,7 +67,7 @@ class Evaluator:
         ValueError when the shapes differ, or a value is NaN or outside [-0.01, 1.01] (the range seen is named).
         """
         check_pair(real, fake)
-        real, fake = (images.detach().to(self.device).clamp(0, 1) for images in (real, fake))
+        real, fake = (_clamped(images.detach().to(self.device)) for images in (real, fake))
         for metric in self.metrics:
             metric.update(real, fake, indices)
         self.count += len(real)

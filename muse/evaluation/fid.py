@@ -121,6 +121,6 @@ class RunningMoments:
         mean = all_sum(sums + self.count * shift) / total
         # Σ (x−μ)(x−μ)ᵀ from Σ yyᵀ of y = x−shift, with δ = μ−shift
         delta = mean - shift
-        cross = torch.outer(sums, delta)
-        scatter = all_sum(outer - cross - cross.T + self.count * torch.outer(delta, delta))
-        return total, mean, scatter / (total - 1)
+        scatter = outer.clone().addr_(sums, delta, alpha=-1).addr_(delta, sums, alpha=-1)
+        scatter = all_sum(scatter.addr_(delta, delta, alpha=self.count))
+        return total, mean, scatter.div_(total - 1)

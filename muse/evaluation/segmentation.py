@@ -25,19 +25,20 @@ class ConfusionMatrix:
         if predictions.shape != masks.shape:
             raise ValueError(f"prediction {tuple(predictions.shape)} and mask {tuple(masks.shape)} differ in size")
         # ignored pixels get a row of their own, dropped below: far cheaper than picking the others out
-        truth = masks.masked_fill(masks == self.ignore, self.num_classes)
-        for name, labels, limit in (
-            ("mask", truth, self.num_classes),
-            ("prediction", predictions, self.num_classes - 1),
-        ):
-            if labels.numel() and (int(labels.min()) < 0 or int(labels.max()) > limit):
-                seen = labels[labels != self.num_classes] if name == "mask" else labels
-                raise ValueError(
-                    f"{name} labels {int(seen.min())}..{int(seen.max())} do not fit {self.num_classes} classes"
-                )
-        cells = (truth.long() * self.num_classes + predictions).flatten()
+        truth = masks.long().masked_fill(masks == self.ignore, self.num_classes)
+        self._check("mask", truth, self.num_classes)
+        self._check("prediction", predictions, self.num_classes - 1)
+        cells = truth.mul_(self.num_classes).add_(predictions).flatten()
         counts = torch.bincount(cells, minlength=self.num_classes * (self.num_classes + 1))
         self.counts += counts.view(-1, self.num_classes)[: self.num_classes].cpu()
+
+    def _check(self, name: str, labels: torch.Tensor, limit: int) -> None:
+        low, high = (int(bound) for bound in torch.aminmax(labels)) if labels.numel() else (0, 0)
+        if low < 0 or high > limit:
+            seen = labels[labels != self.num_classes] if name == "mask" else labels
+            raise ValueError(
+                f"{name} labels {int(seen.min())}..{int(seen.max())} do not fit {self.num_classes} classes"
+            )
 
     def compute(self) -> "IoU":
         """Intersection over union of every class."""

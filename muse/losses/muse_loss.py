@@ -90,6 +90,9 @@ class TopologyTerm(Term):
 
     def forward(self, out: StudentOutput, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
         targets = self.targets(batch, out.grid)
+        if self.heads == "per_head" and targets[0].shape[1] not in (1, out.log_topology[0].shape[1]):
+            raise ConfigError(f"losses.topology.heads=per_head: the teacher has {targets[0].shape[1]} heads, the student "
+                              f"{out.log_topology[0].shape[1]}; use heads=mean")
         each = topology_kl(select_blocks(out.log_topology, self.blocks), select_blocks(targets, self.blocks), self.heads)
         return each.mean(), {f"topology_block{i}": value.detach() for i, value in enumerate(each)} if len(each) > 1 else {}
 

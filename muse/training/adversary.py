@@ -16,7 +16,8 @@ class Adversary:
 
     def __init__(self, cfg: DictConfig, accelerator: Any):
         section, optimizer = cfg.losses.adversarial, cfg.optimizer.params
-        self.weight, self.accelerator, self.max_grad_norm = section.weight, accelerator, cfg.training.max_grad_norm
+        self.weight, self.accelerator = section.weight, accelerator
+        self.max_grad_norm = cfg.training.max_grad_norm or float("inf")
         width = section.base_channels
         discriminator = PatchDiscriminator(width=width, stages=section.num_stages, groups=math.gcd(32, width)).to(accelerator.device)
         self.loss = AdversarialLoss(section.start, section.lecam_weight, section.lecam_decay).to(accelerator.device)

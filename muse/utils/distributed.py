@@ -17,14 +17,26 @@ def build_accelerator(cfg: DictConfig) -> Any:
 
     unused = cfg.training.find_unused_parameters
     if unused is None:
-        # Losses that read the last block alone leave W_Q, W_K and W_ITC of the others without a gradient (FIDELITY row 1).
-        unused = "last" in (cfg.losses.topology.blocks, cfg.losses.itc.blocks)
+        unused = leaves_tensors_unused(cfg)
     handler = DistributedDataParallelKwargs(find_unused_parameters=unused, broadcast_buffers=False)
     tracker = cfg.experiment.tracker
     if tracker != "none" and find_spec(tracker) is None:
         raise ConfigError(f"experiment.tracker={tracker} needs the package {tracker}: pip install {tracker}")
     return Accelerator(mixed_precision=cfg.training.mixed_precision, kwargs_handlers=[handler],
                        log_with=None if tracker == "none" else tracker, project_dir=cfg.experiment.output_dir)
+
+
+def leaves_tensors_unused(cfg: DictConfig) -> bool:
+    """Whether some tensor that learns may get no gradient, which DDP must be told of.
+
+    A loss that reads the last block alone leaves W_Q, W_K or W_ITC of the others without one (docs/fidelity.md, row 1); so does
+    a stage whose owner of a stream is switched off, or tensors that the user chose.
+    """
+    last = "last" in (cfg.losses.topology.blocks, cfg.losses.itc.blocks)
+    structure = cfg.losses.topology.weight == 0 and cfg.model.shield_attention
+    semantics = cfg.losses.itc.weight == 0 and cfg.training.stage != "topology_warmup"
+    blocks_learn = cfg.training.stage != "encoder_distillation"
+    return cfg.training.trainable is not None or (blocks_learn and (last or structure or semantics))
 
 
 class StopSignal:

@@ -58,7 +58,7 @@ def test_shared_maps_are_stored_once_and_come_back_shared():
     assert teacher.bytes == 4 * MAP_BYTES and target.maps[0] is target.maps[2]
     spread = cached(spread=True)
     found = spread(pictures(), keys=names())
-    assert spread.bytes == 4 * 2 * MAP_BYTES or spread.bytes == 4 * 3 * MAP_BYTES
+    assert spread.bytes == 4 * 2 * MAP_BYTES  # two layers for three blocks
     for stored, exact in zip(found.maps, spread(pictures()).maps):
         torch.testing.assert_close(stored, exact, atol=1e-4, rtol=2e-3)
 
