@@ -18,10 +18,10 @@ def main(argv=None) -> int:
     from muse.evaluation.benchmark import run
 
     rows = run(args.parts.split(","), args.dim, args.images, args.masks)
-    print(f"{'part':<12}{'ours':>12}{'slow way':>12}{'ratio':>9}{'goal':>8}")
+    print(f"{'part':<12}{'ours':>12}{'slow way':>12}{'ratio':>9}{'wanted at most':>18}")
     for name, row in rows.items():
         times = "".join(f"{row[way]:>10.2f}{row['unit']:>2}" for way in ("ours", "slow"))
-        print(f"{name:<12}{times}{row['slow'] / row['ours']:>8.1f}x{row['goal']:>7}x")
+        print(f"{name:<12}{times}{row['slow'] / row['ours']:>8.1f}x{row['goal']:>16.2f}{row['unit']:>2}")
     if args.output:
         cli.write_json(args.output, rows)
     return 0

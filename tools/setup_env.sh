@@ -13,8 +13,8 @@ setup_env() {
   if ! grep -qxF "$wanted" "$stamp" 2>/dev/null; then
     echo "installing packages (once; torch alone is some GB)"
     local flags=(); for file in "$@"; do flags+=(-r "$file"); done
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check "${flags[@]}"
-    "$PYTHON" -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e "$ROOT" 2>/dev/null \
+    "$PYTHON" -m pip install -qq --disable-pip-version-check "${flags[@]}"
+    "$PYTHON" -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e "$ROOT" 2>/dev/null \
       || echo "$ROOT" > "$("$PYTHON" -c 'import site; print(site.getsitepackages()[0])')/muse.pth"
     echo "$wanted" >> "$stamp"
   fi

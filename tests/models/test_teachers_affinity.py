@@ -1,4 +1,4 @@
-"""Feature-affinity teacher and feature teacher against sums written out by hand and against the libraries' own features."""
+"""Affinity and feature teachers against sums written out by hand and against the libraries' own features."""
 import math
 
 import pytest
@@ -120,7 +120,11 @@ def test_grid_per_call_and_sizes_per_layer():
     assert teacher(images).grid == (8, 16)  # the last layer's own: 16 x 32 halved
     sizes = []
     features = teacher.extractor.features
-    teacher.extractor.features = lambda x, blocks: sizes.append((tuple(x.shape[-2:]), tuple(blocks))) or features(x, blocks)
+
+    def noted(x, blocks):
+        sizes.append((tuple(x.shape[-2:]), tuple(blocks)))
+        return features(x, blocks)
+    teacher.extractor.features = noted
     teacher(images[:1])
     assert sizes == [((64, 64), (1,)), ((16, 32), (0,))]
 
@@ -161,9 +165,11 @@ def test_timm_features_by_name_and_from_a_directory(tmp_path):
     mean, std = (torch.tensor(network.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
     with torch.no_grad():
         levels = network.forward_intermediates((images - mean) / std, indices=[2, 3], intermediates_only=True)
-    expected = [torch.nn.functional.interpolate(level, size=(2, 2), mode="bilinear", antialias=True) for level in levels]
+    expected = [torch.nn.functional.interpolate(level, size=(2, 2), mode="bilinear", antialias=True)
+                for level in levels]
     torch.testing.assert_close(teacher(images), torch.cat([expected[1], expected[0]], dim=1), atol=1e-5, rtol=1e-4)
-    named = build_feature_teacher({"kind": "backbone", "source": "resnet10t", "layers": [1], "config": {"pretrained": False}})
+    options = {"kind": "backbone", "source": "resnet10t", "layers": [1], "config": {"pretrained": False}}
+    named = build_feature_teacher(options)
     assert named.dim == 64
 
 
@@ -187,8 +193,8 @@ def test_torchvision_nodes_and_weights_file(tmp_path):
     network = torchvision.models.resnet18().eval()
     torch.save(network.state_dict(), tmp_path / "resnet18.pth")
     config = {"weights": str(tmp_path / "resnet18.pth")}
-    teacher = build_feature_teacher({"kind": "backbone", "source": "torchvision:resnet18", "config": config,
-                                     "layers": ["layer1", {"block": "layer3", "size": 64}]}, (8, 8))
+    options = {"kind": "backbone", "source": "torchvision:resnet18", "config": config}
+    teacher = build_feature_teacher(options | {"layers": ["layer1", {"block": "layer3", "size": 64}]}, (8, 8))
     found = teacher(pictures())
     pixels = teacher.extractor.normalise(pictures())
     with torch.no_grad():
@@ -197,7 +203,7 @@ def test_torchvision_nodes_and_weights_file(tmp_path):
     assert teacher.dim == 64 + 256 and found.shape == (2, 320, 8, 8)
     torch.save({"conv1.weight": torch.zeros(1)}, tmp_path / "resnet18.pth")
     with pytest.raises(CheckpointError, match="does not hold the weights of resnet18"):
-        build_feature_teacher({"kind": "backbone", "source": "torchvision:resnet18", "config": config, "layers": ["layer1"]})
+        build_feature_teacher(options | {"layers": ["layer1"]})
 
 
 def test_feature_teacher_can_level_its_layers():
@@ -213,7 +219,7 @@ def test_feature_teacher_can_level_its_layers():
 
 # -------------------------------------------------------------------------------------- the demo's real network
 def same_object_auc(weights, mask):
-    """Mean over foreground queries of P(weight of a foreground key > weight of a background key), the query left out."""
+    """Mean over foreground queries of P(weight of a foreground key > of a background key), the query left out."""
     aucs = []
     for query in mask.nonzero()[:, 0]:
         others = torch.arange(len(mask)) != query

@@ -45,7 +45,8 @@ def test_evenly_spaced_layers():
     assert choose_layers([0, -2], 12, 2) == [0, 10]
 
 
-@pytest.mark.parametrize("layers, message", [([0, 1], "2 layers for 3"), ([12], "0..11"), ([{"block": 1}], "layer numbers")])
+@pytest.mark.parametrize("layers, message", [([0, 1], "2 layers for 3"), ([12], "0..11"),
+                                             ([{"block": 1}], "layer numbers")])
 def test_layers_that_cannot_be_are_named(layers, message):
     with pytest.raises(ConfigError, match=message):
         choose_layers(layers, 12, 3)
@@ -121,7 +122,8 @@ def test_local_directory_single_and_sharded(tmp_path, shard):
 def test_stored_normalisation_is_used(tmp_path):
     saved = dino()
     saved.network.save_pretrained(tmp_path)
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps({"image_mean": [.4, .4, .4], "image_std": [.2, .2, .2]}))
+    stored = {"image_mean": [.4, .4, .4], "image_std": [.2, .2, .2]}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(stored))
     loaded = build_topology_teacher({"source": str(tmp_path)}, 2, None)
     torch.testing.assert_close(loaded.normalise(torch.full((1, 3, 2, 2), .5)), torch.full((1, 3, 2, 2), .5))
 
@@ -181,7 +183,8 @@ def copied_to_timm(state, depth):
     """A transformers DINOv3 state dict under timm's names."""
     names = {"embeddings.cls_token": "cls_token", "embeddings.register_tokens": "reg_token",
              "embeddings.patch_embeddings.weight": "patch_embed.proj.weight",
-             "embeddings.patch_embeddings.bias": "patch_embed.proj.bias", "norm.weight": "norm.weight", "norm.bias": "norm.bias"}
+             "embeddings.patch_embeddings.bias": "patch_embed.proj.bias", "norm.weight": "norm.weight",
+             "norm.bias": "norm.bias"}
     copied = {new: state[old] for old, new in names.items()}
     parts = {"norm1": "norm1", "norm2": "norm2", "attention.o_proj": "attn.proj", "mlp.up_proj": "mlp.fc1",
              "mlp.down_proj": "mlp.fc2"}
@@ -214,7 +217,8 @@ def test_timm_dinov3_with_the_same_weights_gives_the_maps_of_transformers():
 def test_timm_vit_against_a_hand_computation(tmp_path):
     config = {"pretrained": False, "embed_dim": 24, "depth": 3, "num_heads": 2, "img_size": 32, "qk_norm": True}
     torch.manual_seed(3)
-    teacher = build_topology_teacher({"source": "timm:vit_tiny_patch16_224", "config": config, "image_size": 48}, 3, None)
+    options = {"source": "timm:vit_tiny_patch16_224", "config": config, "image_size": 48}
+    teacher = build_topology_teacher(options, 3, None)
     seen = {}
     attention = teacher.network.blocks[1].attn
     handle = attention.register_forward_hook(lambda module, inputs, output: seen.update(x=inputs[0]))
@@ -227,6 +231,13 @@ def test_timm_vit_against_a_hand_computation(tmp_path):
     scores = torch.einsum("bihd,bjhd->bhij", q, k) / 12 ** .5
     expected = scores.softmax(-1)[..., 1:, 1:].mean(1, keepdim=True)
     torch.testing.assert_close(found, expected / expected.sum(-1, keepdim=True), atol=1e-6, rtol=1e-5)
+
+
+def test_timm_vit_of_one_size_sees_that_size():
+    config = {"pretrained": False, "embed_dim": 24, "depth": 2, "num_heads": 2, "img_size": 32}
+    for size in (None, 32):
+        options = {"source": "timm:beitv2_base_patch16_224", "config": config, "image_size": size}
+        assert build_topology_teacher(options, 1, None)(pictures(48, 64)).grid == (2, 2)
 
 
 def test_timm_directory(tmp_path):

@@ -2,7 +2,8 @@
 import pytest
 import torch
 
-from muse.models.teachers import CachedTeacher, FrozenTeacher, TopologyTarget, build_feature_teacher, build_topology_teacher
+from muse.models.teachers import (CachedTeacher, FrozenTeacher, TopologyTarget, build_feature_teacher,
+                                  build_topology_teacher)
 
 OPTIONS = {"kind": "affinity", "source": "random", "layers": [0, 1]}
 MAP_BYTES = 16 * 16 * 2

@@ -1,4 +1,4 @@
-"""Frozen teachers, beside the model and never inside it: attention or affinity maps, text embeddings, backbone features."""
+"""Frozen teachers, beside the model and never inside it: attention or affinity maps, text embeddings, features."""
 from muse.models.teachers.base import FrozenTeacher, TopologyTarget
 from muse.models.teachers.build import build_feature_teacher, build_text_teacher, build_topology_teacher
 from muse.models.teachers.cache import CachedTeacher

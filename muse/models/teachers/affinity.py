@@ -1,8 +1,9 @@
 """Topology teacher anyone can have: the affinity of a pretrained backbone's features, in place of DINOv3's attention.
 
-A plain affinity softmax is a trivial target, because the diagonal and the position dominate it. Here features are centred
-in each picture (what all its places share says nothing), the cosines of several layers are averaged, places are compared by
-how they relate to the whole picture (`order: 2`), and the diagonal gets its row's largest other value.
+A plain affinity softmax is a trivial target, because the diagonal and the position dominate it. Here features are
+centred in each picture (what all its places share says nothing), the cosines of several layers are averaged, places
+are compared by how they relate to the whole picture (`order: 2`), and the diagonal gets its row's largest other
+value.
 """
 from collections import defaultdict
 from collections.abc import Sequence
@@ -26,10 +27,10 @@ class FeatureLayer(NamedTuple):
     size: tuple[int, int] | None = None
 
 
-# Fine to coarse, all from one forward pass at 128 px; near the best of such sets by same-object AUC on the demo's training
-# composites. On 120 composites of held-out objects (looked at while choosing), grids 8x8 / 16x16, temperature .1: AUC .969 /
-# .967 (positional prior .856 / .841), KL from the positional prior .705 / .730 nats, from uniform 1.59 / 1.79.
-# Blocks 4 and 14 at 192 px: AUC .974 / .972 for 1.3 to 2 times the time.
+# Fine to coarse, all from one forward pass at 128 px; near the best of such sets by same-object AUC on the demo's
+# training composites. On 120 composites of held-out objects (looked at while choosing), grids 8x8 / 16x16,
+# temperature .1: AUC .969 / .967 (positional prior .856 / .841), KL from the positional prior .705 / .730 nats, from
+# uniform 1.59 / 1.79. Blocks 4 and 14 at 192 px: AUC .974 / .972 for 1.3 to 2 times the time.
 EFFICIENTNET_LAYERS = tuple({"block": block, "size": 128} for block in (1, 4, 10, 14))
 
 
@@ -51,7 +52,7 @@ def profile_cosine(cosine: Tensor) -> Tensor:
 
 
 def affinity_to_map(cosine: Tensor, temperature: float) -> Tensor:
-    """Row-wise softmax(cosine / temperature) of (...,N,N), each diagonal entry replaced by its row's largest other entry."""
+    """Row-wise softmax(cosine / temperature) of (...,N,N), each diagonal entry replaced by its row's largest other."""
     size = cosine.shape[-1]
     if size == 1:
         return torch.ones_like(cosine)
@@ -63,10 +64,10 @@ def affinity_to_map(cosine: Tensor, temperature: float) -> Tensor:
 class AffinityTeacher(FrozenTeacher):
     """`teacher(images, grid=None)` -> TopologyTarget of `num_maps` maps.
 
-    extractor: `features(images, blocks) -> list of (B,C,h,w)`. grid: the student's token grid, here or per call; without
-    one, the last layer's own. spread: False: the mean over all layers, one tensor standing in every place; True: each
-    layer's own map, evenly spaced onto the student blocks. heads: `mean`, or `per_head`: each layer is a head. order: 1 for the
-    features' own cosines, 2 for `profile_cosine` of them.
+    extractor: `features(images, blocks) -> list of (B,C,h,w)`. grid: the student's token grid, here or per call;
+    without one, the last layer's own. spread: False: the mean over all layers, one tensor standing in every place;
+    True: each layer's own map, evenly spaced onto the student blocks. heads: `mean`, or `per_head`: each layer is a
+    head. order: 1 for the features' own cosines, 2 for `profile_cosine` of them.
     """
 
     def __init__(self, extractor: nn.Module, layers: Sequence[FeatureLayer], num_maps: int, *, temperature: float = 0.1,
@@ -122,7 +123,7 @@ def resize_features(features: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def read_layers(layers: Any, image_size: Any, default: Any, where: str) -> list[FeatureLayer]:
-    """`layers` of a section as FeatureLayers: entries `{block, size}` or a block alone; `image_size` where size is absent."""
+    """`layers` of a section: entries `{block, size}` or a block alone; `image_size` where a size is absent."""
     if not layers and not default:
         raise ConfigError(f"{where}.layers must name the backbone's blocks, for example [{{block: 2, size: 128}}]")
     read = []
@@ -130,7 +131,8 @@ def read_layers(layers: Any, image_size: Any, default: Any, where: str) -> list[
         entry = entry if isinstance(entry, dict) else {"block": entry}
         if not {"block"} <= entry.keys() <= {"block", "size"} or not isinstance(entry["block"], (int, str)):
             raise ConfigError(f"{where}.layers: an entry is a block, or {{block: ..., size: ...}}, got {entry!r}")
-        read.append(FeatureLayer(entry["block"], image_size_option(entry.get("size", image_size), f"{where}.layers.size")))
+        size = image_size_option(entry.get("size", image_size), f"{where}.layers.size")
+        read.append(FeatureLayer(entry["block"], size))
     return read
 
 

@@ -1,7 +1,8 @@
 """Topology teacher: attention maps of a frozen ViT (paper: DINOv3), captured layer by layer.
 
-Only the layers asked for write their attention out; all others keep the fused kernels. A map is cut to the patch tokens and
-averaged over heads as soon as its layer has run, so that no more than one layer's full maps are alive at a time.
+Only the layers asked for write their attention out; all others keep the fused kernels. A map is cut to the patch
+tokens and averaged over heads as soon as its layer has run, so that no more than one layer's full maps are alive at a
+time.
 """
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -17,8 +18,8 @@ from muse.models.teachers.base import FrozenTeacher, Normalise, TopologyTarget, 
 def patch_attention(weights: Tensor, num_prefix: int, heads: str = "mean") -> Tensor:
     """Attention among patch tokens (B, heads or 1, Nt, Nt), float32, rows sum to 1.
 
-    `weights` (B,heads,T,T) has `num_prefix` class and register tokens in front; they are dropped and the rows renormalised,
-    after the mean over heads, so that a head which looks at the registers alone counts for little.
+    `weights` (B,heads,T,T) has `num_prefix` class and register tokens in front; they are dropped and the rows
+    renormalised, after the mean over heads, so that a head which looks at the registers alone counts for little.
     """
     kept = weights[..., num_prefix:, num_prefix:].float()
     if heads == "mean":
@@ -34,9 +35,9 @@ class AttentionTeacher(FrozenTeacher):
     method: the network's forward that takes normalised pixels.
     """
 
-    def __init__(self, network: nn.Module, sources: Mapping[int, nn.Module], layers: Sequence[int], *, patch: tuple[int, int],
-                 num_prefix: int, normalise: Normalise, heads: str = "mean", image_size: tuple[int, int] | None = None,
-                 method: str = "forward"):
+    def __init__(self, network: nn.Module, sources: Mapping[int, nn.Module], layers: Sequence[int], *,
+                 patch: tuple[int, int], num_prefix: int, normalise: Normalise, heads: str = "mean",
+                 image_size: tuple[int, int] | None = None, method: str = "forward"):
         super().__init__()
         self.network, self.normalise = network, normalise
         self.layers, self.heads = tuple(layers), heads
@@ -52,18 +53,20 @@ class AttentionTeacher(FrozenTeacher):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> TopologyTarget:
-        """Maps of images (B,3,H,W) in [0,1]; grid = input size / patch. Raises ValueError outside the pixel contract."""
+        """Maps of images (B,3,H,W) in [0,1]; grid = input size / patch. ValueError outside the pixel contract."""
         check_images(images)
         size = self.input_size(images.shape[-2:])
         pixels = self.normalise(resize_images(images, size)).to(next(self.network.parameters()).dtype)
         maps: dict[int, Tensor] = {}
-        hooks = [module.register_forward_hook(partial(self._keep, maps, layer)) for layer, module in self._sources.items()]
+        hooks = [module.register_forward_hook(partial(self._keep, maps, layer))
+                 for layer, module in self._sources.items()]
         try:
             getattr(self.network, self._method)(pixels)
         finally:
             for hook in hooks:
                 hook.remove()
-        return TopologyTarget(tuple(maps[layer] for layer in self.layers), (size[0] // self.patch[0], size[1] // self.patch[1]))
+        grid = (size[0] // self.patch[0], size[1] // self.patch[1])
+        return TopologyTarget(tuple(maps[layer] for layer in self.layers), grid)
 
     def _keep(self, maps: dict[int, Tensor], layer: int, module: nn.Module, inputs: Any, output: Any) -> None:
         weights = output[-1] if isinstance(output, tuple) else output

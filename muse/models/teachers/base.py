@@ -20,8 +20,8 @@ HEADS = ("mean", "per_head")
 class TopologyTarget(NamedTuple):
     """What a topology teacher says of a batch (paper: A_T).
 
-    maps: one tensor for each student block, (B, heads or 1, Nt, Nt) float32, rows sum to 1. The same tensor may stand in
-    several places. grid: (ht, wt) with ht * wt = Nt.
+    maps: one tensor for each student block, (B, heads or 1, Nt, Nt) float32, rows sum to 1. The same tensor may stand
+    in several places. grid: (ht, wt) with ht * wt = Nt.
     """
 
     maps: tuple[Tensor, ...]
@@ -29,7 +29,7 @@ class TopologyTarget(NamedTuple):
 
 
 class FrozenTeacher(nn.Module):
-    """A module without gradients that stays in eval mode whatever `train()` is told. Call `freeze()` once it is built."""
+    """A module without gradients that stays in eval mode whatever `train()` is told. Call `freeze()` once built."""
 
     def freeze(self) -> "FrozenTeacher":
         self.requires_grad_(False)
@@ -79,7 +79,8 @@ def choose_layers(layers: Sequence[int] | None, depth: int, count: int) -> list[
     if not all(isinstance(layer, int) for layer in layers):
         raise ConfigError(f"teacher.topology.layers must be layer numbers for an attention teacher, got {list(layers)}")
     if len(layers) not in (1, count):
-        raise ConfigError(f"teacher.topology.layers names {len(layers)} layers for {count} student blocks: name 1 or {count}")
+        raise ConfigError(f"teacher.topology.layers names {len(layers)} layers for {count} student blocks: "
+                          f"name 1 or {count}")
     if not all(-depth <= layer < depth for layer in layers):
         raise ConfigError(f"teacher.topology.layers {list(layers)}: the teacher has layers 0..{depth - 1}")
     chosen = [layer % depth for layer in layers]

@@ -9,24 +9,27 @@ from muse.models.teachers.dino import build_attention_teacher
 
 DEFAULT_CACHE_MB = 2048
 
-TOPOLOGY_KEYS = {"kind": "dinov3", "source": "facebook/dinov3-vith16plus-pretrain-lvd1689m", "config": {}, "layers": None,
-                 "image_size": None, "temperature": 0.1, "heads": "mean", "order": 2, "spread": False, "cache": False}
+TOPOLOGY_KEYS = {"kind": "dinov3", "source": "facebook/dinov3-vith16plus-pretrain-lvd1689m", "config": {},
+                 "layers": None, "image_size": None, "temperature": 0.1, "heads": "mean", "order": 2, "spread": False,
+                 "cache": False}
 TEXT_KEYS = {"kind": "open_clip", "source": "ViT-L-14/laion2b_s32b_b82k", "config": {}, "cache": 32768}
 FEATURE_KEYS = {"kind": "backbone", "source": "", "config": {}, "layers": None, "image_size": None, "normalize": False,
                 "cache": False}
 # What `kind: random` (tests) builds where `config` is empty.
-SMALL_DINO = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4, "patch_size": 8}
+SMALL_DINO = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 4, "num_attention_heads": 4,
+              "patch_size": 8}
 TOPOLOGY_TEACHERS = {"dinov3": build_attention_teacher, "affinity": build_affinity_teacher,
                      "random": lambda options, num_maps, grid: build_attention_teacher(
                          options | {"source": "random", "config": options["config"] or SMALL_DINO}, num_maps, grid)}
 
 
 def build_topology_teacher(cfg: Any, num_maps: int, grid: tuple[int, int] | None = None) -> FrozenTeacher | None:
-    """The teacher of `teacher.topology` with `num_maps` maps, one for each student block that learns topology; None for `none`.
+    """The teacher of `teacher.topology` with `num_maps` maps, one for each student block that learns; None for `none`.
 
     cfg: a dict or OmegaConf node. kind: `dinov3` (attention of a DINO or any plain ViT), `affinity`, `random` (tests),
-    `none`. grid: the student's token grid (h, w). cache: true or a number of MiB makes a CachedTeacher of it. A key that another kind uses is
-    let stand. Raises ConfigError on an unknown key or value, CheckpointError where weights are missing or refused.
+    `none`. grid: the student's token grid (h, w). cache: true or a number of MiB makes a CachedTeacher of it. A key
+    that another kind uses is let stand. Raises ConfigError on an unknown key or value, CheckpointError where weights
+    are missing or refused.
     """
     options = read_options(cfg, TOPOLOGY_KEYS, "teacher.topology")
     check_choice(options["kind"], ("none", *TOPOLOGY_TEACHERS), "teacher.topology.kind")

@@ -17,12 +17,14 @@ class _Entry(NamedTuple):
 
 
 class CachedTeacher(FrozenTeacher):
-    """`teacher(images, keys=keys)`: what the teacher says, computed once for each key. Without `keys` nothing is stored.
+    """`teacher(images, keys=keys)`: what the teacher says, computed once for each key. Without `keys` nothing is
+    stored.
 
-    Correct only where a key always comes with the same picture. Values are kept in float16 on the CPU; maps come back in
-    float32 with rows that sum to 1. A stored and a fresh answer are the same bits, since a fresh one is rounded alike, and
-    on a CPU one image is asked for at a time, so that an answer does not depend on the batch it came in. When `max_bytes`
-    is reached nothing more is stored: with epochs over the same data, evicting would leave no hits at all.
+    Correct only where a key always comes with the same picture. Values are kept in float16 on the CPU; maps come back
+    in float32 with rows that sum to 1. A stored and a fresh answer are the same bits, since a fresh one is rounded
+    alike, and on a CPU one image is asked for at a time, so that an answer does not depend on the batch it came in.
+    When `max_bytes` is reached nothing more is stored: with epochs over the same data, evicting would leave no hits
+    at all.
     """
 
     def __init__(self, teacher: FrozenTeacher, max_bytes: int = 2 << 30):

@@ -1,4 +1,4 @@
-"""Loaders of attention teachers: DINOv3 and DINOv2 through transformers, any plain ViT through timm. Native classes only."""
+"""Loaders of attention teachers: DINOv3, DINOv2 through transformers, any plain ViT through timm; native classes."""
 import copy
 from typing import Any, NamedTuple
 
@@ -8,13 +8,15 @@ from muse.errors import ConfigError
 from muse.models.teachers.attention import AttentionTeacher
 from muse.models.teachers.base import (HEADS, IMAGENET_MEAN, IMAGENET_STD, Normalise, check_choice, choose_layers,
                                        image_size_option, log)
-from muse.models.teachers.sources import TIMM, is_timm_directory, loading, require_complete, stored_normalisation, timm_name
+from muse.models.teachers.sources import (TIMM, is_timm_directory, loading, require_complete, stored_normalisation,
+                                          timm_name)
 
-ADVICE = ("DINOv3 weights are given out after their licence is accepted; otherwise set teacher.topology.source to a local "
-          "directory (transformers or timm layout) or to a timm name (timm:vit_huge_plus_patch16_dinov3.lvd1689m), or use "
-          "teacher.topology.kind=affinity.")
+ADVICE = ("DINOv3 weights are given out after their licence is accepted; otherwise set teacher.topology.source to a "
+          "local directory (transformers or timm layout) or to a timm name "
+          "(timm:vit_huge_plus_patch16_dinov3.lvd1689m), or use teacher.topology.kind=affinity.")
 # transformers' model_type -> its class. All put the class token first, then the registers.
-MODEL_CLASSES = {"dinov3_vit": "DINOv3ViTModel", "dinov2": "Dinov2Model", "dinov2_with_registers": "Dinov2WithRegistersModel"}
+MODEL_CLASSES = {"dinov3_vit": "DINOv3ViTModel", "dinov2": "Dinov2Model",
+                 "dinov2_with_registers": "Dinov2WithRegistersModel"}
 
 
 class VitParts(NamedTuple):
@@ -28,15 +30,17 @@ class VitParts(NamedTuple):
 def build_attention_teacher(options: dict[str, Any], num_maps: int, grid: tuple[int, int] | None) -> AttentionTeacher:
     """An attention teacher with `num_maps` maps from options `source, config, layers, image_size, heads`.
 
-    source: a hub id, a directory in transformers' or timm's layout, `timm:NAME`, or `random` (a DINOv3 built from `config`).
-    image_size: pixels, [H, W], `grid` (as many patches as the student's `grid` has tokens), or None (the images' own).
+    source: a hub id, a directory in transformers' or timm's layout, `timm:NAME`, or `random` (a DINOv3 built from
+    `config`). image_size: pixels, [H, W], `grid` (as many patches as the student's `grid` has tokens), or None (the
+    images' own).
     """
     check_choice(options["heads"], HEADS, "teacher.topology.heads")
     source, config = str(options["source"]), dict(options["config"])
     from_timm = source.startswith(TIMM) or is_timm_directory(source)
     network, attentions, settings = timm_parts(source, config) if from_timm else transformers_parts(source, config)
     layers = choose_layers(options["layers"], len(attentions), num_maps)
-    size = options["image_size"] or settings.pop("image_size", None)
+    own_size = settings.pop("image_size", None)
+    size = options["image_size"] or own_size
     if size == "grid":
         if grid is None:
             raise ConfigError("teacher.topology.image_size=grid needs the student's grid")
@@ -50,8 +54,9 @@ def build_attention_teacher(options: dict[str, Any], num_maps: int, grid: tuple[
 def transformers_parts(source: str, config: dict[str, Any]) -> VitParts:
     """A DINO of transformers from a hub id, a directory (single or sharded safetensors) or `random`.
 
-    `config` holds the fields of transformers' configuration (with `model_type`, by default dinov3_vit) for `random`, and
-    overrides of the stored ones otherwise. Raises CheckpointError for weights that are refused, missing or incomplete.
+    `config` holds the fields of transformers' configuration (with `model_type`, by default dinov3_vit) for `random`,
+    and overrides of the stored ones otherwise. Raises CheckpointError for weights that are refused, missing or
+    incomplete.
     """
     import transformers
     what, normalise = f"topology teacher {source!r}", Normalise()
@@ -88,7 +93,9 @@ def timm_parts(source: str, config: dict[str, Any]) -> VitParts:
     settings = {"patch": tuple(network.patch_embed.patch_size), "num_prefix": getattr(network, "num_prefix_tokens", 1),
                 "normalise": Normalise(stored.get("mean", IMAGENET_MEAN), stored.get("std", IMAGENET_STD)),
                 "method": "forward_features"}
-    return VitParts(network, attentions, settings if any_size else settings | {"image_size": network.patch_embed.img_size})
+    if not any_size:
+        settings["image_size"] = network.patch_embed.img_size
+    return VitParts(network, attentions, settings)
 
 
 def _timm_network(name: str, arguments: dict[str, Any]) -> tuple[nn.Module, bool]:
@@ -105,7 +112,8 @@ def written_out(attention: nn.Module) -> nn.Module:
     if hasattr(attention, "fused_attn"):
         attention.fused_attn = False
         return attention.attn_drop
-    # Modules of a transformers model share one configuration: a copy of its own turns this layer alone to eager attention.
+    # Modules of a transformers model share one configuration: a copy of its own turns this layer alone to eager
+    # attention.
     attention.config = copy.deepcopy(attention.config)
     attention.config._attn_implementation = "eager"
     return attention
@@ -118,6 +126,7 @@ def _is_attention(module: nn.Module) -> bool:
 def _native_class(settings: Any, source: str) -> Any:
     import transformers
     if settings.model_type not in MODEL_CLASSES:
-        raise ConfigError(f"teacher.topology.source {source!r} is a {settings.model_type!r} model; attention is read from "
-                          f"{', '.join(MODEL_CLASSES)} or a timm ViT (timm:NAME); use teacher.topology.kind=affinity for others")
+        raise ConfigError(f"teacher.topology.source {source!r} is a {settings.model_type!r} model; attention is read "
+                          f"from {', '.join(MODEL_CLASSES)} or a timm ViT (timm:NAME); use "
+                          "teacher.topology.kind=affinity for others")
     return getattr(transformers, MODEL_CLASSES[settings.model_type])

@@ -1,4 +1,4 @@
-"""Frozen image backbones of one interface: `features(images in [0,1], blocks) -> list of (B,C,h,w)`, one for each block.
+"""Frozen image backbones of one interface: `features(images in [0,1], blocks) -> list of (B,C,h,w)`, one a block.
 
 Behind a feature-affinity teacher and a feature teacher. Each normalises its own input.
 """
@@ -15,18 +15,18 @@ from muse.models.teachers.base import IMAGENET_MEAN, IMAGENET_STD, FrozenTeacher
 from muse.models.teachers.sources import is_timm_directory, loading, require_complete, stored_normalisation, timm_name
 
 TORCHVISION = "torchvision:"
-ADVICE = ("Set the source to efficientnet_lite0 (from a package, no download), to a local directory (timm or transformers "
-          "layout), or see that the weights can be fetched.")
+ADVICE = ("Set the source to efficientnet_lite0 (from a package, no download), to a local directory (timm or "
+          "transformers layout), or see that the weights can be fetched.")
 Block = int | str
 
 
 def load_extractor(source: str, config: dict[str, Any], blocks: Sequence[Block], where: str) -> nn.Module:
     """The backbone of `source`, ready to give the features of `blocks` (a later call may ask for any of them).
 
-    source: `efficientnet_lite0` (blocks 0-15) | `timm:NAME` or a bare timm name (blocks: feature levels of a CNN, layers of
-    a ViT) | `torchvision:NAME` (blocks: graph node names) | a directory in timm's layout | a directory or hub id OWNER/NAME of
-    a transformers backbone (blocks: stages) | `random` (a strided stack from `config: {channels, seed}`; blocks: its layers).
-    config: further arguments of the library's constructor.
+    source: `efficientnet_lite0` (blocks 0-15) | `timm:NAME` or a bare timm name (blocks: feature levels of a CNN,
+    layers of a ViT) | `torchvision:NAME` (blocks: graph node names) | a directory in timm's layout | a directory or
+    hub id OWNER/NAME of a transformers backbone (blocks: stages) | `random` (a strided stack from `config: {channels,
+    seed}`; blocks: its layers). config: further arguments of the library's constructor.
     """
     if not source:
         raise ConfigError(f"{where}.source is empty: name a backbone (efficientnet_lite0, timm:NAME, a directory, ...)")
@@ -81,7 +81,8 @@ class TransformersFeatures(_Chosen):
     def __init__(self, source: str, config: dict[str, Any], blocks: Sequence[Block]):
         import transformers
         stages = sorted(blocks)
-        settings = transformers.AutoConfig.from_pretrained(source, trust_remote_code=False, out_indices=stages, **config)
+        settings = transformers.AutoConfig.from_pretrained(
+            source, trust_remote_code=False, out_indices=stages, **config)
         # Not AutoBackbone.from_pretrained, which asks the hub even about a directory.
         network, report = transformers.MODEL_FOR_BACKBONE_MAPPING[type(settings)].from_pretrained(
             source, config=settings, dtype="float32", weights_only=True, output_loading_info=True)

@@ -1,4 +1,4 @@
-"""Feature teacher: what a frozen backbone sees, for distilling it into a small encoder (the demo's stand-in for pretraining)."""
+"""Feature teacher: what a frozen backbone sees, for distilling it into a small encoder (in place of pretraining)."""
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,10 +16,10 @@ EFFICIENTNET_LAYERS = tuple({"block": block, "size": 128} for block in (4, 10, 1
 
 
 class FeatureTeacher(FrozenTeacher):
-    """`teacher(images, grid=None)` -> (B,C,h,w) float32: the features of all layers at one grid, one after another in C.
+    """`teacher(images, grid=None)` -> (B,C,h,w) float32: the features of all layers at one grid, stacked in C.
 
-    grid: here or per call; without one, the first layer's own. normalize: each layer's vectors get unit length, so that in
-    a cosine over C every layer counts alike.
+    grid: here or per call; without one, the first layer's own. normalize: each layer's vectors get unit length, so
+    that in a cosine over C every layer counts alike.
     """
 
     def __init__(self, extractor: nn.Module, layers: Sequence[FeatureLayer], *, grid: tuple[int, int] | None = None,

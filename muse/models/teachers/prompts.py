@@ -10,8 +10,9 @@ from muse.models.teachers.text import TextTeacher
 Template = str | Callable[[str], str]
 
 
-def class_embeddings(teacher: TextTeacher, classnames: Sequence[str], templates: Sequence[Template] | None = None) -> Tensor:
-    """(C,E) L2-normalised: mean over prompts of the normalised embeddings, normalised again (as CLIP's evaluation does it).
+def class_embeddings(teacher: TextTeacher, classnames: Sequence[str],
+                     templates: Sequence[Template] | None = None) -> Tensor:
+    """(C,E) L2-normalised: mean over prompts of normalised embeddings, normalised again (as CLIP's evaluation does).
 
     templates: strings with one `{}`, or functions of a class name; None: open_clip's 80 ImageNet prompts.
     """

