@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import set_seed
 from omegaconf import DictConfig
 from torch import Tensor
 
@@ -44,7 +45,7 @@ class Trainer:
         self._check_global_batch()
         if self.accelerator.device.type == "cpu":
             torch.set_flush_denormal(True)  # denormals slow a trained decoder threefold on CPUs
-        torch.manual_seed(cfg.training.seed)  # the same start on every process
+        set_seed(cfg.training.seed)  # the same start on every process
 
         self.model = initial_model(cfg)
         trainable = cfg.training.trainable if cfg.training.trainable is not None else STAGES[cfg.training.stage].trainable

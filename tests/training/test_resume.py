@@ -78,8 +78,12 @@ def test_resume_can_be_refused_and_another_model_is(run, settings):
         train(settings("topology_warmup", {"model": {"grad_scale": 0.5}}, output="done"))
     with pytest.raises(ConfigError, match="another model or stage"):
         train(settings("semantic_injection", output="done"))
-    train(settings("semantic_injection", {"experiment": {"resume": False}}, output="done"))
-    assert "itc" in records(done)[0] and len(records(done)) == 2
+    before = (done / "metrics.jsonl").read_text()
+    with pytest.raises(ConfigError, match="holds checkpoints of an earlier run and experiment.resume=false"):
+        train(settings("topology_warmup", {"experiment": {"resume": False}}, output="done"))
+    assert (done / "metrics.jsonl").read_text() == before
+    train(settings("topology_warmup", {"experiment": {"resume": False}}, output="new"))
+    assert records(done) == records(done.parent / "new")
 
 
 def test_a_broken_checkpoint_is_named(run, settings):
