@@ -44,6 +44,9 @@ def tiny_model(seed: int = 0, **changes: Any):
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and name.startswith(("muse_blocks", "adapter_mlp", "to_latent", "semantic_projector")):
                 parameter.mul_(8)
+        for name, parameter in model.decoder.named_parameters():  # a new decoder's residual branches rest at zero: wake them
+            if name.endswith("norm.weight"):
+                parameter.fill_(1)
     return model.eval()
 
 

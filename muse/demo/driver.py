@@ -51,7 +51,7 @@ class Plan:
 
 
 PLANS = {
-    "default": Plan((200, 160, 200, 100)),
+    "default": Plan((200, 160, 200, 130)),
     "fast": Plan((12, 12, 10, 8), images=160, probe_images=120, val_images=64, limited=False),
     "full": Plan((600, 1200, 1200, 1200), images=6000, probe_images=2000, limited=False),
 }
