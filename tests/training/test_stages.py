@@ -38,6 +38,9 @@ def stage_gradients(settings, stage, changes=()):
     cfg = settings(stage, *changes)
     torch.manual_seed(0)
     model = MUSE_ViT(cfg.model)
+    with torch.no_grad():  # away from the start, where residual branches rest at zero
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
     names = select_trainable(model, STAGES[stage].trainable)
     loss = MuseLoss.from_config(cfg, model)
     batch = {"images": random_images(4, 32, 32), "text": ["a cat", "a dog", "a cup", "a tree"], "keys": list("abcd")}
@@ -57,7 +60,7 @@ def test_every_tensor_a_stage_trains_gets_a_gradient_under_paper(stage, settings
 
 def test_release_leaves_the_first_blocks_structure_and_semantics_untouched(settings):
     names, gradients = stage_gradients(settings, "synergistic_tuning", [{"model": {"routing": "release", "isolate_streams": None}}])
-    dead = sorted(set(names) - set(gradients))
+    dead = sorted(name for name in names if name not in gradients or not gradients[name].abs().max() > 0)
     assert dead == sorted(f"muse_blocks.0.{part}.weight" for part in ("q_topo", "k_topo", "q_norm", "k_norm", "v_itc"))
 
 
