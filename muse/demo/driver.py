@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 CONFIGS = Path(muse.__file__).parents[1] / "configs" / "muse_tiny"
 STAGES = ("stage0", "stage1", "stage2", "stage3")
 # Seconds of one stage-0 step on the machine the default plan was made for; a slower one gets fewer steps (`Plan.fitted`).
-REFERENCE_STEP = 0.55
+REFERENCE_STEP = 0.58
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Plan:
 
     def fitted(self, seconds_per_step: float) -> "Plan":
         """The plan with the steps after stage 0 cut in proportion where the machine is slower than the reference."""
-        factor = min(1.0, 1.15 * REFERENCE_STEP / seconds_per_step) if self.limited else 1.0
+        factor = min(1.0, REFERENCE_STEP / seconds_per_step) if self.limited else 1.0
         if factor == 1.0:
             return self
         log.warning("this machine takes %.2f s for a step that should take %.2f: stages 1-3 get %.0f%% of their steps",

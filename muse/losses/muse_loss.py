@@ -148,7 +148,10 @@ def _teacher(kind: str, options: str, *arguments: Any) -> nn.Module:
     """Teachers are frozen, so successive stages of one process share one, with all that it remembers."""
     from muse.models import teachers
 
-    return getattr(teachers, f"build_{kind}_teacher")(json.loads(options), *arguments)
+    # What is drawn here must not move the run's own generator (a teacher that is there already would draw nothing), nor depend on it.
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(0)
+        return getattr(teachers, f"build_{kind}_teacher")(json.loads(options), *arguments)
 
 
 def shared_topology_teacher(cfg: DictConfig, grid: tuple[int, int]) -> nn.Module:

@@ -59,7 +59,7 @@ def test_a_second_run_trains_nothing(run, monkeypatch):
 def test_a_slow_machine_gets_fewer_steps():
     plan = driver.Plan((100, 200, 100, 50))
     assert plan.fitted(driver.REFERENCE_STEP) == plan
-    slow = plan.fitted(2.3 * driver.REFERENCE_STEP)  # 1.15 / 2.3 = a half
+    slow = plan.fitted(2 * driver.REFERENCE_STEP)
     assert slow.steps == (100, 100, 50, 25)
 
 

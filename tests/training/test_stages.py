@@ -78,6 +78,23 @@ def test_terms_without_weight_are_not_built(settings, monkeypatch):
     assert loss.needs == {"topology": False, "semantics": False, "reconstruction": True, "encoder_only": False}
 
 
+def test_teachers_neither_read_nor_move_the_run_s_generator(settings):
+    """A process that holds a teacher already, and one that must build it, draw the same numbers afterwards; the teacher is the same."""
+    from muse.losses import muse_loss
+
+    cfg, built = settings("semantic_injection"), []
+    for seed in (1, 2):
+        muse_loss._teacher.cache_clear()
+        torch.manual_seed(seed)
+        built.append(muse_loss.shared_topology_teacher(cfg, (4, 4)))
+        drawn = torch.rand(3)
+        torch.manual_seed(seed)
+        assert torch.equal(torch.rand(3), drawn)
+        assert muse_loss.shared_topology_teacher(cfg, (4, 4)) is built[-1]
+    assert built[0] is not built[1]
+    assert all(torch.equal(a, b) for a, b in zip(built[0].parameters(), built[1].parameters(), strict=True))
+
+
 def test_the_composite_is_the_weighted_sum_written_by_hand(settings):
     """Every term by its formula on fixed inputs; weights as in the configuration."""
     from muse.losses.contrastive import itc_loss
