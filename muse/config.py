@@ -6,6 +6,7 @@ Environment variables (`${oc.env:NAME}`) are resolved when a value is used, not 
 """
 import difflib
 import math
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -115,6 +116,8 @@ def resolved(config: DictConfig) -> dict[str, Any]:
 def unset_variable(error: Exception) -> str:
     """One line about an interpolation that failed, with the key that needs it."""
     first = str(error).splitlines()[0]
+    if name := re.search(r"Environment variable '([^']+)' not found", first):
+        first = f"environment variable {name[1]} is not set"
     key = getattr(error, "full_key", None)
     return f"{first} (needed by {key})" if key else first
 
