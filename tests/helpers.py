@@ -79,7 +79,7 @@ def run_config(path: Path, data: Path, output: Path, stage: str = "topology_warm
 
 
 def one_error(capsys, code: int) -> str:
-    """Hold that a command ended as a user's mistake must: exit code 2, one line `error: …` on stderr, no traceback; gives the line."""
+    """Hold that a command ended as on a user's mistake: exit code 2, one `error: …` line on stderr, no traceback; gives the line."""
     written = capsys.readouterr().err
     lines = [line for line in written.splitlines() if line.startswith("error: ")]
     assert code == 2, written

@@ -1,4 +1,4 @@
-"""Every command of the core as a user calls it, and what it says of a user's mistake: one line, exit code 2, nothing half-written."""
+"""Every command of the core as a user calls it; a user's mistake is one line, exit code 2, nothing half-written."""
 import json
 import os
 import shutil
@@ -108,7 +108,8 @@ MISTAKES = {
     "another routing": (lambda w, t: [*w, "model.routing=release"], "pass model.routing=paper"),
     "output is a file": (lambda w, t: without(w, "--output_dir", t / "text.jpg"), "text.jpg: cannot be written"),
     "output below a file": (lambda w, t: without(w, "--output_dir", t / "text.jpg/out"), "cannot be written"),
-    "output over the input": (lambda w, t: without(without(w, "--image_path", t / "photo.png"), "--output_dir", t), "would be overwritten"),
+    "output over the input": (lambda w, t: without(without(w, "--image_path", t / "photo.png"), "--output_dir", t),
+                              "would be overwritten"),
     "no such device": (lambda w, t: without(w, "--device", "tpu"), "--device tpu: not available here"),
     "a flag left out": (lambda w, t: without(w, "--output_dir"), "--output_dir"),
     "an unknown flag": (lambda w, t: [*w, "--imge", "x"], "--imge"),
@@ -173,7 +174,8 @@ def test_stage_scripts_train_and_inference_reads_what_they_leave(stage, shapes_d
 
 
 TRAINING_MISTAKES = {
-    "another stage's script": ("training.stage=semantic_injection", "training.stage=semantic_injection, this script trains topology_warmup"),
+    "another stage's script": ("training.stage=semantic_injection",
+                               "training.stage=semantic_injection, this script trains topology_warmup"),
     "no such data": ("dataset.params.train_shards_path_or_url=/nowhere/train-*.tar", "no such shard: /nowhere/train-*.tar"),
     "empty data directory": ("dataset.params.train_shards_path_or_url={folder}/empty", "empty"),
     "unset variable": ("dataset.params.train_shards_path_or_url=${{oc.env:MUSE_TEST_UNSET}}/x.tar", "MUSE_TEST_UNSET"),
@@ -199,7 +201,7 @@ def test_a_mistake_in_training_is_one_line_and_leaves_nothing(mistake, shapes_da
     override = override.format(folder=tmp_path, other=trained_run[1] / "final")
     line = one_error(capsys, train_stage1.main(["--config", str(config), "--device", "cpu", override]))
     assert words in line
-    assert not list(tmp_path.rglob("final")) and not list(tmp_path.rglob("checkpoint-*")) and not list(tmp_path.rglob("metrics.jsonl"))
+    assert not [path for name in ("final", "checkpoint-*", "metrics.jsonl") for path in tmp_path.rglob(name)]
     assert (tmp_path / "file").read_text() == "in the way"
 
 
@@ -273,7 +275,8 @@ def test_protocol_names_what_was_used(trained_run):
     from muse import load_config
 
     config, run = trained_run
-    args = cli.parse(cli.parser("x", checkpoint=True), ["--config", str(config), "--checkpoint", str(run / "final"), "--device", "cpu"])
+    words = ["--config", str(config), "--checkpoint", str(run / "final"), "--device", "cpu"]
+    args = cli.parse(cli.parser("x", checkpoint=True), words)
     facts = cli.protocol(args, load_config(config), images=3)
     digest = hashlib.sha256((run / "final/model.safetensors").read_bytes()).hexdigest()
     assert facts["checkpoint"]["sha256"] == digest and facts["images"] == 3 and facts["seed"] == 42

@@ -1,7 +1,7 @@
 """Who learns from what: the gradient routing that FIDELITY's table states, and what autograd measures on a model.
 
-`routing_table` follows the arrows of Fig. 2 backwards by rule; `measure_routing` takes the gradients of the three objectives, each
-alone, with every parameter trainable. Zero means exactly zero (or no path at all), never small.
+`routing_table` follows the arrows of Fig. 2 backwards by rule; `measure_routing` takes the gradients of the three objectives,
+each alone, with every parameter trainable. Zero means exactly zero (or no path at all), never small.
 """
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -39,7 +39,7 @@ class Streams(NamedTuple):
 
 
 def streams_of(routing: str, isolate: bool | None = None, **cells: Any) -> Streams:
-    """The switches of a routing (`paper`, `release`, `shared`); `isolate` and `shield`, `join`, `topology`, `itc` override its cells."""
+    """The switches of a routing (`paper`, `release`, `shared`); `isolate`, `shield`, `join`, `topology`, `itc` override cells."""
     base = ROUTING_CELLS[routing]
     chosen = {"isolate": base["isolate_streams"], "shield": base["shield_attention"], "join": base["join_semantics"],
               "topology": base["topology"], "itc": base["itc"]}
@@ -90,8 +90,8 @@ def measure_routing(model: MUSE_ViT, images: Tensor, text_embeds: Tensor | None 
                     heads: str = "mean", seed: int = 0) -> dict[str, dict[str, float]]:
     """The norm of each parameter's gradient from each objective alone: loss -> parameter name -> norm, 0.0 where there is none.
 
-    images (B, 3, H, W) in [0, 1], B > 1; text_embeds (B, E) and topology_targets (L tensors (B, 1 or heads, N, N), rows sum to 1) are
-    random where not given. topology, itc: which blocks the objective reads, `all` or `last`.
+    images (B, 3, H, W) in [0, 1], B > 1; text_embeds (B, E) and topology_targets (L tensors (B, 1 or heads, N, N), rows sum to 1)
+    are random where not given. topology, itc: which blocks the objective reads, `all` or `last`.
     """
     device = next(model.parameters()).device
     with all_trainable(model) as named, torch.enable_grad():
@@ -144,15 +144,17 @@ def routing_report(model: MUSE_ViT, images: Tensor, text_embeds: Tensor | None =
     cells = {"shield": config.shield_attention, "join": config.join_semantics, "topology": topology, "itc": itc}
     streams = streams_of(config.routing, config.isolate_streams, **cells)
     table = routing_table(config.routing, config.isolate_streams, config.num_blocks, **cells)
-    measured = measure_routing(model, images, text_embeds, topology_targets, topology=streams.topology, itc=streams.itc, heads=heads)
+    measured = measure_routing(model, images, text_embeds, topology_targets, topology=streams.topology, itc=streams.itc,
+                               heads=heads)
     groups = owned_parameters(model)
-    losses = {loss: {group: _entry(table[loss][group], [measured[loss][name] for name in names]) for group, names in groups.items()}
-              for loss in LOSSES}
+    losses = {loss: {group: _entry(table[loss][group], [measured[loss][name] for name in names])
+                     for group, names in groups.items()} for loss in LOSSES}
     differing = [f"{loss} on {group}" for loss in LOSSES for group, entry in losses[loss].items()
                  if entry["expected"] != entry["measured"]]
     blocks = [name for name, _ in model.named_parameters() if name.startswith("muse_blocks.")]
-    return {"routing": config.routing, "streams": streams._asdict(), "losses": losses, "agrees": not differing, "differing": differing,
-            "block_tensors": len(blocks), "dead": [name for name in blocks if not any(measured[loss][name] for loss in LOSSES)]}
+    return {"routing": config.routing, "streams": streams._asdict(), "losses": losses, "agrees": not differing,
+            "differing": differing, "block_tensors": len(blocks),
+            "dead": [name for name in blocks if not any(measured[loss][name] for loss in LOSSES)]}
 
 
 def _entry(expected: bool, norms: Sequence[float]) -> dict[str, Any]:

@@ -113,7 +113,8 @@ def to_release(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
     `dino_mean` and `dino_std`, which the release keeps beside the student, are ImageNet's.
     """
-    converted = {"dino_mean": torch.tensor(IMAGENET_MEAN).view(1, 3, 1, 1), "dino_std": torch.tensor(IMAGENET_STD).view(1, 3, 1, 1)}
+    statistics = {"dino_mean": IMAGENET_MEAN, "dino_std": IMAGENET_STD}
+    converted = {name: torch.tensor(values).view(1, 3, 1, 1) for name, values in statistics.items()}
     for name, tensor in state.items():
         short = name.removeprefix("encoder.")
         if short == name:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from muse.losses.adversarial import AdversarialLoss
 from muse.models.discriminator import PatchDiscriminator
-from muse.training.optim import build_adamw, parameter_groups, set_lr
+from muse.training.optim import build_adamw, load_optimizer, parameter_groups, set_lr
 
 
 class Adversary:
@@ -61,4 +61,4 @@ class Adversary:
         """Restore what `state_dict` gave."""
         self.accelerator.unwrap_model(self.discriminator).load_state_dict(state["discriminator"])
         self.loss.load_state_dict(state["loss"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])

@@ -1,6 +1,7 @@
 """Which parameters learn, at which rate, with which decay: groups of an AdamW, carried as data."""
 import re
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -50,6 +51,20 @@ def build_adamw(groups: list[dict], lr: float, betas: tuple[float, float]) -> to
     """AdamW, fused: one kernel a group instead of one a tensor, on GPUs and on CPUs."""
     device = groups[0]["params"][0].device.type
     return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=device in ("cuda", "cpu"))
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
+    """Restore the moments; multipliers, decays and betas stay as configured now.
+
+    Moments are matched by their place, so `ConfigError` when the state was written for other tensors or another grouping of them.
+    """
+    if [group["names"] for group in optimizer.param_groups] != [group["names"] for group in state["param_groups"]]:
+        raise ConfigError("the checkpoint to go on from trained other tensors, or grouped them otherwise: keep training.trainable "
+                          "and optimizer.lr_multipliers as they were, or choose another experiment.output_dir")
+    configured = [{key: group[key] for key in ("lr_multiplier", "weight_decay", "betas")} for group in optimizer.param_groups]
+    optimizer.load_state_dict(state)
+    for group, own in zip(optimizer.param_groups, configured):
+        group.update(own)
 
 
 def gradient_norms(model: nn.Module) -> dict[str, Tensor]:

@@ -63,9 +63,9 @@ def resume(run: "Trainer") -> None:
         raise ConfigError(f"{path}: was written by another model or stage; choose another experiment.output_dir, or "
                           "remove its checkpoints to start over")
     load_weights(run.model, read_weights(path / WEIGHTS_FILE), str(path))
+    run.load_state_dict(state)
     if run.ema:
         run.ema.load_state_dict(read_weights(path / EMA_FILE), state["ema_step"])
-    run.load_state_dict(state)
     own = f"rank-{run.accelerator.process_index}"
     if (path / f"{own}.json").is_file():  # absent where the run goes on with more processes than before
         part = ckpt.read_tree(path, own)

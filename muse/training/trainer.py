@@ -22,7 +22,7 @@ from muse.models.loading import initial_model
 from muse.models.muse_vit import MUSE_ViT
 from muse.training.adversary import Adversary
 from muse.training.lr_schedulers import lr_at
-from muse.training.optim import build_adamw, gradient_norms, parameter_groups, select_trainable, set_lr
+from muse.training.optim import build_adamw, gradient_norms, load_optimizer, parameter_groups, select_trainable, set_lr
 from muse.training.run_directory import prepare, resume, save_checkpoint, write_final
 from muse.training.stages import STAGES
 from muse.utils.distributed import StopSignal, build_accelerator
@@ -238,7 +238,7 @@ class Trainer:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave, but for the model's and the averages' own tensors."""
-        self.optimizer.load_state_dict(state["optimizer"])
+        load_optimizer(self.optimizer, state["optimizer"])
         if self.accelerator.scaler and state["scaler"]:
             self.accelerator.scaler.load_state_dict(state["scaler"])
         if self.adversary and state["adversary"]:

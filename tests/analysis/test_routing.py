@@ -64,7 +64,8 @@ def test_every_loss_reaches_what_the_table_says_and_nothing_else(routing, isolat
 def test_dead_block_tensors_on_six_blocks(routing, dead):
     report = routing_report(tiny_model(routing=routing, num_blocks=6), random_images(2))
     assert report["block_tensors"] == (66 if routing == "shared" else 72)
-    expected = [f"muse_blocks.{index}.{part}.weight" for index in range(5) for part in ("q_topo", "k_topo", "q_norm", "k_norm", "v_itc")]
+    parts = ("q_topo", "k_topo", "q_norm", "k_norm", "v_itc")
+    expected = [f"muse_blocks.{index}.{part}.weight" for index in range(5) for part in parts]
     assert len(report["dead"]) == dead and set(report["dead"]) == set(expected if dead else [])
 
 

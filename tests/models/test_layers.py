@@ -65,7 +65,8 @@ def test_rotary_is_a_rotation_of_pairs_by_the_angle_of_the_formula():
     width, length = 8, 50
     x = torch.randn(1, 1, length, width, dtype=torch.float64)
     pairs = torch.complex(x[..., :width // 2], x[..., width // 2:])
-    angle = torch.arange(length, dtype=torch.float64)[:, None] * 10000.0 ** (-torch.arange(width // 2, dtype=torch.float64) * 2 / width)
+    frequency = 10000.0 ** (-torch.arange(width // 2, dtype=torch.float64) * 2 / width)
+    angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
     rotated = pairs * torch.polar(torch.ones_like(angle), angle)
     ours = apply_rotary(x.float(), RotaryEmbedding(width)(length, torch.device("cpu")))
     assert torch.allclose(ours.double(), torch.cat([rotated.real, rotated.imag], dim=-1), atol=1e-5)

@@ -132,7 +132,7 @@ def test_weights_that_are_missing_broken_or_of_another_model(saved):
     with pytest.raises(CheckpointError, match="extra.weight"):
         MUSE_ViT.from_pretrained(folder)
     save_file({**state, "to_latent.bias": torch.zeros(9)}, file)
-    with pytest.raises(CheckpointError, match=r"to_latent.bias has shape \(9,\), the model makes it \(8,\): a checkpoint of another size"):
+    with pytest.raises(CheckpointError, match=r"to_latent.bias has shape \(9,\), the model makes it \(8,\): .* another size"):
         MUSE_ViT.from_pretrained(folder)
 
 

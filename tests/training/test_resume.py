@@ -1,18 +1,21 @@
 """A resumed run equals an unbroken one, bit for bit; stages hand over; a stop signal saves."""
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
 import sys
 import time
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from muse import MUSE_ViT, load_config
 from muse.errors import CheckpointError, ConfigError
+from muse.losses import muse_loss
 from muse.training import checkpoint as ckpt
 from muse.training.trainer import Trainer, train
 from tests.helpers import ROOT, run_config
@@ -48,7 +51,17 @@ def records(run) -> list[dict]:
 
 @pytest.mark.parametrize("case", CASES)
 def test_two_steps_and_two_more_equal_four(case, run, settings, tmp_path):
-    stage, changes = CASES[case]
+    hold_resumable(*CASES[case], run, settings, tmp_path)
+
+
+def test_a_step_that_draws_at_random_is_resumed_too(run, settings, tmp_path, monkeypatch):
+    """Nothing draws from the global generators in a step as it is; whatever will one day goes on where it was."""
+    real = muse_loss.pixel_loss
+    monkeypatch.setattr(muse_loss, "pixel_loss", lambda *args: real(*args) * (torch.rand(()) + random.random() + np.random.rand()))
+    hold_resumable("topology_warmup", {}, run, settings, tmp_path)
+
+
+def hold_resumable(stage, changes, run, settings, tmp_path) -> None:
     whole = run(stage, changes, FOUR_STEPS, output="whole")
     broken = tmp_path / "broken"
     broken.mkdir()
@@ -86,6 +99,20 @@ def test_resume_can_be_refused_and_another_model_is(run, settings):
     assert records(done) == records(done.parent / "new")
 
 
+def test_moments_are_never_given_to_other_tensors(run, settings):
+    """W_Q and W_K have equal shapes: matched by place alone, their moments would change hands unseen."""
+    twice = {"optimizer": {"lr_multipliers": {"q_topo": 2.0}}}
+    run("topology_warmup", twice, output="done")
+    longer = {"training": {"max_train_steps": 3}}
+    for change in ({"optimizer": {"lr_multipliers": {"k_topo": 2.0}}}, {"training": {"trainable": ["^adapter_mlp"]}}):
+        with pytest.raises(ConfigError, match="trained other tensors, or grouped them otherwise"):
+            train(settings("topology_warmup", longer, change, output="done"))
+    one = Trainer(settings("topology_warmup", longer, {"optimizer": {"lr_multipliers": {"q_topo": 4.0}}}, output="done"))
+    one.run()  # another factor for the same tensors is a change of mind, and is heard
+    rates = {name: group["lr"] for group in one.optimizer.param_groups for name in group["names"]}
+    assert rates["muse_blocks.0.q_topo.weight"] == pytest.approx(4 * rates["muse_blocks.0.k_topo.weight"])
+
+
 def test_a_broken_checkpoint_is_named(run, settings):
     done = run(output="done")
     file = done / "checkpoint-2/state.safetensors"
@@ -99,7 +126,8 @@ def test_the_run_directory_is_what_the_contract_says(run, tmp_path):
     three = {"training": {"max_train_steps": 5}, "experiment": {"save_every": 1, "keep_last": 2, "keep_every": 3, "eval_every": 5,
                                                                "generate_every": 5, "num_pictures": 2, "log_every": 2}}
     output = run("semantic_injection", three)
-    assert sorted(os.listdir(output)) == ["checkpoint-3", "checkpoint-4", "checkpoint-5", "config.yaml", "final", "images", "metrics.jsonl"]
+    kept = [f"checkpoint-{step}" for step in (3, 4, 5)]
+    assert sorted(os.listdir(output)) == [*kept, "config.yaml", "final", "images", "metrics.jsonl"]
     assert sorted(os.listdir(output / "images")) == ["attention-5.png", "reconstruction-5.png"]
     assert [line["step"] for line in records(output)] == [2, 4, 5, 5]  # every second step, the last, its evaluation
     assert {"loss", "reconstruction", "perceptual", "topology", "itc", "grad_norm", "lr", "images", "topology_block0"} <= \

@@ -79,7 +79,7 @@ def test_terms_without_weight_are_not_built(settings, monkeypatch):
 
 
 def test_teachers_neither_read_nor_move_the_run_s_generator(settings):
-    """A process that holds a teacher already, and one that must build it, draw the same numbers afterwards; the teacher is the same."""
+    """A process that holds a teacher already, and one that must build it, draw the same numbers afterwards, from the same teacher."""
     from muse.losses import muse_loss
 
     cfg, built = settings("semantic_injection"), []
