@@ -22,11 +22,14 @@ from muse.errors import ConfigError
 # ---------------------------------------------------------------------------------------------------- routing
 # FIDELITY's table: what each routing means for the keys that stand at null.
 ROUTING_CELLS: dict[str, dict[str, Any]] = {
-    "paper": {"isolate_streams": True, "shield_attention": True, "join_semantics": True, "topology": "all", "itc": "all"},
-    "release": {"isolate_streams": False, "shield_attention": True, "join_semantics": False, "topology": "last", "itc": "last"},
-    "shared": {"isolate_streams": False, "shield_attention": False, "join_semantics": False, "topology": "all", "itc": "last"},
+    "paper": {"isolate_streams": True, "shield_attention": True, "join_semantics": True, "shield_semantics": True,
+              "topology": "all", "itc": "all"},
+    "release": {"isolate_streams": False, "shield_attention": True, "join_semantics": False, "shield_semantics": True,
+                "topology": "last", "itc": "last"},
+    "shared": {"isolate_streams": False, "shield_attention": False, "join_semantics": False, "shield_semantics": True,
+               "topology": "all", "itc": "last"},
 }
-STREAM_KEYS = ("isolate_streams", "shield_attention", "join_semantics")
+STREAM_KEYS = ("isolate_streams", "shield_attention", "join_semantics", "shield_semantics")
 
 CHOICES: dict[str, tuple[Any, ...]] = {
     "model.routing": tuple(ROUTING_CELLS),

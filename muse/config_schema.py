@@ -28,6 +28,7 @@ class ModelConfig:
     isolate_streams: bool | None = None
     shield_attention: bool | None = None
     join_semantics: bool | None = None
+    shield_semantics: bool | None = None
     dim: int = 512
     num_heads: int = 8
     num_blocks: int = 6

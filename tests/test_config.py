@@ -210,9 +210,9 @@ def test_a_loaded_configuration_cannot_be_changed(empty):
 def test_routing_fills_its_cells_and_each_cell_can_be_overridden(routing, empty):
     cfg = load_config(empty, [f"model.routing={routing}"])
     cells = ROUTING_CELLS[routing]
-    found = {name: cfg.model[name] for name in ("isolate_streams", "shield_attention", "join_semantics")}
+    found = {name: cfg.model[name] for name in ("isolate_streams", "shield_attention", "join_semantics", "shield_semantics")}
     assert {**found, "topology": cfg.losses.topology.blocks, "itc": cfg.losses.itc.blocks} == cells
-    for name in ("isolate_streams", "shield_attention"):
+    for name in ("isolate_streams", "shield_attention", "shield_semantics"):
         turned = load_config(empty, [f"model.routing={routing}", f"model.{name}={not cells[name]}"])
         assert turned.model[name] is (not cells[name])
     assert load_config(empty, [f"model.routing={routing}", "losses.topology.blocks=last"]).losses.topology.blocks == "last"

@@ -33,16 +33,18 @@ class Streams(NamedTuple):
     isolate: bool
     shield: bool
     join: bool
+    shield_semantics: bool
     shared: bool
     topology: str
     itc: str
 
 
 def streams_of(routing: str, isolate: bool | None = None, **cells: Any) -> Streams:
-    """The switches of a routing (`paper`, `release`, `shared`); `isolate`, `shield`, `join`, `topology`, `itc` override cells."""
+    """The switches of a routing (`paper`, `release`, `shared`); `isolate`, `shield`, `join`, `shield_semantics`,
+    `topology`, `itc` override cells."""
     base = ROUTING_CELLS[routing]
     chosen = {"isolate": base["isolate_streams"], "shield": base["shield_attention"], "join": base["join_semantics"],
-              "topology": base["topology"], "itc": base["itc"]}
+              "shield_semantics": base["shield_semantics"], "topology": base["topology"], "itc": base["itc"]}
     given = {"isolate": isolate, **cells}
     return Streams(shared=routing == "shared", **(chosen | {name: value for name, value in given.items() if value is not None}))
 
@@ -63,7 +65,7 @@ def _reach(loss: str, streams: Streams, num_blocks: int) -> dict[str, bool]:
         reads_semantic = loss == "itc" and (streams.itc == "all" or is_last)
         attention = reads_attention or (flows and not streams.shield)
         values = flows or (streams.shared and reads_semantic)
-        semantic = reads_semantic and not streams.shared
+        semantic = (reads_semantic or (flows and streams.join and not streams.shield_semantics)) and not streams.shared
         norm1 = values or (attention and not streams.isolate)
         groups = {"W_QK": attention, "W_V": values, "norm1": norm1, "W_O+MLP": flows}
         groups |= {} if streams.shared else {"W_ITC": semantic}
@@ -141,7 +143,8 @@ def routing_report(model: MUSE_ViT, images: Tensor, text_embeds: Tensor | None =
     default to the routing's own.
     """
     config = model.config
-    cells = {"shield": config.shield_attention, "join": config.join_semantics, "topology": topology, "itc": itc}
+    cells = {"shield": config.shield_attention, "join": config.join_semantics, "shield_semantics": config.shield_semantics,
+             "topology": topology, "itc": itc}
     streams = streams_of(config.routing, config.isolate_streams, **cells)
     table = routing_table(config.routing, config.isolate_streams, config.num_blocks, **cells)
     measured = measure_routing(model, images, text_embeds, topology_targets, topology=streams.topology, itc=streams.itc,

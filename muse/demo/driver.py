@@ -12,9 +12,9 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 import muse
-from muse.config import load_config, plain, resolved
+from muse.config import load_config, resolved
 from muse.data.demo import make_demo_data
-from muse.demo.measure import Yardstick
+from muse.demo.measure import Yardstick, latent_grid
 from muse.demo.report import write_report
 from muse.errors import DataError
 from muse.losses.muse_loss import shared_text_teacher, shared_topology_teacher
@@ -100,12 +100,6 @@ def demo_data(output: Path, plan: Plan, kind: str) -> tuple[Path, str]:
             log.warning("%s; going on with drawn shapes", error)
     make_demo_data(kind="shapes", output=output / "data-shapes", images=min(plan.images, 2000))
     return output / "data-shapes", "shapes"
-
-
-def latent_grid(cfg: DictConfig) -> tuple[int, int]:
-    """(h, w) of the latent at the training crop."""
-    side = cfg.dataset.preprocessing.crop_size // (plain(cfg.model.encoder.config)["patch_size"][0] * cfg.model.unshuffle)
-    return side, side
 
 
 def stage_config(stage: str, steps: int, output: Path, overrides: Sequence[str]) -> DictConfig:

@@ -13,10 +13,11 @@ from torch import Tensor
 from muse.config import plain
 from muse.evaluation import Evaluator
 from muse.evaluation.linear_probe import pixel_features, train_linear_probe
-from muse.evaluation.segmentation import foreground_iou
+from muse.evaluation.segmentation import evaluate_segmentation, foreground_iou, train_segmentation_probe
 from muse.evaluation.topology import TopologyQuality, mean_teacher_maps, object_cells, teacher_maps
-from muse.evaluation.zero_shot import class_embeddings, read_lines, retrieval, zero_shot
+from muse.evaluation.zero_shot import read_lines, retrieval, zero_shot
 from muse.models.muse_vit import MUSE_ViT
+from muse.models.teachers import class_embeddings
 from muse.training.data import build_eval_loader
 
 log = logging.getLogger(__name__)
@@ -24,6 +25,12 @@ log = logging.getLogger(__name__)
 TEMPLATES = ("A photo of a {}.", "A {}.", "A picture of a {}.", "Something, a kind of {}.")
 FIELDS = ("images", "text", "labels", "masks")
 PERCEPTUAL, FRECHET = "perceptual_efficientnet_lite0", "fd_efficientnet_lite0"
+
+
+def latent_grid(cfg: DictConfig) -> tuple[int, int]:
+    """(h, w) of the latent at the training crop."""
+    side = cfg.dataset.preprocessing.crop_size // (plain(cfg.model.encoder.config)["patch_size"][0] * cfg.model.unshuffle)
+    return side, side
 
 
 @dataclass
@@ -55,8 +62,7 @@ class Yardstick:
         params = cfg.dataset.params
         self.train = Pictures.load(cfg, params.train_shards_path_or_url, probe_images)
         self.val = Pictures.load(cfg, params.eval_shards_path_or_url, val_images)
-        side = cfg.dataset.preprocessing.crop_size // (plain(cfg.model.encoder.config)["patch_size"][0] * cfg.model.unshuffle)
-        self.grid, self.blocks = (side, side), cfg.model.num_blocks
+        self.grid, self.blocks = latent_grid(cfg), cfg.model.num_blocks
         self.prior = mean_teacher_maps(topology_teacher, self.train.batches(), self.grid)
         self.targets = [teacher_maps(topology_teacher, b["images"], self.grid) for b in self.val.batches()]
         self.classes = read_lines(Path(str(params.train_shards_path_or_url)).parent / "classes.txt", "class names")
@@ -113,11 +119,13 @@ class Yardstick:
                                               len(self.classes)).last
         iou = {name: foreground_iou(train[name], self.train.masks, val[name], self.val.masks, steps=200)
                for name in ("block", "encoder")}
+        parts = train_segmentation_probe(train["block"], self.train.masks, len(self.classes) + 1, steps=200)
         return {
             **quality, "topology": topology,
             "retrieval_r1": found["image_to_text_r1"], "retrieval_r5": found["image_to_text_r5"], "retrieval": found,
             "linear_probe_macro": probes["semantic"].macro, "linear_probe_micro": probes["semantic"].micro,
             "linear_probe_encoder_macro": probes["encoder"].macro,
             "zero_shot_macro": classes["top1_macro"], "zero_shot_micro": classes["top1"], "zero_shot": classes,
+            "miou": evaluate_segmentation(parts, val["block"], self.val.masks).mean,
             "foreground_iou": iou["block"], "foreground_iou_encoder": iou["encoder"],
         }

@@ -219,14 +219,19 @@ class MuseLoss(nn.Module):
         """Parameters of the terms themselves that learn beside the student (none for the paper's terms)."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
-    def forward(self, out: StudentOutput, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The weighted sum, and every number by name: unweighted terms first, then what they report. float32 under autocast."""
+    def weighted(self, out: StudentOutput, batch: dict[str, Any]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Each term times its weight, with graph; and every number by name: the unweighted terms, and what they report."""
+        values: dict[str, Tensor] = {}
         numbers: dict[str, Tensor] = {}
-        total = torch.zeros((), device=batch["images"].device)
-        with torch.autocast(batch["images"].device.type, enabled=False):
+        with torch.autocast(batch["images"].device.type, enabled=False):  # float32 under autocast
             for name, term in self.terms.items():
                 value, further = term(out, batch)
+                values[name] = term.weight * value
                 numbers[name] = value.detach()
                 numbers.update(further)
-                total = total + term.weight * value
-        return total, numbers
+        return values, numbers
+
+    def forward(self, out: StudentOutput, batch: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted sum, and every number by name (see `weighted`)."""
+        values, numbers = self.weighted(out, batch)
+        return sum(values.values(), torch.zeros((), device=batch["images"].device)), numbers

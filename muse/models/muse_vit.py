@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from muse.config import model_config, plain
+from muse.config import STREAM_KEYS, model_config, plain
 from muse.models.backbones import build_decoder, build_encoder
 from muse.models.base_model import PretrainedMixin
 from muse.models.layers import (RMSNorm, RotaryEmbedding, check_images, padding_to_multiple, pixel_unshuffle, scale_gradient)
@@ -74,7 +74,7 @@ class MUSE_ViT(PretrainedMixin, nn.Module):
         folded = self.encoder.config.hidden_size * cfg.unshuffle**2
         self.adapter_mlp = nn.Sequential(RMSNorm(folded), nn.Linear(folded, cfg.dim, bias=False), nn.GELU())
         self.rotary = RotaryEmbedding(cfg.dim // cfg.num_heads)
-        streams = {name: cfg[name] for name in ("isolate_streams", "shield_attention", "join_semantics")}
+        streams = {name: cfg[name] for name in STREAM_KEYS}
         self.muse_blocks = nn.ModuleList(
             SynergisticBlock(cfg.dim, cfg.num_heads, shared=cfg.routing == "shared", **streams)
             for _ in range(cfg.num_blocks))

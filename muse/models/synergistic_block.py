@@ -15,7 +15,8 @@ Gradient contract, per routing ([stop] is a detach; FIDELITY rows in docs/fideli
 |-----------------------------------------|--------------------|-------------------------------|---------|--------|
 | inputs of W_Q, W_K and W_ITC            | `isolate_streams`  | stages 1-2 yes, stage 3 no    | no      | no     |
 | A, where it weighs the values           | `shield_attention` | yes                           | yes     | no     |
-| S joins the values, under a stop        | `join_semantics`   | yes                           | no      | S is V |
+| S joins the values                      | `join_semantics`   | yes                           | no      | S is V |
+| S, where it joins the values            | `shield_semantics` | yes                           | –       | –      |
 
 Shapes: B images, N tokens, D width, heads x d = D.
 """
@@ -40,13 +41,13 @@ class SynergisticBlock(nn.Module):
     """The paper's block. `shared=True` is the baseline of Fig. 3: one set of values serves pixels and semantics."""
 
     def __init__(self, dim: int, num_heads: int, *, isolate_streams: bool = True, shield_attention: bool = True,
-                 join_semantics: bool = True, shared: bool = False):
+                 join_semantics: bool = True, shield_semantics: bool = True, shared: bool = False):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"dim {dim} is not a multiple of num_heads {num_heads}")
         self.num_heads, self.head_dim = num_heads, dim // num_heads
         self.isolate_streams, self.shield_attention = isolate_streams, shield_attention
-        self.join_semantics, self.shared = join_semantics and not shared, shared
+        self.join_semantics, self.shield_semantics, self.shared = join_semantics and not shared, shield_semantics, shared
 
         self.norm1 = RMSNorm(dim)
         self.q_topo = nn.Linear(dim, dim, bias=False)   # W_Q
@@ -67,7 +68,7 @@ class SynergisticBlock(nn.Module):
         values = self.v_sem(u)
         semantic = values if self.shared else self.v_itc(x.detach() if self.isolate_streams else x)
         if self.join_semantics:
-            values = values + semantic.detach()
+            values = values + (semantic.detach() if self.shield_semantics else semantic)
 
         log_attention = None
         if return_attention:

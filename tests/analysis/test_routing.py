@@ -74,6 +74,9 @@ def test_dead_block_tensors_on_six_blocks(routing, dead):
     ({"join_semantics": False}, {"join": False}, "reconstruction", "muse_blocks.1.W_ITC", False),
     ({"routing": "release", "join_semantics": True}, {"join": True}, "reconstruction", "muse_blocks.1.W_ITC", False),
     ({"routing": "release", "isolate_streams": True}, {}, "topology", "muse_blocks.0.norm1", False),
+    ({"shield_semantics": False}, {"shield_semantics": False}, "reconstruction", "muse_blocks.0.W_ITC", True),
+    ({"shield_semantics": False, "join_semantics": False}, {"shield_semantics": False, "join": False}, "reconstruction",
+     "muse_blocks.0.W_ITC", False),
 ])
 def test_each_switch_alone(changes, cells, loss, group, reached):
     model = tiny_model(**changes)
