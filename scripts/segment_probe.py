@@ -40,7 +40,8 @@ def main(argv=None) -> int:
 
         values, facts, sheet = measured
         path = runs.write_metrics(args, cfg, values, **facts)
-        save_image(sheet, Path(args.output_dir) / "segmentation.png")
+        if sheet is not None:
+            save_image(sheet, Path(args.output_dir) / "segmentation.png")
         print(
             f"mIoU {values['miou']:.4f} over {values['classes'] - values['classes_absent']} classes "
             f"({values['classes_absent']} of {values['classes']} absent), pixel accuracy {values['pixel_accuracy']:.4f}"

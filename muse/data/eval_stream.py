@@ -43,6 +43,8 @@ def _count_shard(source: Source, shard: str) -> int:
 
 def broken_shard(fault: str, shard: str, count: int) -> DataError:
     """In training a broken shard counts as one bad sample; a measurement has to know over how many samples it is."""
+    if fault == "unreadable_shard" and not count:
+        return DataError(f"shard {shard} cannot be read ({fault}): check its address, or the command of a pipe")
     return DataError(f"shard {shard} breaks off ({fault}) after {count} samples: fetch or write it again")
 
 

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from muse.errors import ConfigError, DataError
+from muse.models.weight_files import read_state_dict
 
 
 class FeatureNetwork(nn.Module):
@@ -55,18 +56,22 @@ def _timm(name: str, weights: str | Path | None) -> FeatureNetwork:
 
     if not timm.is_model(name.split(".")[0]):
         raise ConfigError(f"unknown feature network '{name}': not one of {', '.join(sorted(REGISTRY))}, nor of timm's")
-    if weights is not None and not Path(weights).is_file():
-        raise DataError(f"weights of the feature network {name} not found: {weights}")
-    source = {"pretrained": True} if weights is None else {"checkpoint_path": str(weights)}
-    try:
-        # strict loading of a checkpoint wants the classifier that the file holds, so it is dropped afterwards
-        network = timm.create_model(name, **source)
-    except (OSError, RuntimeError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise DataError(
-            f"no weights for the feature network {name} ({reason}): pass a file with --feature-weights FILE, "
-            "or use efficientnet_lite0, whose weights come with a package"
-        ) from error
+    # strict loading of a checkpoint wants the classifier that the file holds, so it is dropped afterwards
+    if weights is not None:
+        read_state_dict(weights, f"the feature network {name}")  # one clear error for a missing or foreign file
+        try:
+            network = timm.create_model(name, checkpoint_path=str(weights))
+        except (RuntimeError, KeyError) as error:
+            raise DataError(f"{weights} does not hold the weights of the feature network {name}") from error
+    else:
+        try:
+            network = timm.create_model(name, pretrained=True)
+        except (OSError, RuntimeError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise DataError(
+                f"no weights for the feature network {name} ({reason}): pass a file with --feature-weights FILE, "
+                "or use efficientnet_lite0, whose weights come with a package"
+            ) from error
     network.reset_classifier(0)
     cfg = network.pretrained_cfg
     size = cfg.get("input_size", (3, 224, 224))[-2:]

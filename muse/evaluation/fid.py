@@ -3,9 +3,9 @@
     d² = |μ₁ − μ₂|² + tr Σ₁ + tr Σ₂ − 2 tr (Σ₁ Σ₂)^½
 
 The trace of the root is the sum of the roots of the eigenvalues of Σ₁Σ₂. With Σ₁ = L Lᵀ the symmetric product Lᵀ Σ₂ L
-has the same non-zero eigenvalues, so no matrix root is taken and no imaginary part can appear. L comes from a
-Cholesky factorisation with pivoting, which stops at the rank of Σ₁: fewer samples than dimensions need no special
-case.
+has the same non-zero eigenvalues, so no matrix root is taken and no imaginary part can appear. L is Σ₁'s Cholesky
+factor; of a singular covariance (fewer samples than dimensions) it comes from a Cholesky factorisation with pivoting,
+which stops at the rank, and the covariance of the lower rank is the one that is factored.
 """
 
 import numpy as np
@@ -18,6 +18,13 @@ from muse.evaluation.reduce import all_sum
 MIN_IMAGES = 2048  # below this a Fréchet distance is dominated by its own bias
 
 
+def _cholesky(cov: torch.Tensor) -> torch.Tensor | None:
+    """The lower Cholesky factor, or None where the matrix is singular to float64's precision (LAPACK's own bound)."""
+    lower, info = torch.linalg.cholesky_ex(cov)
+    bound = len(cov) * torch.finfo(cov.dtype).eps * cov.diagonal().max()
+    return lower if int(info) == 0 and lower.diagonal().square().min() > bound else None
+
+
 def semidefinite_factor(cov: torch.Tensor) -> torch.Tensor:
     """(D, D) symmetric positive semidefinite, float64 -> L (D, r) with L Lᵀ = cov, r the numerical rank."""
     lower, pivots, rank, info = lapack.dpstrf(cov.numpy(), lower=1)
@@ -27,6 +34,19 @@ def semidefinite_factor(cov: torch.Tensor) -> torch.Tensor:
     rows = np.empty_like(factor)
     rows[pivots - 1] = factor  # LAPACK counts rows from one
     return torch.from_numpy(np.ascontiguousarray(rows))
+
+
+def root_trace(cov1: torch.Tensor, cov2: torch.Tensor) -> torch.Tensor:
+    """tr (Σ₁ Σ₂)^½ of two symmetric positive semidefinite (D, D) float64 matrices."""
+    lower1, lower2 = _cholesky(cov1), _cholesky(cov2)
+    if lower1 is not None and lower2 is not None:
+        # LAPACK's reduction of a symmetric-definite pair: Lᵀ Σ₂ L at a quarter of two matrix products' cost
+        product, _ = lapack.dsygst(cov2.numpy().T, lower1.numpy(), itype=2, lower=1)
+        return torch.linalg.eigvalsh(torch.from_numpy(product), UPLO="L").clamp_min(0).sqrt().sum()
+    sides = [(semidefinite_factor(a), b) for a, b, lower in ((cov1, cov2, lower1), (cov2, cov1, lower2)) if lower is None]
+    factor, other = min(sides, key=lambda side: side[0].shape[1])
+    product = factor.T @ other @ factor
+    return torch.linalg.eigvalsh((product + product.T) / 2).clamp_min(0).sqrt().sum()
 
 
 def _float64(value, name: str, dims: int) -> torch.Tensor:
@@ -50,11 +70,7 @@ def frechet_distance(mean1, cov1, mean2, cov2) -> float:
             f"covariances {tuple(cov1.shape)} and {tuple(cov2.shape)}"
         )
     cov1, cov2 = (cov1 + cov1.T) / 2, (cov2 + cov2.T) / 2
-    factor = semidefinite_factor(cov1)
-    product = factor.T @ cov2 @ factor
-    eigenvalues = torch.linalg.eigvalsh((product + product.T) / 2)
-    root_trace = eigenvalues.clamp_min(0).sqrt().sum()
-    distance = (mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * root_trace
+    distance = (mean1 - mean2).square().sum() + cov1.trace() + cov2.trace() - 2 * root_trace(cov1, cov2)
     return max(float(distance), 0.0)
 
 
@@ -119,8 +135,9 @@ class RunningMoments:
         if total < 2:
             raise ValueError(f"a covariance needs at least 2 images, got {total}")
         mean = all_sum(sums + self.count * shift) / total
-        # Σ (x−μ)(x−μ)ᵀ from Σ yyᵀ of y = x−shift, with δ = μ−shift
+        # Σ (x−μ)(x−μ)ᵀ = Σ yyᵀ − aδᵀ − δaᵀ with y = x−shift, δ = μ−shift, a = Σy − nδ/2: one pass over the D×D sum
         delta = mean - shift
-        scatter = outer.clone().addr_(sums, delta, alpha=-1).addr_(delta, sums, alpha=-1)
-        scatter = all_sum(scatter.addr_(delta, delta, alpha=self.count))
+        half = sums - delta * (self.count / 2)
+        scatter = torch.addmm(outer, torch.stack((half, delta), 1), torch.stack((delta, half)), alpha=-1)
+        scatter = all_sum(scatter)
         return total, mean, scatter.div_(total - 1)

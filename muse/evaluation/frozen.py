@@ -14,6 +14,7 @@ from muse.errors import CheckpointError, DataError
 from muse.evaluation import runs
 from muse.evaluation.feature_store import source_facts, stored_features
 from muse.evaluation.features import state_sha256
+from muse.evaluation.segmentation import foreground_masks
 from muse.models.layers import padding_to_multiple
 from muse.utils import cli
 
@@ -98,12 +99,14 @@ def frozen_features(
     default: str,
     target: str,
     pooled: bool,
+    foreground: bool = False,
     **options,
 ) -> tuple[np.ndarray, np.ndarray, dict]:
     """Features and targets (`labels` or `masks`) of a whole data set as memory-mapped arrays, and the facts for the
     protocol.
 
-    pooled: mean over the grid, (N,C); else the maps, (N,C,h,w). Extracted once per network, feature, crop and data.
+    pooled: mean over the grid, (N,C); else the maps, (N,C,h,w). foreground: masks as 0 and 1. Extracted once per
+    network, feature, crop and data; DataError when the rows are not the whole data set.
     """
     loader = runs.eval_data(args, cfg, source, default, ("images", target), **options)
 
@@ -114,7 +117,8 @@ def frozen_features(
             if not torch.isfinite(maps).all():
                 raise DataError(f"features of {batch['keys'][0]} and its batch contain NaN or infinity")
             flat = maps.flatten(1) if network_facts["feature"].startswith("pixels") else maps.mean((2, 3))
-            values = batch[target].to(torch.int64 if target == "labels" else torch.int32)
+            values = foreground_masks(batch[target]) if foreground else batch[target]
+            values = values.to(torch.int64 if target == "labels" else torch.int32)
             yield {
                 "features": (flat if pooled else maps).cpu().numpy(),
                 target: values.numpy(),
@@ -123,8 +127,10 @@ def frozen_features(
 
     crop = {key: cfg.dataset.preprocessing[key] for key in ("resize_shorter_edge", "crop_size")}
     facts = {**network_facts, **crop, **options, "target": target, "pooled": pooled, "max_images": args.max_images}
-    facts["shards"] = source_facts(loader.stream.source)
+    facts |= {"shards": source_facts(loader.stream.source), "model": plain(cfg.model), "foreground": foreground}
     folder = args.cache_dir or f"{args.output_dir}/features"
     arrays, notes = stored_features(folder, facts, extract, lambda: runs.data_facts(loader, cfg))
+    runs.check_share(notes["samples"], cfg.dataset.max_bad_fraction)  # a store may be from a run that allowed more
+    runs.check_count(loader, notes, len(arrays[target]))
     classes = {"class_names": list(loader.classes)} if loader.classes else {}
     return arrays["features"], arrays[target], {**notes, **classes, "images": len(arrays[target])}

@@ -46,29 +46,47 @@ def gaussian_window(device=None, dtype=torch.float32) -> torch.Tensor:
     return (weights / weights.sum()).to(device, dtype)
 
 
-def _ssim_chunk(real: torch.Tensor, fake: torch.Tensor, window: torch.Tensor) -> torch.Tensor:
-    shift = real.mean(dim=(2, 3), keepdim=True)  # variances of shifted values lose fewer digits in float32
-    x, y = real - shift, fake - shift
-    maps = torch.cat((x, y, x * x + y * y, x * y), dim=1)
-    kernel = window.expand(maps.shape[1], 1, 1, WINDOW).contiguous()
-    # channels last: depthwise convolution then runs along the 4*3 maps, six times faster on a CPU
-    across = F.conv2d(maps.contiguous(memory_format=torch.channels_last), kernel, groups=len(kernel))
-    blurred = F.conv2d(across, kernel.transpose(2, 3).contiguous(), groups=len(kernel)).contiguous()
-    mean_x, mean_y, squares, product = blurred.split(3, dim=1)
-    variances = squares - mean_x * mean_x - mean_y * mean_y
-    covariance = product - mean_x * mean_y
-    mean_x, mean_y = mean_x + shift, mean_y + shift
-    luminance = (2 * mean_x * mean_y + C1) / (mean_x * mean_x + mean_y * mean_y + C1)
-    return float64((luminance * (2 * covariance + C2) / (variances + C2)).mean(dim=(2, 3))).mean(dim=1)
+class _Ssim:
+    """SSIM of (n,3,H,W) pairs of one size, in memory that is used again: fresh memory costs a quarter of the time."""
+
+    def __init__(self, count: int, height: int, width: int, dtype: torch.dtype, device: torch.device):
+        window = gaussian_window(device, dtype).expand(12, 1, 1, WINDOW)
+        self.across, self.down = window.contiguous(), window.transpose(2, 3).contiguous()
+        self.maps = torch.empty(count, 12, height, width, dtype=dtype, device=device)
+        # channels last: depthwise convolution then runs along the 12 maps, six times faster on a CPU
+        self.packed = torch.empty_like(self.maps, memory_format=torch.channels_last)
+        border = WINDOW - 1
+        self.blurred = torch.empty(count, 12, height - border, width - border, dtype=dtype, device=device)
+        self.product = torch.empty_like(self.blurred[:, :3])
+
+    def __call__(self, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+        """(n,3,H,W) twice -> (n,) float64"""
+        shift = real.mean(dim=(2, 3), keepdim=True)  # variances of shifted values lose fewer digits in float32
+        x, y, squares, product = self.maps.split(3, dim=1)
+        torch.sub(real, shift, out=x)
+        torch.sub(fake, shift, out=y)
+        torch.mul(x, x, out=squares).addcmul_(y, y)
+        torch.mul(x, y, out=product)
+        across = F.conv2d(self.packed.copy_(self.maps), self.across, groups=12)
+        self.blurred.copy_(F.conv2d(across, self.down, groups=12))
+        mean_x, mean_y, squares, product = self.blurred.split(3, dim=1)
+        variances = squares.addcmul_(mean_x, mean_x, value=-1).addcmul_(mean_y, mean_y, value=-1)
+        covariance = product.addcmul_(mean_x, mean_y, value=-1)
+        mean_x.add_(shift)
+        mean_y.add_(shift)
+        above = torch.mul(mean_x, mean_y, out=self.product).mul_(2).add_(C1).mul_(covariance.mul_(2).add_(C2))
+        below = mean_x.mul_(mean_x).addcmul_(mean_y, mean_y).add_(C1).mul_(variances.add_(C2))
+        return float64(above.div_(below).mean(dim=(2, 3))).mean(dim=1)
 
 
+@torch.no_grad()
 def ssim(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
     """(B,3,H,W) twice -> (B,) float64; float32 inside (float64 for float64 images). ValueError under 11 pixels."""
-    if min(real.shape[-2:]) < WINDOW:
-        raise ValueError(
-            f"SSIM needs images of at least {WINDOW}×{WINDOW} pixels, got {real.shape[-2]}×{real.shape[-1]}"
-        )
+    height, width = real.shape[-2:]
+    if min(height, width) < WINDOW:
+        raise ValueError(f"SSIM needs images of at least {WINDOW}×{WINDOW} pixels, got {height}×{width}")
     dtype = torch.float64 if real.dtype == torch.float64 and real.device.type != "mps" else torch.float32
-    window = gaussian_window(real.device, dtype)
-    parts = zip(real.split(_chunk(real)), fake.split(_chunk(fake)), strict=True)
-    return torch.cat([_ssim_chunk(a.to(dtype), b.to(dtype), window) for a, b in parts])
+    count = _chunk(real)
+    measure = _Ssim(count, height, width, dtype, real.device)
+    parts = zip(real.split(count), fake.split(count), strict=True)
+    return torch.cat([measure(a.to(dtype), b.to(dtype)) for a, b in parts])

@@ -120,12 +120,14 @@ class LinearProbe:
 
     @torch.no_grad()
     def predict(self, features) -> torch.Tensor:
-        """(N, C) tensor or array -> (R, N) class indices on the CPU."""
+        """(N, C) tensor or array -> (R, N) class indices on the CPU; -1 of a head that diverged."""
         self.norm.eval()
         blocks = [slice(i, i + EVAL_BLOCK) for i in range(0, len(features), EVAL_BLOCK)]
-        return torch.cat(
+        guesses = torch.cat(
             [self.logits(_rows(features, block).to(self.device)).argmax(-1).T.cpu() for block in blocks], dim=1
         )
+        guesses[~self.weight.isfinite().all(2).all(0).cpu()] = -1
+        return guesses
 
 
 def train_linear_probe(
@@ -143,10 +145,15 @@ def train_linear_probe(
     """Probe of (N, C) features (tensor or memory-mapped array) with (N,) labels.
 
     rates are for a batch of 256 and scale with the batch, as usual. batch_size None: sixteen batches an epoch, of 64
-    to 1024. Evaluated after every epoch (at most 50 times). ValueError on labels out of range, missing samples, or
-    features of two widths.
+    to 1024. Evaluated after every epoch (at most 50 times). ValueError on labels out of range, missing samples,
+    features of two widths, or when every rate diverges.
+
+    Memory: batches of rows are copied from the array as they are needed, never the whole; beside them stand the heads
+    (with gradient and velocity 3·R·C·K floats) and logits of at most max(batch_size, EVAL_BLOCK)·R·K floats.
     """
     num_classes = check_labels(train_labels, num_classes, "training set")
+    if num_classes < 2:
+        raise ValueError("all training samples are of one class: a probe needs at least two")
     check_labels(val_labels, num_classes, "validation set")
     if len(train_features) != len(train_labels) or len(val_features) != len(val_labels):
         raise ValueError("features and labels differ in number")
@@ -173,6 +180,8 @@ def train_linear_probe(
         if epoch % evaluate_every == 0 or epoch == epochs:
             scores = [accuracy(row, val_labels, num_classes) for row in probe.predict(val_features)]
             history.append((epoch, scores))
+    if not probe.weight.isfinite().all(2).all(0).any():
+        raise ValueError("the probe diverged at every learning rate: give smaller ones")
     return _result(history, rates, train_labels, val_labels, num_classes)
 
 
@@ -205,6 +214,7 @@ def run_linear_probe(args, cfg) -> tuple[ProbeResult, dict] | None:
     """The measurement behind scripts/linear_probe.py; None in the processes that only extract features."""
     from muse.evaluation import frozen, runs
 
+    runs.check_numbers(args, num_classes=2, epochs=1, probe_batch_size=2, learning_rates=0.0)
     runs.start(args)
     network, network_facts = frozen.feature_network(args, cfg)
     sets = [
@@ -214,6 +224,7 @@ def run_linear_probe(args, cfg) -> tuple[ProbeResult, dict] | None:
     if not runs.finish():
         return None
     (train, train_labels, train_facts), (val, val_labels, val_facts) = sets
+    runs.check_classes(train_facts, val_facts)
     with runs.one_line_errors("linear probe"):
         result = train_linear_probe(
             train,

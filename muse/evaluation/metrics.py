@@ -166,6 +166,8 @@ METRICS: dict[str, Callable] = {
 
 def build_metrics(names: Sequence[str], options: Options) -> list:
     """The metrics by name; rfid and is share one. ConfigError on a name that is not known."""
+    if not names:
+        raise ConfigError("no metric was named: give at least one, such as psnr")
     metrics = []
     inception = tuple(name for name in names if name in ("rfid", "is"))
     for name in dict.fromkeys(names):

@@ -16,6 +16,7 @@ def measure_reconstruction(args: argparse.Namespace, cfg) -> tuple[dict[str, flo
 
     Data and metrics are opened before the model, so that a wrong path or a missing weights file is told of at once.
     """
+    runs.check_numbers(args, num_pictures=0)
     runs.start(args)
     loader = runs.eval_data(args, cfg, args.val_url, "eval_shards_path_or_url", ("images",))
     evaluator = Evaluator(

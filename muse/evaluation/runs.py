@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import math
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -12,7 +13,8 @@ import torch.distributed as dist
 
 from muse.config import plain
 from muse.data.dataloader import EvalLoader, eval_loader
-from muse.errors import DataError, MuseError
+from muse.data.decode import BadSamples
+from muse.errors import ConfigError, DataError, MuseError
 from muse.evaluation.reduce import all_objects
 from muse.utils import cli
 
@@ -39,8 +41,24 @@ def add_flags(parser: argparse.ArgumentParser, output_dir: str, train: bool = Fa
     )
 
 
+def check_numbers(args: argparse.Namespace, **least: float) -> None:
+    """ConfigError for a flag (a number, a list of them, or None) that is not finite or below its least value.
+
+    A least of 0.0 (a float) is itself not allowed.
+    """
+    for name, bound in least.items():
+        given = getattr(args, name)
+        for value in given if isinstance(given, list) else [] if given is None else [given]:
+            if not math.isfinite(value) or value < bound or (isinstance(bound, float) and value == bound):
+                wanted = f"above {bound:g}" if isinstance(bound, float) else f"at least {bound}"
+                raise ConfigError(f"--{name} must be {wanted}, not {value:g}")
+
+
 def start(args: argparse.Namespace) -> None:
-    """Join the process group a launcher (torchrun, accelerate) has prepared, if any, and take this process's device."""
+    """Prove that results can be written, join the process group a launcher (torchrun, accelerate) has prepared, if any,
+    and take this process's device.
+    """
+    cli.writable_directory(args.output_dir)
     # trained weights make denormal activations, which a CPU computes three times slower
     torch.set_flush_denormal(True)
     args.device = cli.device(args.device)
@@ -65,7 +83,12 @@ def finish() -> bool:
 def eval_data(
     args: argparse.Namespace, cfg: Any, source: str | None, default: str, fields: Sequence[str], **options
 ) -> EvalLoader:
-    """Loader of this process's part of `source`, or of `dataset.params.<default>` when it is None."""
+    """Loader of this process's part of `source`, or of `dataset.params.<default>` when it is None.
+
+    Several processes count their bad samples together, after the pass (`skipped`): one that stopped alone would leave
+    the others waiting, and the limit is a share of the whole set.
+    """
+    check_numbers(args, batch_size=1, num_workers=0, max_images=1)
     params, preprocessing = cfg.dataset.params, cfg.dataset.preprocessing
     rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     return eval_loader(
@@ -78,21 +101,53 @@ def eval_data(
         rank=rank,
         world=world,
         max_images=args.max_images,
-        max_bad_fraction=cfg.dataset.max_bad_fraction,
+        max_bad_fraction=cfg.dataset.max_bad_fraction if world == 1 else 1.0,
         **options,
     )
 
 
-def skipped(loader: EvalLoader) -> dict:
-    """After a pass: samples read and skipped over all processes, with the first ten keys of every kind."""
-    states = all_objects(loader.bad.state_dict())
-    counts: dict[str, int] = {}
-    keys: dict[str, list[str]] = {}
-    for state in states:
+def skipped(loader: EvalLoader, max_fraction: float) -> dict:
+    """After a pass: samples read and skipped over all processes, with the first ten keys of every kind.
+
+    DataError when more than `max_fraction` of all samples were skipped.
+    """
+    together = BadSamples()
+    for state in all_objects(loader.bad.state_dict()):
+        together.seen += state["seen"]
         for kind, count in state["counts"].items():
-            counts[kind] = counts.get(kind, 0) + count
-            keys[kind] = (keys.get(kind, []) + state["keys"][kind])[:10]
-    return {"read": sum(s["seen"] for s in states), "skipped": sum(counts.values()), "kinds": counts, "keys": keys}
+            together.counts[kind] = together.counts.get(kind, 0) + count
+            together.keys[kind] = (together.keys.get(kind, []) + state["keys"][kind])[: together.keep]
+    samples = {"read": together.seen, "skipped": together.total, "kinds": together.counts, "keys": together.keys}
+    check_share(samples, max_fraction)
+    return samples
+
+
+def check_share(samples: dict, max_fraction: float) -> None:
+    """DataError when more than `max_fraction` of `samples` (as from `skipped`) were skipped."""
+    bad = BadSamples(max_fraction)
+    bad.load_state_dict({"seen": samples["read"], "counts": samples["kinds"], "keys": samples["keys"]})
+    bad.check(final=True)
+
+
+def check_count(loader: EvalLoader, facts: dict, count: int) -> None:
+    """DataError unless `count` samples are all of a local data set but the skipped ones of `facts` (`data_facts`)."""
+    whole = loader.num_samples
+    if whole is not None and count != whole - facts["samples"]["skipped"]:
+        raise DataError(
+            f"{facts['data']}: {count} samples were measured, the data set has {whole} "
+            f"({facts['samples']['skipped']} skipped)"
+        )
+
+
+def check_classes(train: dict, val: dict) -> None:
+    """DataError when two image folders have other class folders: a label is a folder's place in the alphabet."""
+    ours, theirs = (facts.get("class_names") for facts in (train, val))
+    if ours and theirs and ours != theirs:
+        odd = sorted(set(ours) ^ set(theirs))[0]
+        raise DataError(
+            f"the class folders of {train['data']} ({len(ours)}) and {val['data']} ({len(theirs)}) differ: "
+            f"{odd!r} is in one of them only, so that their labels do not mean the same"
+        )
 
 
 def data_facts(loader: EvalLoader, cfg: Any) -> dict:
@@ -101,7 +156,7 @@ def data_facts(loader: EvalLoader, cfg: Any) -> dict:
     return {
         "data": loader.stream.source.name,
         "crop": {"resize_shorter_edge": preprocessing.resize_shorter_edge, "center_crop": preprocessing.crop_size},
-        "samples": skipped(loader),
+        "samples": skipped(loader, cfg.dataset.max_bad_fraction),
     }
 
 

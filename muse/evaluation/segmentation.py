@@ -24,21 +24,29 @@ class ConfusionMatrix:
         """Class indices of one shape, any number of dimensions. ValueError on another shape or a label out of range."""
         if predictions.shape != masks.shape:
             raise ValueError(f"prediction {tuple(predictions.shape)} and mask {tuple(masks.shape)} differ in size")
-        # ignored pixels get a row of their own, dropped below: far cheaper than picking the others out
-        truth = masks.long().masked_fill(masks == self.ignore, self.num_classes)
-        self._check("mask", truth, self.num_classes)
-        self._check("prediction", predictions, self.num_classes - 1)
-        cells = truth.mul_(self.num_classes).add_(predictions).flatten()
-        counts = torch.bincount(cells, minlength=self.num_classes * (self.num_classes + 1))
-        self.counts += counts.view(-1, self.num_classes)[: self.num_classes].cpu()
+        if not masks.numel():
+            return
+        # int32 halves the memory traffic; the ignored label has a row of its own, cheaper than picking its pixels out
+        truth, guess = masks.to(torch.int32), predictions.to(torch.int32)
+        rows = max(self.num_classes, self.ignore + 1)
+        self._check("mask", truth, rows - 1)
+        self._check("prediction", guess, self.num_classes - 1)
+        cells = truth.mul(self.num_classes).add_(guess).flatten()
+        counts = torch.bincount(cells, minlength=rows * self.num_classes).view(rows, self.num_classes).cpu()
+        if 0 <= self.ignore < rows:
+            counts[self.ignore] = 0
+        if counts[self.num_classes :].any():
+            self._refuse("mask", masks)
+        self.counts += counts[: self.num_classes]
 
     def _check(self, name: str, labels: torch.Tensor, limit: int) -> None:
-        low, high = (int(bound) for bound in torch.aminmax(labels)) if labels.numel() else (0, 0)
+        low, high = (int(bound) for bound in torch.aminmax(labels))
         if low < 0 or high > limit:
-            seen = labels[labels != self.num_classes] if name == "mask" else labels
-            raise ValueError(
-                f"{name} labels {int(seen.min())}..{int(seen.max())} do not fit {self.num_classes} classes"
-            )
+            self._refuse(name, labels)
+
+    def _refuse(self, name: str, labels: torch.Tensor) -> None:
+        seen = labels[labels != self.ignore] if name == "mask" else labels
+        raise ValueError(f"{name} labels {int(seen.min())}..{int(seen.max())} do not fit {self.num_classes} classes")
 
     def compute(self) -> "IoU":
         """Intersection over union of every class."""
@@ -75,18 +83,16 @@ def cell_targets(masks: torch.Tensor, grid: tuple[int, int], num_classes: int, i
     if (rows * grid[0], columns * grid[1]) != (height, width):
         size = (rows * grid[0], columns * grid[1])
         masks = F.interpolate(masks[:, None].float(), size, mode="nearest")[:, 0].long()
-    valid = masks != ignore
-    if valid.any() and not (0 <= int(masks[valid].min()) and int(masks[valid].max()) < num_classes):
-        raise ValueError(
-            f"mask labels {int(masks[valid].min())}..{int(masks[valid].max())} do not fit {num_classes} classes"
-        )
+    ignored = masks == ignore
+    labels = masks.masked_fill(ignored, num_classes)  # a class of its own, dropped below: far cheaper than picking the others out
+    low, high = (int(bound) for bound in torch.aminmax(masks.masked_fill(ignored, 0)))
+    if low < 0 or high >= num_classes:
+        raise ValueError(f"mask labels {low}..{high} do not fit {num_classes} classes")
     batch, cells = len(masks), grid[0] * grid[1]
-    tiles = (
-        masks.view(batch, grid[0], rows, grid[1], columns).permute(0, 1, 3, 2, 4).reshape(batch * cells, rows * columns)
-    )
-    valid = (tiles != ignore).float()
-    shares = torch.zeros(batch * cells, num_classes, device=masks.device)
-    shares.scatter_add_(1, tiles.masked_fill(tiles == ignore, 0), valid)
+    tiles = labels.view(batch, grid[0], rows, grid[1], columns).permute(0, 1, 3, 2, 4).reshape(batch * cells, rows * columns)
+    places = torch.arange(batch * cells, device=masks.device)[:, None] * (num_classes + 1) + tiles
+    counts = torch.bincount(places.flatten(), minlength=batch * cells * (num_classes + 1)).view(-1, num_classes + 1)
+    shares = counts[:, :num_classes].float()
     return (shares / (rows * columns)).view(batch, cells, num_classes)
 
 
@@ -128,7 +134,8 @@ def train_segmentation_probe(
 ) -> SegmentationProbe:
     """Probe on (N,C,h,w) features with (N,H,W) labels (tensors or memory-mapped arrays).
 
-    AdamW, cosine to zero, cross-entropy on the cells' class shares. ValueError on a label out of range.
+    AdamW, cosine to zero, cross-entropy on the cells' class shares. ValueError on a label out of range, on maps and
+    masks that differ in number, or when it diverges.
     """
     if len(features) != len(masks) or not len(features):
         raise ValueError(f"{len(features)} feature maps and {len(masks)} masks")
@@ -148,6 +155,8 @@ def train_segmentation_probe(
         loss.backward()
         optimizer.step()
         schedule.step()
+    if not probe.classify.weight.isfinite().all():
+        raise ValueError(f"the probe diverged at learning rate {learning_rate:g}: give a smaller one")
     return probe.eval()
 
 

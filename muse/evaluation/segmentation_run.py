@@ -5,9 +5,10 @@ import argparse
 import numpy as np
 import torch
 
+from muse.errors import ConfigError
 from muse.evaluation import frozen, runs
 from muse.evaluation.pictures import segmentation_sheet
-from muse.evaluation.segmentation import IGNORE, evaluate_segmentation, foreground_masks, train_segmentation_probe
+from muse.evaluation.segmentation import IGNORE, evaluate_segmentation, train_segmentation_probe
 
 ADE20K_CLASSES = 150
 
@@ -24,26 +25,38 @@ def count_classes(masks: np.ndarray, block: int = 256) -> int:
     return largest + 1
 
 
-def run_segment_probe(args: argparse.Namespace, cfg) -> tuple[dict, dict, torch.Tensor] | None:
+def run_segment_probe(args: argparse.Namespace, cfg) -> tuple[dict, dict, torch.Tensor | None] | None:
     """Values, facts for the protocol and the picture; None in the processes that only extract features."""
+    runs.check_numbers(args, num_classes=2, steps=1, probe_batch_size=2, learning_rate=0.0, num_pictures=0)
+    if args.num_classes is not None and args.labels == "foreground":
+        raise ConfigError("--num_classes does not go with --labels foreground, which has two classes")
     runs.start(args)
     network, network_facts = frozen.feature_network(args, cfg)
     ade20k = args.labels == "ade20k"
     sets = [
         frozen.frozen_features(
-            args, cfg, network, network_facts, source, default, "masks", pooled=False, zero_label_ignored=ade20k
+            args,
+            cfg,
+            network,
+            network_facts,
+            source,
+            default,
+            "masks",
+            pooled=False,
+            foreground=args.labels == "foreground",
+            zero_label_ignored=ade20k,
         )
         for source, default in ((args.train_url, "train_shards_path_or_url"), (args.val_url, "eval_shards_path_or_url"))
     ]
     if not runs.finish():
         return None
     (train, train_masks, train_facts), (val, val_masks, val_facts) = sets
-    with runs.one_line_errors("segmentation probe"):
-        if args.labels == "foreground":
-            train_masks, val_masks = (foreground_masks(torch.tensor(masks)) for masks in (train_masks, val_masks))
-            classes = 2
-        else:
-            classes = args.num_classes or (ADE20K_CLASSES if ade20k else count_classes(train_masks))
+    with runs.one_line_errors("segmentation probe" + (" (ADE20K's labels counted from 0)" if ade20k else "")):
+        largest = count_classes(train_masks)
+        classes = {"foreground": 2, "ade20k": ADE20K_CLASSES}.get(args.labels, max(largest, 2))
+        classes = args.num_classes or classes
+        if classes > IGNORE:
+            raise ValueError(f"{classes} classes: at most {IGNORE}, since label {IGNORE} means an ignored pixel")
         probe = train_segmentation_probe(
             train,
             train_masks,
@@ -64,7 +77,7 @@ def run_segment_probe(args: argparse.Namespace, cfg) -> tuple[dict, dict, torch.
     }
     settings = {name: getattr(args, name) for name in ("labels", "steps", "probe_batch_size", "learning_rate")}
     facts = {"network": network_facts, "probe": settings, "train": train_facts, "val": val_facts}
-    return values, facts, _picture(args, cfg, probe, val, val_masks, classes)
+    return values, facts, _picture(args, cfg, probe, val, val_masks, classes) if args.num_pictures else None
 
 
 def _picture(args, cfg, probe, features, masks, classes: int) -> torch.Tensor:

@@ -1,22 +1,19 @@
 """Zero-shot classification and image-text retrieval from L2-normalised embeddings."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 
-from muse.errors import ConfigError, DataError
+from muse.errors import DataError
 from muse.evaluation.linear_probe import Accuracy, check_labels
-
-Template = str | Callable[[str], str]
-
+from muse.models.teachers.prompts import Template, imagenet_templates
 
 def imagenet_prompts() -> tuple[list[str], list[Template]]:
     """open_clip's 1000 class names and 80 templates, the field's default."""
-    from open_clip import IMAGENET_CLASSNAMES, OPENAI_IMAGENET_TEMPLATES
+    from open_clip import IMAGENET_CLASSNAMES
 
-    return list(IMAGENET_CLASSNAMES), list(OPENAI_IMAGENET_TEMPLATES)
+    return list(IMAGENET_CLASSNAMES), imagenet_templates()
 
 
 def read_lines(path: str | Path, what: str) -> list[str]:
@@ -28,38 +25,6 @@ def read_lines(path: str | Path, what: str) -> list[str]:
     if not lines:
         raise DataError(f"{what} file {path} has no lines")
     return lines
-
-
-def prompts(name: str, templates: Sequence[Template]) -> list[str]:
-    """One class name in every template: `{}` or `{c}` in a string stands for the name, a callable is called with it."""
-    texts = []
-    for template in templates:
-        if callable(template):
-            texts.append(template(name))
-        elif "{}" in template or "{c}" in template:
-            texts.append(template.replace("{}", name).replace("{c}", name))
-        else:
-            raise ConfigError(f"template without {{}} for the class name: {template!r}")
-    return texts
-
-
-@torch.no_grad()
-def class_embeddings(
-    text_teacher: Callable[[list[str]], torch.Tensor], names: Sequence[str], templates: Sequence[Template]
-) -> torch.Tensor:
-    """(K, E), L2-normalised: mean over templates of the normalised text embeddings, as open_clip's builder.
-
-    text_teacher: list of n strings -> (n, E), L2-normalised. Texts are embedded a few classes at a time.
-    """
-    if not names or not templates:
-        raise ConfigError("zero-shot needs at least one class name and one template")
-    per_block = max(1, 256 // len(templates))
-    rows = []
-    for start in range(0, len(names), per_block):
-        block = names[start : start + per_block]
-        texts = text_teacher([text for name in block for text in prompts(name, templates)])
-        rows.append(F.normalize(texts.float().unflatten(0, (len(block), -1)).mean(1), dim=-1))
-    return torch.cat(rows)
 
 
 def hit_probability(scores: torch.Tensor, targets: torch.Tensor, k: int) -> torch.Tensor:
@@ -85,7 +50,7 @@ def zero_shot(image_embeds: torch.Tensor, labels: torch.Tensor, class_embeds: to
         )
     if not torch.isfinite(image_embeds).all():
         raise ValueError("image embeddings contain NaN or infinity")
-    classes = check_labels(labels, len(class_embeds), "zero-shot")
+    classes = check_labels(labels, len(class_embeds), "the data")
     counts = torch.bincount(labels, minlength=classes).double()
     present = counts > 0
     scores = image_embeds.float() @ class_embeds.float().T

@@ -17,15 +17,8 @@ from muse.evaluation import runs
 from muse.evaluation.feature_store import store_key
 from muse.evaluation.features import state_sha256
 from muse.evaluation.reduce import all_objects, all_rows, is_main
-from muse.evaluation.zero_shot import (
-    Template,
-    class_embeddings,
-    imagenet_prompts,
-    prompts,
-    read_lines,
-    retrieval,
-    zero_shot,
-)
+from muse.evaluation.zero_shot import imagenet_prompts, read_lines, retrieval, zero_shot
+from muse.models.teachers.prompts import Template, class_embeddings, imagenet_templates, prompts
 from muse.utils import cli
 
 logger = logging.getLogger(__name__)
@@ -89,11 +82,15 @@ def run_zero_shot(args: argparse.Namespace, cfg) -> tuple[dict, dict] | None:
     """Values and facts for the protocol; None in the processes that only embed."""
     from muse.models.teachers import build_text_teacher
 
+    if args.retrieval < 0 or args.retrieval == 1:
+        raise ConfigError(f"--retrieval must be 0 (none) or at least 2 candidates, not {args.retrieval}")
     runs.start(args)
     fields = ("images", "labels") + (("text",) if args.retrieval else ())
     loader = runs.eval_data(args, cfg, args.val_url, "eval_shards_path_or_url", fields)
     names, names_from = class_names(args, loader)
-    templates = read_lines(args.templates, "template") if args.templates else imagenet_prompts()[1]
+    if is_main():
+        logger.info("%d class names: %s", len(names), names_from)
+    templates = read_lines(args.templates, "template") if args.templates else imagenet_templates()
     model = cli.load_model(args, cfg)
     teacher = build_text_teacher(plain(cfg.teacher.text))
     if teacher is None:
@@ -107,6 +104,7 @@ def run_zero_shot(args: argparse.Namespace, cfg) -> tuple[dict, dict] | None:
         own = embed_data(model, loader, args.device, fields)
         data = runs.data_facts(loader, cfg)
         order = all_rows(own["indices"]).argsort()
+        runs.check_count(loader, data, len(order))
         images, labels = all_rows(own["images"])[order], all_rows(own["labels"])[order]
         captions = [text for part in all_objects(own["text"]) for text in part]
         if not runs.finish():

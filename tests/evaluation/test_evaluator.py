@@ -1,6 +1,8 @@
 """`Evaluator`: agreement with torch-fidelity, invariance to batch size, refusals."""
 
+import hashlib
 import logging
+from importlib.metadata import version
 from unittest import mock
 
 import numpy as np
@@ -47,7 +49,11 @@ def inception_file(tmp_path_factory):
 
 def test_rfid_is_torch_fidelitys(inception_file):
     real, fake = image_pairs(6)
-    got = feed(Evaluator(("rfid", "is"), inception_weights=inception_file), real, fake, 4)
+    evaluator = Evaluator(("rfid", "is"), inception_weights=inception_file)
+    got = feed(evaluator, real, fake, 4)
+    facts = evaluator.protocol()["feature_networks"]["rfid+is"]
+    assert facts["weights_sha256"] == hashlib.sha256(inception_file.read_bytes()).hexdigest()
+    assert facts["library"] == f"torch-fidelity {version('torch-fidelity')}"
     network = fidelity.FeatureExtractorInceptionV3("f", ["2048", "logits_unbiased"], str(inception_file))
     parts = [network((images * 255).round().byte()) for images in (real, fake)]
     # few rows: the trace of the root is the nuclear norm of X₁X₂ᵀ, far cheaper than torch-fidelity's 2048 eigenvalues
@@ -126,12 +132,18 @@ def test_refusals(tmp_path):
     evaluator.update(real, fake)
     with pytest.raises(ValueError, match="2 images were evaluated, the data set has 3"):
         evaluator.compute()
+    with pytest.raises(ConfigError, match="no metric"):
+        Evaluator(())
     with pytest.raises(ConfigError, match="unknown metric 'fid'"):
         Evaluator(("fid",))
     with pytest.raises(ConfigError, match="no_such_network"):
         Evaluator(feature_network="no_such_network")
     with pytest.raises(ConfigError, match="rfid"):
         Evaluator(("fd_inception",))
+    widths = Evaluator(("fd_width",), feature_network=lambda images: images.mean(1).flatten(1)[:, : len(images)])
+    widths.update(real, fake)
+    with pytest.raises(ValueError, match=r"features must be \(n, 2\), got \(1, 1\)"):
+        widths.update(real[:1], fake[:1])
     with pytest.raises(ValueError, match=r"\(B, D\)"):
         Evaluator(("fd_map",), feature_network=lambda images: images).update(real, fake)
 

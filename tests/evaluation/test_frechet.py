@@ -56,6 +56,19 @@ def test_fewer_samples_than_dimensions_against_singular_values():
     assert frechet_distance(*moments) == pytest.approx(float(want), rel=1e-9)
 
 
+@pytest.mark.parametrize("counts", [(20, 300), (300, 20), (200, 300)])
+def test_either_or_none_singular_is_symmetric_and_torch_fidelitys(counts):
+    """The three ways to the root's trace: the factor of the first, of the second, and of two full covariances."""
+    stats = []
+    for seed, count in enumerate(counts):
+        stats.append(fid_features_to_statistics(gaussian_features(count, 64, seed, shift=seed)))
+    moments = [[s["mu"], s["sigma"]] for s in stats]
+    want = fid_statistics_to_metric(*stats, verbose=False)["frechet_inception_distance"]
+    got = frechet_distance(*moments[0], *moments[1])
+    assert got == pytest.approx(want, rel=1e-6)
+    assert frechet_distance(*moments[1], *moments[0]) == pytest.approx(got, rel=1e-9)
+
+
 def test_equal_sets_have_distance_zero():
     mean, cov = torch.zeros(64), torch.from_numpy(np.cov(gaussian_features(20, 64, 3).numpy(), rowvar=False))
     assert 0 <= frechet_distance(mean, cov, mean, cov) < 1e-9 * float(cov.trace())

@@ -10,7 +10,8 @@ from sklearn.preprocessing import StandardScaler
 
 from muse.errors import ConfigError, DataError
 from muse.evaluation.linear_probe import accuracy, pixel_features, train_linear_probe
-from muse.evaluation.zero_shot import class_embeddings, hit_probability, prompts, read_lines, retrieval, zero_shot
+from muse.evaluation.zero_shot import hit_probability, read_lines, retrieval, zero_shot
+from muse.models.teachers.prompts import class_embeddings, prompts
 
 
 def overlapping_classes(count, seed, classes=5, dim=16):
