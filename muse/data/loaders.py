@@ -45,6 +45,7 @@ class TrainLoader:
         self.spec, self.num_workers = spec, num_workers
         self.bad = BadSamples(max_bad_fraction)
         self.batches = 0
+        self._retries = [0] * spec.workers
         self._positions = [start_position(len(spec.sources)) for _ in range(spec.workers)]
         self._pin_memory, self._prefetch = pin_memory, prefetch_factor
 
@@ -53,6 +54,7 @@ class TrainLoader:
         for batch, report in _torch_loader(stream, self.num_workers, self.spec.seed, self._pin_memory, self._prefetch):
             epochs_done = self.epoch
             self._positions[report.worker] = report.position
+            self._retries[report.worker] = report.retries
             self.bad.add(report.seen, report.faults)
             self.bad.check(final=self.epoch > epochs_done)
             if report.error:
@@ -73,6 +75,11 @@ class TrainLoader:
             "shards": [len(source.shards) for source in spec.sources],
             "weights": list(spec.weights),
         }
+
+    @property
+    def retries(self) -> int:
+        """Reads of remote or failing shards that were begun anew by this rank, since it last began to iterate."""
+        return sum(self._retries)
 
     @property
     def epoch(self) -> int:

@@ -120,11 +120,12 @@ def with_retries(
     attempts: int = 5,
     first_wait: float = 1.0,
     sleep: Callable[[float], None] = time.sleep,
+    on_retry: Callable[[], None] = lambda: None,
 ) -> Iterator[T]:
     """Items of `start()`, started again after a failure without repeating what was already handed out.
 
     `attempts` failures in a row (no item in between), each followed by twice the wait of the one before, and the last
-    one is raised.
+    one is raised. `on_retry` is called before each new start.
     """
     done, failures = 0, 0
     while True:
@@ -136,7 +137,9 @@ def with_retries(
         except retry_on as error:
             failures += 1
             if failures >= attempts:
+                logger.error("reading %s given up after %d tries and %d samples (%s)", what, failures, done, error)
                 raise
             wait = first_wait * 2 ** (failures - 1)
             logger.warning("reading %s failed after %d samples (%s); trying again in %.1f s", what, done, error, wait)
             sleep(wait)
+            on_retry()

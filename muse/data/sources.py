@@ -102,13 +102,17 @@ class TarSource:
         self.name = urls if isinstance(urls, str) else f"the list of {len(self.shards)} shards from {self.shards[0]}"
         self.local = not any(map(shard_lists.needs_stream, self.shards))
         self.attempts, self.first_wait = attempts, first_wait
+        self.retries = 0  # reads begun anew, in this process
+
+    def _count_retry(self) -> None:
+        self.retries += 1
 
     def read(self, shard: str) -> Iterator[Record]:
         # A local file that is cut short stays so; a stream may do better at the next try.
         retry_on = _READ_ERRORS if shard_lists.is_remote(shard) else (OSError,)
         try:
             yield from shard_lists.with_retries(
-                lambda: _read_tar(shard), retry_on, shard, attempts=self.attempts, first_wait=self.first_wait
+                lambda: _read_tar(shard), retry_on, shard, self.attempts, self.first_wait, on_retry=self._count_retry
             )
         except (tarfile.TarError, EOFError, zlib.error):
             yield Record(shard, shard, fault="truncated_tar")
@@ -171,6 +175,10 @@ class InMemory:
         self.one_per_shard = source.one_per_shard
         self._source = source
         self._records: dict[str, list[Record]] = {}
+
+    @property
+    def retries(self) -> int:
+        return getattr(self._source, "retries", 0)
 
     def read(self, shard: str) -> Iterator[Record]:
         if shard not in self._records:

@@ -28,6 +28,7 @@ from muse.errors import DataError, MuseError
 logger = logging.getLogger(__name__)
 
 MAX_BAD_IN_A_ROW = 500
+MAX_UNREADABLE_IN_A_ROW = 3  # shards; each was tried several times, so it is the storage that is gone, not a shard
 _GOLDEN = 0.6180339887498949
 
 
@@ -39,6 +40,7 @@ class Report(NamedTuple):
     seen: int
     faults: list[tuple[str, str]]
     error: str | None = None
+    retries: int = 0  # reads begun anew since the stream was opened
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class WorkerStream:
     position: dict
     _seen: int = 0
     _in_a_row: int = 0
+    _unreadable: int = 0
     _faults: list[tuple[str, str]] = field(default_factory=list)
 
     def __iter__(self) -> Iterator[tuple[dict | None, Report]]:
@@ -99,7 +102,8 @@ class WorkerStream:
 
     def _report(self, error: str | None = None) -> Report:
         position = {"drawn": self.position["drawn"], "sources": [list(place) for place in self.position["sources"]]}
-        report = Report(self.worker, position, self._seen, self._faults, error)
+        retries = sum(getattr(source, "retries", 0) for source in self.spec.sources)
+        report = Report(self.worker, position, self._seen, self._faults, error, retries)
         self._seen, self._faults = 0, []
         return report
 
@@ -134,10 +138,16 @@ class WorkerStream:
             if keep:
                 record.prepared, record.members = prepared, {}
         if prepared is not None:
-            self._in_a_row = 0
+            self._in_a_row = self._unreadable = 0
             return prepared
         self._faults.append((record.fault, record.key))
         self._in_a_row += 1
+        self._unreadable += record.fault == "unreadable_shard"
+        if self._unreadable >= MAX_UNREADABLE_IN_A_ROW:
+            raise DataError(
+                f"{self._unreadable} shards in a row cannot be read, the last of them {record.shard}; when the storage "
+                "is back, the same command goes on from the newest checkpoint"
+            )
         if self._in_a_row >= MAX_BAD_IN_A_ROW:
             raise DataError(
                 f"{self._in_a_row} samples in a row cannot be used, the last of them {record.key} of {record.shard} "

@@ -5,10 +5,12 @@
     state.safetensors, state.json    optimizers, loss heads, discriminator, LeCam; step, images seen, configuration
     rank-K.safetensors, rank-K.json  random generators and data position of every process
 """
+import contextlib
 import json
 import random
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,8 @@ from muse.errors import CheckpointError
 from muse.models.base_model import read_weights
 
 NAME = re.compile(r"^checkpoint-(\d+)$")
+# What a process that was killed may leave: folders being written, being replaced, being removed. `latest` never sees them.
+UNFINISHED = (".partial-*", ".checkpoint-*", ".final.*", ".removed-*")
 
 
 # ------------------------------------------------------------------------------------------- trees of tensors
@@ -106,8 +110,34 @@ def latest(output_dir: str | Path) -> Path | None:
     return found[-1][1] if found else None
 
 
+def clean(output_dir: str | Path) -> list[str]:
+    """Remove what a killed run left unfinished, of however many processes; gives the names."""
+    found = sorted(path for pattern in UNFINISHED for path in Path(output_dir).glob(pattern))
+    for path in found:
+        shutil.rmtree(path, ignore_errors=True)
+    return [path.name for path in found]
+
+
+@contextlib.contextmanager
+def writing(target: Path, *leftovers: Path) -> Iterator[None]:
+    """A full disk or a folder that may not be written: one line, nothing half written under a final name, `leftovers` removed."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError, CheckpointError) as error:
+        for path in leftovers:
+            shutil.rmtree(path, ignore_errors=True)
+        if isinstance(error, CheckpointError):
+            raise
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise CheckpointError(f"{target}: cannot be written ({reason}); checkpoints before it are whole") from None
+
+
 def prune(output_dir: str | Path, keep_last: int, keep_every: int | None) -> None:
     """Remove old checkpoints: the newest `keep_last` stay, and those whose step is a multiple of `keep_every`."""
     for step, path in checkpoints(output_dir)[:-keep_last or None]:
         if not (keep_every and step % keep_every == 0):
-            shutil.rmtree(path, ignore_errors=True)
+            removed = path.with_name(f".removed-{step}")  # a half-removed folder must not look like a checkpoint
+            path.rename(removed)
+            shutil.rmtree(removed, ignore_errors=True)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from muse.errors import ConfigError
+from muse.training.sharding import like
 
 
 def select_trainable(model: nn.Module, patterns: Sequence[str]) -> list[str]:
@@ -31,17 +32,19 @@ def _pattern(text: str, key: str) -> re.Pattern:
 
 def parameter_groups(named: Iterable[tuple[str, nn.Parameter]], weight_decay: float,
                      multipliers: Mapping[str, float]) -> list[dict]:
-    """Groups by (rate multiplier, decay). A pattern of `multipliers` that is found in a name multiplies its rate (all that are
-    found do); vectors and scalars (norms, biases, scales) are not decayed. Each group keeps its tensors' `names`.
+    """Groups by (rate multiplier, decay, scalar or not). A pattern of `multipliers` that is found in a name multiplies its rate
+    (all that are found do); vectors and scalars (norms, biases, scales) are not decayed. Each group keeps its tensors' `names`.
     """
     compiled = {_pattern(pattern, "optimizer.lr_multipliers"): multiplier for pattern, multiplier in multipliers.items()}
-    groups: dict[tuple[float, float], dict] = {}
+    groups: dict[tuple[float, float, bool], dict] = {}
     for name, parameter in named:
         factor = 1.0
         for pattern, multiplier in compiled.items():
             factor *= multiplier if pattern.search(name) else 1.0
         decay = weight_decay if parameter.ndim > 1 else 0.0
-        group = groups.setdefault((factor, decay), {"params": [], "names": [], "lr_multiplier": factor, "weight_decay": decay})
+        # Scalars apart: FSDP cannot share them out, and one kernel takes shared-out tensors or whole ones.
+        group = groups.setdefault((factor, decay, parameter.ndim == 0),
+                                  {"params": [], "names": [], "lr_multiplier": factor, "weight_decay": decay})
         group["params"].append(parameter)
         group["names"].append(name)
     return list(groups.values())
@@ -54,17 +57,20 @@ def build_adamw(groups: list[dict], lr: float, betas: tuple[float, float]) -> to
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Restore the moments; multipliers, decays and betas stay as configured now.
+    """Restore the moments, each to the tensor of its name; rates, multipliers, decays and betas stay as configured now.
 
-    Moments are matched by their place, so `ConfigError` when the state was written for other tensors or another grouping of them.
+    Moments are shared out as their tensors are (FSDP). `ConfigError` when the state was written for other tensors.
     """
-    if [group["names"] for group in optimizer.param_groups] != [group["names"] for group in state["param_groups"]]:
-        raise ConfigError("the checkpoint to go on from trained other tensors, or grouped them otherwise: keep training.trainable "
-                          "and optimizer.lr_multipliers as they were, or choose another experiment.output_dir")
-    configured = [{key: group[key] for key in ("lr_multiplier", "weight_decay", "betas")} for group in optimizer.param_groups]
-    optimizer.load_state_dict(state)
-    for group, own in zip(optimizer.param_groups, configured):
-        group.update(own)
+    theirs = [name for group in state["param_groups"] for name in group["names"]]
+    mine = [name for group in optimizer.param_groups for name in group["names"]]
+    if sorted(mine) != sorted(theirs):
+        raise ConfigError("the checkpoint to go on from trained other tensors: keep training.trainable as it was, or choose another "
+                          "experiment.output_dir")
+    moments = {name: state["state"][index] for index, name in enumerate(theirs) if index in state["state"]}
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    placed = {index: {key: like(parameter, value) if isinstance(value, Tensor) else value for key, value in moments[name].items()}
+              for index, (name, parameter) in enumerate(zip(mine, parameters)) if name in moments}
+    optimizer.load_state_dict({"state": placed, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def gradient_norms(model: nn.Module) -> dict[str, Tensor]:

@@ -1,5 +1,7 @@
 """OUTPUT of a run: made and proved writable at the start, checkpoints written whole or not at all, resumed from, finished."""
+import contextlib
 import logging
+import shutil
 from typing import TYPE_CHECKING
 
 from omegaconf import OmegaConf
@@ -10,6 +12,7 @@ from muse.errors import ConfigError
 from muse.models.base_model import WEIGHTS_FILE, atomic_directory, load_weights, read_weights, write_weights
 from muse.models.loading import EMA_FILE
 from muse.training import checkpoint as ckpt
+from muse.training import sharding
 from muse.utils.cli import writable_directory
 
 if TYPE_CHECKING:
@@ -21,31 +24,41 @@ log = logging.getLogger(__name__)
 
 
 def prepare(run: "Trainer") -> None:
-    """The directories and `config.yaml` (resolved); `CheckpointError` where nothing can be written."""
+    """The directories and `config.yaml` (resolved), without what a killed run left; `CheckpointError` where nothing can be written."""
     if run.accelerator.is_main_process:
         writable_directory(run.output / "images")
-        (run.output / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(resolved(run.cfg))))
+        if left := ckpt.clean(run.output):
+            log.info("removed what an interrupted run had not finished: %s", ", ".join(left))
+        with ckpt.writing(run.output / "config.yaml"):
+            (run.output / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(resolved(run.cfg))))
 
 
 def save_checkpoint(run: "Trainer") -> "Path":
-    """Write `checkpoint-STEP`; every process writes its own part, then the main one renames the folder."""
+    """Write `checkpoint-STEP`; every process writes its own part, then the main one renames the folder.
+
+    `CheckpointError` where it cannot be written; the checkpoints before it stay whole.
+    """
     target, partial = run.output / f"checkpoint-{run.step}", run.output / f".partial-{run.step}"
-    if run.accelerator.is_main_process:
-        partial.mkdir(parents=True, exist_ok=True)
-    run.accelerator.wait_for_everyone()
-    ckpt.write_tree(partial, f"rank-{run.accelerator.process_index}",
-                    {"rng": ckpt.rng_state(), "loader": run.loader.state_dict()})
-    run.accelerator.wait_for_everyone()
-    if run.accelerator.is_main_process:
-        with atomic_directory(target) as folder:
-            write_weights(folder, run.model.state_dict(), run.model.portable_config())
-            if run.ema:
-                save_file({name: mean.cpu() for name, mean in run.ema.state_dict().items()}, folder / EMA_FILE)
-            ckpt.write_tree(folder, "state", run.state_dict())
-            for file in partial.iterdir():
-                file.rename(folder / file.name)
-        partial.rmdir()
-        ckpt.prune(run.output, run.cfg.experiment.keep_last, run.cfg.experiment.keep_every)
+    state, weights = run.state_dict(), sharding.whole(run.model.state_dict())  # together: FSDP's tensors are made whole
+    means = sharding.whole(run.ema.state_dict()) if run.ema else None
+    with ckpt.writing(target, partial):
+        if run.accelerator.is_main_process:
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir(parents=True)
+        run.accelerator.wait_for_everyone()
+        ckpt.write_tree(partial, f"rank-{run.accelerator.process_index}",
+                        {"rng": ckpt.rng_state(), "loader": run.loader.state_dict()})
+        run.accelerator.wait_for_everyone()
+        if run.accelerator.is_main_process:
+            with atomic_directory(target) as folder, ckpt.writing(target):
+                write_weights(folder, weights, run.model.portable_config())
+                if means is not None:
+                    save_file({name: mean.cpu() for name, mean in means.items()}, folder / EMA_FILE)
+                ckpt.write_tree(folder, "state", state)
+                for file in partial.iterdir():
+                    file.rename(folder / file.name)
+            partial.rmdir()
+            ckpt.prune(run.output, run.cfg.experiment.keep_last, run.cfg.experiment.keep_every)
     run.accelerator.wait_for_everyone()
     return target
 
@@ -62,16 +75,35 @@ def resume(run: "Trainer") -> None:
     if state["config"]["model"] != mine["model"] or state["config"]["training"]["stage"] != run.cfg.training.stage:
         raise ConfigError(f"{path}: was written by another model or stage; choose another experiment.output_dir, or "
                           "remove its checkpoints to start over")
-    load_weights(run.model, read_weights(path / WEIGHTS_FILE), str(path))
+    own = run.model.state_dict()
+    weights = {name: sharding.like(own.get(name), tensor) for name, tensor in read_weights(path / WEIGHTS_FILE).items()}
+    load_weights(run.model, weights, str(path))
     run.load_state_dict(state)
     if run.ema:
-        run.ema.load_state_dict(read_weights(path / EMA_FILE), state["ema_step"])
-    own = f"rank-{run.accelerator.process_index}"
-    if (path / f"{own}.json").is_file():  # absent where the run goes on with more processes than before
-        part = ckpt.read_tree(path, own)
-        run.loader.load_state_dict(part["loader"])
-        ckpt.set_rng_state(part["rng"])
+        run.ema.load_state_dict(_averages(run, path), state["ema_step"])
+    _resume_rank(run, path, state["processes"])
     log.info("going on from %s: step %d of %d", path, run.step, run.cfg.training.max_train_steps)
+
+
+def _averages(run: "Trainer", path: "Path") -> dict:
+    own = run.ema.state_dict()
+    return {name: sharding.like(own.get(name), mean) for name, mean in read_weights(path / EMA_FILE).items()}
+
+
+def _resume_rank(run: "Trainer", path: "Path", processes: int) -> None:
+    """The generators and the data position of this process; exact with as many processes as wrote the checkpoint.
+
+    With another number every process takes the first one's position: the data go on with the next epoch, complete and shared out anew.
+    """
+    index, now = run.accelerator.process_index, run.accelerator.num_processes
+    if processes == now:
+        part = ckpt.read_tree(path, f"rank-{index}")
+        ckpt.set_rng_state(part["rng"])
+    else:
+        log.warning("%s was written by %d processes and goes on with %d: weights, averages, optimizers and schedule are exact; the data "
+                    "go on with the next epoch, generators of the processes start anew", path.name, processes, now)
+        part = ckpt.read_tree(path, "rank-0")
+    run.loader.load_state_dict(part["loader"])
 
 
 def write_final(run: "Trainer") -> "Path":
@@ -79,9 +111,13 @@ def write_final(run: "Trainer") -> "Path":
     final = run.output / "final"
     if not (run.output / f"checkpoint-{run.step}").is_dir():
         save_checkpoint(run)
+    with run.ema.swapped_in() if run.ema else contextlib.nullcontext():
+        weights = sharding.whole(run.model.state_dict())
+        if run.accelerator.is_main_process:
+            with ckpt.writing(final), atomic_directory(final) as folder, ckpt.writing(final):
+                write_weights(folder, weights, run.model.portable_config())
     if run.accelerator.is_main_process:
-        with run.averaged() as model:
-            model.save_pretrained(final)
+        log.info("data: %s; %d reads were tried again", run.loader.bad.summary(), run.loader.retries)
         log.info("done: %d steps, %d images; weights in %s", run.step, run.images_seen, final)
     run.accelerator.wait_for_everyone()
     return final

@@ -14,13 +14,16 @@ from accelerate.utils import set_seed
 from omegaconf import DictConfig
 from torch import Tensor
 
+from muse.analysis.gradients import report_of
 from muse.config import plain, resolved
-from muse.errors import ConfigError, MuseError
+from muse.errors import ConfigError
 from muse.losses.muse_loss import MuseLoss
 from muse.models.ema_model import EMAModel
 from muse.models.loading import initial_model
 from muse.models.muse_vit import MUSE_ViT
+from muse.training import sharding
 from muse.training.adversary import Adversary
+from muse.training.finite import FiniteGuard, take_step
 from muse.training.lr_schedulers import lr_at
 from muse.training.optim import build_adamw, gradient_norms, load_optimizer, parameter_groups, select_trainable, set_lr
 from muse.training.run_directory import prepare, resume, save_checkpoint, write_final
@@ -62,7 +65,7 @@ class Trainer:
         options = cfg.optimizer.params
         groups = parameter_groups(named, options.weight_decay, plain(cfg.optimizer.lr_multipliers))
         adamw = build_adamw(groups, options.learning_rate, (options.beta1, options.beta2))
-        self.student, self.optimizer = self.accelerator.prepare(self.model, adamw)
+        self.student, self.optimizer = sharding.prepare_student(self.accelerator, self.model, adamw, bool(self.loss.heads()))
         if self.loss.heads():
             self.loss = self.accelerator.prepare(self.loss)
         self.raw_loss: MuseLoss = self.accelerator.unwrap_model(self.loss)
@@ -71,7 +74,8 @@ class Trainer:
         from muse.training.data import build_train_loader
 
         self.loader = build_train_loader(cfg, self.accelerator)
-        self.step, self.images_seen, self.skipped = 0, 0, 0
+        self.guard = FiniteGuard(cfg.training.max_skipped_steps, self.accelerator, self.output, adamw.defaults["fused"])
+        self.step, self.images_seen = 0, 0
 
     # ------------------------------------------------------------------------------------------------ the loop
     def run(self) -> Path:
@@ -79,23 +83,28 @@ class Trainer:
         cfg, every = self.cfg, self.cfg.experiment
         prepare(self)
         resume(self)
-        with RunLog(cfg, self.accelerator, self.output, self.step) as run_log, StopSignal() as stop:
+        with RunLog(cfg, self.accelerator, self.output, self.step) as run_log, StopSignal(self.accelerator) as stop:
             batches = self._batches()
             while self.step < cfg.training.max_train_steps:
                 waited = time.perf_counter()
                 micro = [next(batches) for _ in range(cfg.training.gradient_accumulation_steps)]
                 waited = time.perf_counter() - waited
+                if every.log_grad_every and (self.step + 1) % every.log_grad_every == 0:
+                    run_log.record(self.step + 1, {"gradients": report_of(self, micro[-1])})
                 numbers = self.train_step(micro)
+                stopped = stop.requested()
+                if stopped or self._waits_for_the_device():
+                    self.settle()
                 run_log.step(self.step, self.images_seen, numbers, waited, self._lr(self.step - 1))
-                if every.eval_every and self.step % every.eval_every == 0:
+                if self._due(every.eval_every):
                     run_log.record(self.step, {"eval": self.evaluate()})
-                if every.generate_every and self.step % every.generate_every == 0:
-                    self.draw()
-                if stop.requested(self.accelerator):
+                if self._due(every.generate_every):
+                    self.draw(run_log)
+                if stopped:
                     self.save()
                     log.warning("stopped at step %d on a signal; the same command goes on from there", self.step)
                     raise SystemExit(0)
-                if every.save_every and self.step % every.save_every == 0 and self.step < cfg.training.max_train_steps:
+                if self._due(every.save_every) and self.step < cfg.training.max_train_steps:
                     self.save()
         return write_final(self)
 
@@ -116,28 +125,34 @@ class Trainer:
                     total = total + self.adversary.weight * term
                     kept.append((batch["images"], out.reconstruction.detach()))
                 numbers["loss"] = total.detach()
-                if not self._finite(numbers, micro):
-                    return self._skip(numbers)
                 self.accelerator.backward(total * share)
             for name, value in numbers.items():
                 sums[name] = sums.get(name, 0) + value * share
         if playing:
-            for images, reconstruction in kept:
-                for name, value in self.adversary.accumulate(images, reconstruction, self.step, share).items():
-                    sums[name] = sums.get(name, 0) + value * share
-            self.adversary.step(self._lr(self.step, cfg.optimizer.params.discriminator_learning_rate))
+            sums.update(self.adversary.accumulate(kept, self.step, share))
         if cfg.experiment.log_grad_every and (self.step + 1) % cfg.experiment.log_grad_every == 0:
             sums.update(gradient_norms(self.model))
         sums["grad_norm"] = self._clip()
-        if not self._finite({"grad_norm": sums["grad_norm"]}, micro):
-            return self._skip(sums)
-        set_lr(self.optimizer, self._lr(self.step))
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.ema:
-            self.ema.update()
-        self._count(micro)
-        return sums
+        optimizers = [self.optimizer]
+        if playing:
+            rate = self._lr(self.step, cfg.optimizer.params.discriminator_learning_rate)
+            sums["discriminator_grad_norm"] = self.adversary.clip(rate)
+            optimizers.append(self.adversary.optimizer)
+        numbers = {name: sharding.number(value) for name, value in sums.items()}
+        refused = self.guard.judge(self.step + 1, numbers, micro)
+        if refused is not True:  # False, or a flag that the optimizers read
+            set_lr(self.optimizer, self._lr(self.step))
+            take_step(self.accelerator, optimizers, refused)
+            if self.ema:
+                self.ema.update()
+        if playing and refused is not False:
+            self.adversary.take_back(refused)
+        for optimizer in optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        self.step += 1
+        if refused is not True:
+            self.images_seen += sum(len(batch["images"]) for batch in micro) * self.accelerator.num_processes
+        return numbers
 
     # ------------------------------------------------------------------------------------------------ parts of a step
     def _batches(self) -> Iterator[dict[str, Any]]:
@@ -152,7 +167,7 @@ class Trainer:
     def _clip(self) -> Tensor:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         limit = self.cfg.training.max_grad_norm or float("inf")
-        return torch.as_tensor(self.accelerator.clip_grad_norm_(parameters, limit)).detach()
+        return sharding.clip_gradients(self.accelerator, parameters, limit)
 
     def _lr(self, step: int, base: float | None = None) -> float:
         params, schedule = self.cfg.lr_scheduler.params, self.cfg.lr_scheduler.scheduler
@@ -160,34 +175,18 @@ class Trainer:
         return lr_at(step, base=base, end=min(params.end_lr, base), warmup=params.warmup_steps,
                      total=self.cfg.training.max_train_steps, hold_fraction=params.hold_fraction, schedule=schedule)
 
-    def _finite(self, numbers: dict[str, Tensor], micro: list[dict[str, Any]]) -> bool:
-        """Whether the step may be taken. A number that is not finite stops the run by name, or is skipped while it may be."""
-        scaled = self.cfg.training.mixed_precision == "fp16" and "grad_norm" in numbers  # the scaler handles those itself
-        bad = [] if scaled else [name for name, value in numbers.items() if not bool(torch.isfinite(value).all())]
-        flag = torch.tensor(float(bool(bad)), device=self.accelerator.device)
-        if self.accelerator.num_processes > 1:
-            flag = self.accelerator.reduce(flag, reduction="sum")  # all processes skip, or none
-        if not flag:
-            return True
-        keys = [key for batch in micro for key in batch["keys"]]
-        self.skipped += 1
-        message = (f"{', '.join(bad) or 'a number of another process'} is not finite at step {self.step + 1}; "
-                   f"samples {', '.join(keys[:8])}{' …' if len(keys) > 8 else ''}")
-        if self.skipped > self.cfg.training.max_skipped_steps:
-            raise MuseError(f"{message} (training.max_skipped_steps={self.cfg.training.max_skipped_steps})")
-        log.warning("%s: step skipped (%d of %d)", message, self.skipped, self.cfg.training.max_skipped_steps)
-        return False
+    def _due(self, every: int) -> bool:
+        return bool(every) and self.step % every == 0
 
-    def _skip(self, numbers: dict[str, Tensor]) -> dict[str, Tensor]:
-        self.optimizer.zero_grad(set_to_none=True)
-        if self.adversary:
-            self.adversary.optimizer.zero_grad(set_to_none=True)
-        self._count([])
-        return numbers
+    def _waits_for_the_device(self) -> bool:
+        """Whether this step reads something from the device anyway: to log, look, save or finish."""
+        every = self.cfg.experiment
+        return self.step == self.cfg.training.max_train_steps or any(
+            self._due(n) for n in (every.log_every, every.eval_every, every.generate_every, every.save_every))
 
-    def _count(self, micro: list[dict[str, Any]]) -> None:
-        self.step += 1
-        self.images_seen += sum(len(batch["images"]) for batch in micro) * self.accelerator.num_processes
+    def settle(self) -> None:
+        """Hear of steps that the device refused to take; their images do not count as seen."""
+        self.images_seen -= self.guard.settle() * self.accelerator.num_processes
 
     # ------------------------------------------------------------------------------------------------ looking at it
     @contextlib.contextmanager
@@ -195,7 +194,7 @@ class Trainer:
         """The student with its running means (or its own weights, without EMA), in eval mode."""
         self.model.eval()
         with self.ema.swapped_in() if self.ema else contextlib.nullcontext():
-            yield self.model
+            yield sharding.plain_copy(self.model, self.accelerator)
         self.model.train()
 
     def evaluate(self) -> dict[str, float]:
@@ -209,18 +208,24 @@ class Trainer:
             return evaluate_reconstruction(model, build_eval_loader(self.cfg, self.accelerator), ("psnr", "ssim"),
                                            device=self.accelerator.device)
 
-    def draw(self) -> None:
-        """Reconstructions and attention of a few evaluation pictures, under OUTPUT/images."""
-        if self.raw_loss.needs["encoder_only"] or not self.accelerator.is_main_process:
+    def draw(self, run_log: RunLog | None = None) -> None:
+        """Reconstructions and attention of a few evaluation pictures, under OUTPUT/images and in the tracker."""
+        alone = not sharding.is_sharded(self.accelerator)  # else the weights come from every process
+        if self.raw_loss.needs["encoder_only"] or (alone and not self.accelerator.is_main_process):
             return
         from muse.training.data import sample_images
         from muse.utils.viz_utils import attention_sheet, reconstruction_sheet, save_image
 
         images = sample_images(self.cfg, self.cfg.experiment.num_pictures).to(self.accelerator.device)
         with self.averaged() as model, torch.no_grad():
-            save_image(reconstruction_sheet(images, model.reconstruct(images)), self.output / "images" / f"reconstruction-{self.step}.png")
-            save_image(attention_sheet(images, model.encode(images, return_attention=True)),
-                       self.output / "images" / f"attention-{self.step}.png")
+            if not self.accelerator.is_main_process:
+                return
+            sheets = {"reconstruction": reconstruction_sheet(images, model.reconstruct(images)),
+                      "attention": attention_sheet(images, model.encode(images, return_attention=True))}
+        for name, sheet in sheets.items():
+            save_image(sheet, self.output / "images" / f"{name}-{self.step}.png")
+            if run_log is not None:
+                run_log.picture(self.step, name, sheet)
 
     # ------------------------------------------------------------------------------------------------ saving
     def save(self) -> Path:
@@ -228,9 +233,12 @@ class Trainer:
         return save_checkpoint(self)
 
     def state_dict(self) -> dict[str, Any]:
-        """All that moves on this run as a whole; each process' own part (generators, data position) is saved beside it."""
-        return {"step": self.step, "images_seen": self.images_seen, "skipped": self.skipped,
-                "ema_step": self.ema.step if self.ema else 0, "optimizer": self.optimizer.state_dict(),
+        """All that moves on this run as a whole; each process' own part (generators, data position) is saved beside it.
+
+        All processes call it together: shared-out tensors (FSDP) are made whole.
+        """
+        return {"step": self.step, "images_seen": self.images_seen, "skipped": self.guard.skipped,
+                "ema_step": self.ema.step if self.ema else 0, "optimizer": sharding.whole(self.optimizer.state_dict()),
                 "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
                 "heads": {name: p.detach() for name, p in self.raw_loss.heads().items()},
                 "adversary": self.adversary.state_dict() if self.adversary else None,
@@ -246,7 +254,7 @@ class Trainer:
         with torch.no_grad():
             for name, parameter in self.raw_loss.heads().items():
                 parameter.copy_(state["heads"][name])
-        self.step, self.images_seen, self.skipped = state["step"], state["images_seen"], state["skipped"]
+        self.step, self.images_seen, self.guard.skipped = state["step"], state["images_seen"], state["skipped"]
 
     def _check_global_batch(self) -> None:
         training, processes = self.cfg.training, self.accelerator.num_processes

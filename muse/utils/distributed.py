@@ -1,10 +1,12 @@
 """What a run needs of the machine: the accelerator as configured, and stop signals heard by every process."""
+import os
 import signal
 from importlib.util import find_spec
 from types import FrameType, TracebackType
 from typing import Any, Self
 
 import torch
+import torch.distributed as dist
 from omegaconf import DictConfig
 
 from muse.errors import ConfigError
@@ -22,8 +24,25 @@ def build_accelerator(cfg: DictConfig) -> Any:
     tracker = cfg.experiment.tracker
     if tracker != "none" and find_spec(tracker) is None:
         raise ConfigError(f"experiment.tracker={tracker} needs the package {tracker}: pip install {tracker}")
-    return Accelerator(mixed_precision=cfg.training.mixed_precision, kwargs_handlers=[handler],
-                       log_with=None if tracker == "none" else tracker, project_dir=cfg.experiment.output_dir)
+    accelerator = Accelerator(mixed_precision=cfg.training.mixed_precision, kwargs_handlers=[handler],
+                              log_with=None if tracker == "none" else tracker, project_dir=cfg.experiment.output_dir)
+    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and accelerator.num_processes > 1:
+        _shard(accelerator)
+    return accelerator
+
+
+def _shard(accelerator: Any) -> None:
+    """What FSDP needs beyond accelerate: version 2, and processes on CPUs too, which accelerate would silently give DDP."""
+    from accelerate import PartialState
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    state = accelerator.state
+    if accelerator.device.type == "cpu":  # torch shards over gloo as well; this is how the tests try it
+        state.fsdp_plugin = FullyShardedDataParallelPlugin()
+        state.distributed_type = PartialState().distributed_type = DistributedType.FSDP  # the one is refreshed from the other
+    if state.fsdp_plugin.fsdp_version != 2:
+        raise ConfigError("FSDP of version 1 cannot mix frozen and trained tensors here: set fsdp_version: 2, as in "
+                          "configs/accelerate/fsdp.yaml")
 
 
 def leaves_tensors_unused(cfg: DictConfig) -> bool:
@@ -44,8 +63,8 @@ class StopSignal:
 
     SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
-    def __init__(self) -> None:
-        self._heard = False
+    def __init__(self, accelerator: Any) -> None:
+        self.accelerator, self._heard, self._group = accelerator, False, None
         self._before: dict[int, Any] = {}
 
     def _hear(self, number: int, frame: FrameType | None) -> None:
@@ -56,15 +75,18 @@ class StopSignal:
             self._before = {number: signal.signal(number, self._hear) for number in self.SIGNALS}
         except ValueError:  # not the main thread: the caller handles signals
             self._before = {}
+        if self.accelerator.num_processes > 1:
+            self._group = dist.new_group(backend="gloo")  # between the hosts: nobody waits for a device
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def requested(self, accelerator: Any) -> bool:
+    def requested(self) -> bool:
         """Whether any process heard a signal; all processes get the same answer at the same step."""
-        if accelerator.num_processes == 1:
+        if self._group is None:
             return self._heard
-        flag = torch.tensor(float(self._heard), device=accelerator.device)
-        return bool(accelerator.reduce(flag, reduction="sum") > 0)
+        flag = torch.tensor(float(self._heard))
+        dist.all_reduce(flag, group=self._group)
+        return bool(flag > 0)

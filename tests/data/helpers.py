@@ -1,7 +1,9 @@
 """Tiny shards and pictures for the data tests."""
 
 import io
+import struct
 import tarfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +19,16 @@ def encode(image: Image.Image, fmt: str = "PNG", **options) -> bytes:
 
 def picture(seed: int, width: int = 20, height: int = 16) -> Image.Image:
     return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+
+
+def png_header(width: int, height: int) -> bytes:
+    """A PNG that claims a size and holds next to nothing."""
+
+    def chunk(name, data):
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    ihdr = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", ihdr) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
 
 
 def sample(number: int) -> dict[str, bytes]:
@@ -57,6 +69,7 @@ FAULTS = {
     "empty_file": {"jpg": b"", "txt": b"x"},
     "not_an_image": {"jpg": b"this is text", "txt": b"x"},
     "truncated_image": {"jpg": encode(picture(0, 64, 64), "JPEG")[:900], "txt": b"x"},
+    "decompression_bomb": {"png": png_header(30_000, 30_000), "txt": b"x"},
     "missing_image": {"txt": b"x"},
     "missing_caption": {"png": encode(picture(0))},
     "caption_not_utf8": {"png": encode(picture(0)), "txt": b"\xff\xfe"},

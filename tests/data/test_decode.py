@@ -1,7 +1,5 @@
 import io
 import json
-import struct
-import zlib
 
 import numpy as np
 import pytest
@@ -10,23 +8,13 @@ from PIL import Image
 from muse.data.decode import BadSample, BadSamples, decode_captions, decode_image, decode_label, image_bytes
 from muse.data.segmentation import decode_mask, reduce_zero_label
 from muse.errors import DataError
-from tests.data.helpers import encode, picture
+from tests.data.helpers import encode, picture, png_header
 
 
 def kind_of(call, *args, **kwargs) -> str:
     with pytest.raises(BadSample) as caught:
         call(*args, **kwargs)
     return caught.value.kind
-
-
-def png_header(width: int, height: int) -> bytes:
-    """A PNG that claims a size and holds next to nothing."""
-
-    def chunk(name, data):
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
-
-    ihdr = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", ihdr) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
 
 
 def test_faults_have_their_kinds():

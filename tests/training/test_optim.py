@@ -40,7 +40,9 @@ def test_groups_carry_rate_and_decay_and_hold_every_tensor_once():
         factor = (0.5 if name.startswith("encoder.") else 1.0) * (2.0 if "_topo." in name else 1.0) * (3.0 if ".0." in name else 1.0)
         assert of[name]["lr_multiplier"] == factor, name
         assert of[name]["weight_decay"] == (0.05 if parameter.ndim > 1 else 0.0), name
-    assert len(groups) == len({(group["lr_multiplier"], group["weight_decay"]) for group in groups})
+    kinds = {(group["lr_multiplier"], group["weight_decay"], group["params"][0].ndim == 0) for group in groups}
+    assert len(groups) == len(kinds)  # nothing is split further; scalars stand apart
+    assert [group["names"] for group in groups if group["params"][0].ndim == 0] == [["logit_scale"]]
 
 
 def test_set_lr_multiplies_and_one_step_is_adamw_s_formula():

@@ -1,5 +1,4 @@
 """A resumed run equals an unbroken one, bit for bit; stages hand over; a stop signal saves."""
-import json
 import os
 import random
 import shutil
@@ -17,12 +16,13 @@ from muse import MUSE_ViT, load_config
 from muse.errors import CheckpointError, ConfigError
 from muse.losses import muse_loss
 from muse.training import checkpoint as ckpt
+from muse.training.run_directory import resume
 from muse.training.trainer import Trainer, train
 from tests.helpers import ROOT, run_config
 from tests.training.test_checkpoint import same
+from tools.killing import records
 
 TENSORS = ("model.safetensors", "ema.safetensors", "state.safetensors", "rank-0.safetensors")
-TIMES = ("images_per_s", "data_time")  # what the clock says differs
 FOUR_STEPS = {"training": {"max_train_steps": 4}, "experiment": {"save_every": 2, "keep_last": 5}}
 CASES = {
     "stage1": ("topology_warmup", {}),
@@ -30,6 +30,10 @@ CASES = {
     "stage3-adversarial": ("synergistic_tuning", {}),
     "accumulation": ("topology_warmup", {"training": {"gradient_accumulation_steps": 2, "per_gpu_batch_size": 3}}),
     "one-worker": ("topology_warmup", {"dataset": {"params": {"num_workers_per_gpu": 1}}}),
+    "two-workers": ("semantic_injection", {"dataset": {"params": {"num_workers_per_gpu": 2}}}),
+    "stage0-heads": ("encoder_distillation", {
+        "teacher": {"feature": {"kind": "backbone", "source": "random", "layers": [0, 1]}},
+        "losses": {"reconstruction": {"weight": 0.0}, "perceptual": {"weight": 0.0}, "distillation": {"weight": 1.0}}}),
 }
 
 
@@ -44,11 +48,6 @@ def hold_equal(left, right) -> None:
     assert same(*states)
 
 
-def records(run) -> list[dict]:
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_two_steps_and_two_more_equal_four(case, run, settings, tmp_path):
     hold_resumable(*CASES[case], run, settings, tmp_path)
@@ -59,6 +58,12 @@ def test_a_step_that_draws_at_random_is_resumed_too(run, settings, tmp_path, mon
     real = muse_loss.pixel_loss
     monkeypatch.setattr(muse_loss, "pixel_loss", lambda *args: real(*args) * (torch.rand(()) + random.random() + np.random.rand()))
     hold_resumable("topology_warmup", {}, run, settings, tmp_path)
+
+
+def moments(optimizer: dict) -> dict[str, torch.Tensor]:
+    """Adam's means by the names of their tensors, in the order of the groups."""
+    names = [name for group in optimizer["param_groups"] for name in group["names"]]
+    return {name: optimizer["state"][index]["exp_avg"] for index, name in enumerate(names)}
 
 
 def hold_resumable(stage, changes, run, settings, tmp_path) -> None:
@@ -100,13 +105,19 @@ def test_resume_can_be_refused_and_another_model_is(run, settings):
 
 
 def test_moments_are_never_given_to_other_tensors(run, settings):
-    """W_Q and W_K have equal shapes: matched by place alone, their moments would change hands unseen."""
+    """W_Q and W_K have equal shapes: matched by place, their moments would change hands unseen where their groups do."""
     twice = {"optimizer": {"lr_multipliers": {"q_topo": 2.0}}}
-    run("topology_warmup", twice, output="done")
+    done = run("topology_warmup", twice, output="done")
     longer = {"training": {"max_train_steps": 3}}
-    for change in ({"optimizer": {"lr_multipliers": {"k_topo": 2.0}}}, {"training": {"trainable": ["^adapter_mlp"]}}):
-        with pytest.raises(ConfigError, match="trained other tensors, or grouped them otherwise"):
-            train(settings("topology_warmup", longer, change, output="done"))
+    with pytest.raises(ConfigError, match="trained other tensors: keep training.trainable"):
+        train(settings("topology_warmup", longer, {"training": {"trainable": ["^adapter_mlp"]}}, output="done"))
+    before = moments(ckpt.read_tree(done / "checkpoint-2", "state")["optimizer"])
+    other = Trainer(settings("topology_warmup", longer, {"optimizer": {"lr_multipliers": {"k_topo": 2.0}}}, output="done"))
+    resume(other)
+    after = moments(other.optimizer.state_dict())
+    assert list(before) != list(after) and before.keys() == after.keys()  # other groups, the same tensors
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert not torch.equal(before["muse_blocks.0.q_topo.weight"], before["muse_blocks.0.k_topo.weight"])
     one = Trainer(settings("topology_warmup", longer, {"optimizer": {"lr_multipliers": {"q_topo": 4.0}}}, output="done"))
     one.run()  # another factor for the same tensors is a change of mind, and is heard
     rates = {name: group["lr"] for group in one.optimizer.param_groups for name in group["names"]}

@@ -1,7 +1,6 @@
 """The loop: accumulation, processes, numbers that are not finite, what is logged."""
 import json
 import os
-import socket
 import subprocess
 import sys
 
@@ -10,11 +9,12 @@ import torch
 from safetensors.torch import load_file
 
 from muse import load_config
-from muse.errors import ConfigError, MuseError
+from muse.errors import ConfigError
 from muse.training.lr_schedulers import lr_at
 from muse.training.trainer import Trainer, train
 from tests.data.helpers import encode, key, picture, write_tar
 from tests.helpers import ROOT, random_images, run_config
+from tests.training.processes import free_port
 
 PLAIN = {"losses": {"perceptual": {"weight": 0.0}, "topology": {"weight": 0.0}, "itc": {"weight": 0.0}},
          "training": {"max_grad_norm": 0.0}}
@@ -70,6 +70,7 @@ def test_an_adversary_that_starts_later_costs_nothing_before(trainer):
 def test_rates_in_the_log_are_the_schedule_s(run):
     output = run("topology_warmup", {"training": {"max_train_steps": 5}, "experiment": {"log_grad_every": 2}})
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
+    lines = [line for line in lines if "lr" in line]
     assert [line["lr"] for line in lines] == pytest.approx([lr_at(step, base=1e-3, end=1e-5, warmup=2, total=5) for step in range(5)])
     assert [any(key.startswith("grad_norm/") for key in line) for line in lines] == [False, True, False, True, False]
     whole = lines[1]
@@ -82,51 +83,6 @@ def test_rates_by_part_reach_the_optimizer(trainer):
     rates = {name: group["lr"] for group in one.optimizer.param_groups for name in group["names"]}
     assert {rate for name, rate in rates.items() if name.startswith("encoder.")} == {0.5 * 0.5e-3}  # step 0 of 2 warm-up steps
     assert {rate for name, rate in rates.items() if not name.startswith("encoder.")} == {0.5e-3}
-
-
-# ---------------------------------------------------------------------------------------------------- not finite
-@pytest.fixture
-def broken_at(monkeypatch):
-    """Make the pixel loss NaN at the calls given (counted from 0)."""
-    from muse.losses import muse_loss
-
-    def install(*calls):
-        count, real = iter(range(10**6)), muse_loss.pixel_loss
-        monkeypatch.setattr(muse_loss, "pixel_loss", lambda *args: real(*args) * (float("nan") if next(count) in calls else 1.0))
-    return install
-
-
-def test_a_loss_that_is_not_finite_stops_the_run_by_name(broken_at, settings, tmp_path):
-    broken_at(1)
-    with pytest.raises(MuseError, match=r"^reconstruction, loss is not finite at step 2; samples \w+.*max_skipped_steps=0") as caught:
-        train(settings(output="run"))
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "run/final").exists() and not list((tmp_path / "run").glob("checkpoint-*"))
-
-
-def test_steps_may_be_skipped_as_often_as_allowed(broken_at, settings, trainer):
-    broken_at(0, 2)
-    one = trainer("topology_warmup", {"training": {"max_skipped_steps": 1}})
-    before = {name: tensor.clone() for name, tensor in one.model.state_dict().items()}
-    batch = [{"images": random_images(2, 32, 32), "text": ["", ""], "keys": ["a", "b"]}]
-    numbers = one.train_step(batch)
-    assert not torch.isfinite(numbers["loss"]) and (one.step, one.skipped, one.images_seen) == (1, 1, 0)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in one.model.state_dict().items())
-    assert all(parameter.grad is None for parameter in one.model.parameters())
-    one.train_step(batch)
-    assert (one.step, one.skipped, one.images_seen) == (2, 1, 2)
-    assert not torch.equal(one.model.state_dict()["to_latent.weight"], before["to_latent.weight"])
-    with pytest.raises(MuseError, match="not finite at step 3"):
-        one.train_step(batch)
-
-
-def test_a_gradient_that_is_not_finite_is_caught_before_the_step(trainer):
-    one = trainer("topology_warmup")
-    one.model.to_latent.weight.register_hook(lambda gradient: gradient * float("inf"))
-    before = one.model.to_latent.weight.detach().clone()
-    with pytest.raises(MuseError, match="grad_norm is not finite at step 1"):
-        one.train_step([{"images": random_images(2, 32, 32), "text": ["", ""], "keys": ["a", "b"]}])
-    assert torch.equal(one.model.to_latent.weight, before)
 
 
 # ---------------------------------------------------------------------------------------------------- refusals
@@ -165,12 +121,6 @@ def two_shards(tmp_path):
     return folder
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def test_two_processes_equal_one_with_the_same_global_batch(two_shards, tmp_path):
     """tools/train_stage2.sh with NUM_GPUS=2 on a CPU, contrast over both processes' captions, against one process here."""
     steps = {"experiment": {"save_every": 1, "keep_last": 5}, "training": {"max_grad_norm": 0.0, "global_batch_size": 8}}
@@ -197,30 +147,3 @@ def test_two_processes_equal_one_with_the_same_global_batch(two_shards, tmp_path
         assert torch.allclose(a[name], b[name], rtol=1e-3, atol=1e-3 * float(a[name].abs().max()) + 1e-9), name
     assert sorted(path.name for path in (two / "checkpoint-2").glob("rank-*.json")) == ["rank-0.json", "rank-1.json"]
     assert not list(two.glob(".partial*"))
-
-
-def test_both_processes_end_with_the_same_weights(two_shards, tmp_path):
-    """Two gloo processes in one test: stage 3 with its adversary; each dumps what it ends with."""
-    from torch import multiprocessing
-
-    config = run_config(tmp_path / "c.yaml", two_shards, tmp_path / "run", "synergistic_tuning",
-                        {"experiment": {"save_every": 1, "keep_last": 5}})
-    multiprocessing.start_processes(_train_and_dump, args=(str(config), free_port(), str(tmp_path)), nprocs=2, start_method="spawn")
-    left, right = (torch.load(tmp_path / f"end-{rank}.pt", weights_only=True) for rank in range(2))
-    assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
-    assert any(name.startswith("discriminator.") for name in left)
-    lines = [json.loads(line)["step"] for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert lines == [1, 2]
-
-
-def _train_and_dump(rank: int, config: str, port: int, folder: str) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port),
-                      ACCELERATE_USE_CPU="true", CUDA_VISIBLE_DEVICES="")
-    torch.set_num_threads(1)
-    one = Trainer(load_config(config, ["training.seed=7"]))
-    one.run()
-    state = {**one.model.state_dict(), **{f"ema.{name}": mean for name, mean in one.ema.state_dict().items()},
-             **{f"discriminator.{name}": tensor for name, tensor in
-                one.accelerator.unwrap_model(one.adversary.discriminator).state_dict().items()},
-             **one.adversary.loss.state_dict()}
-    torch.save(state, f"{folder}/end-{rank}.pt")
