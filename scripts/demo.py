@@ -1,5 +1,4 @@
 """The embedded default: make pictures, train the three stages on a CPU, measure, draw, report."""
-import argparse
 import os
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ from muse.utils import cli
 
 @cli.entry
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    parser = cli.plain_parser(__doc__)
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--fast", action="store_true", help="two minutes, for tests: shows that it runs, not what it can do")
     size.add_argument("--full", action="store_true", help="hours: many more steps and pictures")
@@ -17,7 +16,7 @@ def main(argv=None) -> int:
     parser.add_argument("--kind", choices=("stamps", "shapes"), default="stamps", help="demo pictures to make")
     parser.add_argument("--output", default=None, help="default: outputs/demo, outputs/demo-fast or outputs/demo-full")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration overrides for every stage")
-    args = parser.parse_intermixed_args(argv)
+    args = cli.parse(parser, argv)
     os.environ.setdefault("ACCELERATE_USE_CPU", "true")
     name = "fast" if args.fast else "full" if args.full else "default"
     output = Path(args.output or f"outputs/demo{'' if name == 'default' else '-' + name}")

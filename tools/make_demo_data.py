@@ -1,7 +1,6 @@
 #!/usr/bin/env python3
 """Make the demo's data: WebDataset shards of cut-outs on photographs (stamps) or of drawn scenes (shapes)."""
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -14,16 +13,16 @@ from muse.utils import cli  # noqa: E402
 @cli.entry
 def main(argv: list[str] | None = None) -> int:
     """Parse, make or reuse the data, print its card."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kind", default="stamps", help="stamps (photo-like; default) or shapes (drawn)")
+    parser = cli.plain_parser(__doc__)
+    parser.add_argument("--kind", default="stamps", help="stamps (photo-like) or shapes (drawn)")
     parser.add_argument("--output", required=True, help="folder for the shards; reused when it holds the same data")
-    parser.add_argument("--images", type=int, help="training pictures (default: 3000 for stamps, 512 for shapes)")
-    parser.add_argument("--val-images", type=int, help="default: 240 for stamps, images / 8 for shapes")
-    parser.add_argument("--size", type=int, default=128, help="side in pixels (default: 128)")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--images", type=int, help="training pictures; without it 3000 for stamps, 512 for shapes")
+    parser.add_argument("--val-images", type=int, help="validation pictures; without it 240 for stamps, images / 8 for shapes")
+    parser.add_argument("--size", type=int, default=128, help="side in pixels")
+    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn by lot")
     parser.add_argument("--objects", default="photo", help="photo, or all to train on cartoons and other objects too")
     parser.add_argument("--overwrite", action="store_true", help="replace demo data made with other arguments")
-    parser.add_argument("--workers", type=int, help="processes (default: one per core)")
+    parser.add_argument("--workers", type=int, help="processes; without it one per core")
     args = parser.parse_args(argv)
     make_demo_data(**vars(args))
     print((Path(args.output).expanduser() / "datacard.md").read_text())

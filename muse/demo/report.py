@@ -1,6 +1,5 @@
 """The demo's page and pictures: what a stranger sees first, then every number with its baseline beside it."""
 import html
-import json
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +7,11 @@ import torch
 from torch import Tensor
 
 from muse.evaluation.topology import object_cells, teacher_maps
-from muse.utils.viz_utils import attention_sheet, reconstruction_sheet, save_image, tile
+from muse.utils.curves import METRICS, draw_curves, read_run
+from muse.utils.viz_utils import attention_sheet, save_image, tile
 
 COLUMNS = 8
+CURVES = ("distillation_cosine", "reconstruction", "perceptual", "topology", "itc")
 STAGE_NAMES = {"stage0": "0 encoder distilled", "stage1": "1 topology warm-up", "stage2": "2 semantic injection",
                "stage3": "3 synergistic tuning"}
 
@@ -82,7 +83,7 @@ def routing_line(results: dict[str, Any]) -> str:
 def write_report(output: Path, results: dict[str, Any], model: Any, yardstick: Any, teacher: Any) -> Path:
     """Pictures and `report.html` in `output`."""
     pictures = draw(output, model, yardstick, teacher)
-    curves = draw_curves(output)
+    curves = loss_curves(output)
     parts = ["<!doctype html><meta charset='utf-8'><title>MUSE demo</title>",
              "<style>body{font:16px/1.5 system-ui,sans-serif;max-width:1180px;margin:2em auto;padding:0 1em;color:#222}"
              "img{max-width:100%;image-rendering:auto}table{border-collapse:collapse;font-size:14px}td,th{padding:.25em .7em;"
@@ -145,29 +146,7 @@ def _query(cells: Tensor, grid: tuple[int, int]) -> int:
     return int(inside[(places - places.mean(0)).square().sum(1).argmin()])
 
 
-def draw_curves(output: Path) -> list[tuple[Path, str]]:
-    """The losses of all stages over optimizer steps."""
-    from matplotlib.figure import Figure
-
-    names = ("distillation_cosine", "reconstruction", "perceptual", "topology", "itc")
-    figure = Figure(figsize=(14, 3), layout="constrained")
-    axes = dict(zip(names, figure.subplots(1, len(names))))
-    offset = 0
-    for stage in STAGE_NAMES:
-        file = output / stage / "metrics.jsonl"
-        records = [json.loads(line) for line in file.read_text().splitlines()] if file.is_file() else []
-        for name, axis in axes.items():
-            points = [(offset + record["step"], record[name]) for record in records if name in record]
-            if points:
-                axis.plot(*zip(*points), label=stage, linewidth=1)
-        offset += max((record["step"] for record in records), default=0)
-    for name, axis in axes.items():
-        axis.set_title(name.replace("_", " "), fontsize=10)
-        axis.set_xlabel("optimizer step", fontsize=8)
-        axis.set_yscale("log")
-        axis.tick_params(labelsize=7)
-        if axis.lines:
-            axis.legend(fontsize=7)
-    path = output / "curves.png"
-    figure.savefig(path, dpi=110)
-    return [(path, "Losses")]
+def loss_curves(output: Path) -> list[tuple[Path, str]]:
+    """The losses of all stages over optimizer steps; (file, caption)."""
+    runs = [read_run(output / stage) for stage in STAGE_NAMES if (output / stage / METRICS).is_file()]
+    return [(draw_curves(runs, output / "curves.png", CURVES), "Losses")]

@@ -19,7 +19,8 @@ from omegaconf.errors import InterpolationResolutionError
 from muse.config import load_config, unset_variable
 from muse.errors import CheckpointError, ConfigError, MuseError
 
-PACKAGES = ("torch", "torchvision", "transformers", "diffusers", "open_clip_torch", "timm", "accelerate", "webdataset")
+PACKAGES = ("torch", "torchvision", "transformers", "diffusers", "open_clip_torch", "timm", "accelerate", "webdataset",
+            "torch-fidelity", "lpips")
 
 
 def entry(main: Callable[..., int | None]) -> Callable[..., int]:
@@ -76,9 +77,14 @@ def setup_logging() -> None:
         root.setLevel(os.environ.get("MUSE_LOG", "INFO").upper())
 
 
+def plain_parser(description: str) -> argparse.ArgumentParser:
+    """A parser without flags, whose errors are one line."""
+    return _Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+
 def parser(description: str, checkpoint: bool = False) -> argparse.ArgumentParser:
     """A parser with the flags that every command takes."""
-    made = _Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    made = plain_parser(description)
     made.add_argument("--config", required=True, help="YAML configuration, such as configs/muse_tiny/stage3.yaml")
     if checkpoint:
         made.add_argument("--checkpoint", required=True, help="save_pretrained directory, training checkpoint-N, .safetensors, "

@@ -16,6 +16,13 @@ def to_uint8(images: Tensor) -> Tensor:
     return (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
 
+def read_image(path: str | Path) -> Tensor:
+    """The picture of a file, (3, H, W) in [0, 1]."""
+    with Image.open(path) as picture:
+        rgb = picture.convert("RGB")
+    return torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8).view(rgb.height, rgb.width, 3).permute(2, 0, 1) / 255
+
+
 def save_image(image: Tensor, path: str | Path) -> None:
     """Write one (3, H, W) picture in [0, 1]; the format follows the file's ending; never half a file."""
     target = Path(path)

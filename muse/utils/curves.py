@@ -1,0 +1,99 @@
+"""Curves out of `metrics.jsonl`: the numbers of one or more runs over optimizer steps, one axis a number."""
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from muse.errors import DataError
+
+LOSSES = ("loss", "distillation_cosine", "reconstruction", "perceptual", "topology", "itc", "generator", "discriminator")
+METRICS = "metrics.jsonl"
+
+
+class Run(NamedTuple):
+    """A run's name in the legend and its records, in the order of their steps."""
+
+    name: str
+    records: list[dict[str, Any]]
+
+
+def read_run(path: str | Path, name: str | None = None) -> Run:
+    """The records of an output directory, or of a file. A half-written last line is left out. `DataError` where there is none."""
+    file = Path(path).expanduser()
+    file = file / METRICS if file.is_dir() else file
+    if not file.is_file():
+        raise DataError(f"{file}: no such file; a run writes {METRICS} into its output directory")
+    records = []
+    for line in file.read_text().splitlines():
+        try:
+            record = json.loads(line)
+            records.append({**record, "step": int(record["step"])})
+        except (json.JSONDecodeError, KeyError, TypeError, ValueError):
+            continue
+    if not records:
+        raise DataError(f"{file}: holds no records")
+    return Run(name or file.parent.name, sorted(records, key=lambda record: record["step"]))
+
+
+def numbers_of(runs: Sequence[Run]) -> list[str]:
+    """Losses (known names first) that some run recorded, then PSNR of evaluations on the way."""
+    recorded = {name for run in runs for record in run.records for name in record}
+    found = [name for name in LOSSES if name in recorded]
+    return found + (["eval/psnr"] if "eval" in recorded else [])
+
+
+def points(run: Run, name: str, offset: int = 0) -> list[tuple[int, float]]:
+    """(step + offset, value) of every record that has a finite number of this name; `a/b` also looks into the object `a`."""
+    found = []
+    for record in run.records:
+        value = record.get(name)
+        if value is None and "/" in name:
+            inner = record.get(name.partition("/")[0])
+            value = inner.get(name.partition("/")[2]) if isinstance(inner, dict) else None
+        if isinstance(value, (int, float)) and math.isfinite(value):
+            found.append((offset + record["step"], value))
+    return found
+
+
+def draw_curves(runs: Sequence[Run], path: str | Path, names: Sequence[str] | None = None, *, one_after_another: bool = True,
+                columns: int = 5) -> Path:
+    """Write a picture with one axis a number and one line a run; `DataError` when none of `names` was recorded.
+
+    one_after_another: a run's steps go on where the run before it ended (stages), else all begin at 0 (repetitions).
+    """
+    from matplotlib.figure import Figure
+
+    names = list(names or numbers_of(runs))
+    if not any(points(run, name) for run in runs for name in names):
+        raise DataError(f"no run recorded {', '.join(names) or 'a loss'}")
+    columns = min(columns, len(names))
+    lines = -(-len(names) // columns)
+    figure = Figure(figsize=(2.8 * columns, 3 * lines), layout="constrained")
+    axes = figure.subplots(lines, columns, squeeze=False).flatten()
+    for axis in axes[len(names):]:
+        axis.set_visible(False)
+    offset = 0
+    for run in runs:
+        for name, axis in zip(names, axes):
+            if line := points(run, name, offset):
+                axis.plot(*zip(*line), label=run.name, linewidth=1)
+        offset += run.records[-1]["step"] if one_after_another else 0
+    for name, axis in zip(names, axes):
+        _finish(axis, name)
+    target = Path(path)
+    target.parent.mkdir(parents=True, exist_ok=True)
+    partial = target.with_name(f".{target.name}.part{target.suffix}")
+    figure.savefig(partial, dpi=110)
+    partial.replace(target)
+    return target
+
+
+def _finish(axis: Any, name: str) -> None:
+    axis.set_title(name.replace("_", " "), fontsize=10)
+    axis.set_xlabel("optimizer step", fontsize=8)
+    axis.tick_params(labelsize=7)
+    if axis.lines:
+        if all(value > 0 for line in axis.lines for value in line.get_ydata()) and not name.endswith("psnr"):
+            axis.set_yscale("log")
+        axis.legend(fontsize=7)
