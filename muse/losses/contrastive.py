@@ -45,7 +45,10 @@ def gather_batch(local: Tensor) -> Tensor:
 def caption_positives(captions: Sequence[str], gather: bool = True, device: torch.device | str = "cpu") -> Tensor:
     """Which captions are equal: a boolean (B,B), or (world*B,world*B) with `gather` on several ranks."""
     digests = [hashlib.sha256(caption.encode()).digest()[:8] for caption in captions]
-    ids = torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in digests], device=device)
+    ids = torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in digests])
+    if torch.device(device).type == "cuda":
+        ids = ids.pin_memory()  # from pageable memory the copy would wait for the device
+    ids = ids.to(device, non_blocking=True)
     if gather:
         ids = gather_batch(ids)
     return ids[:, None] == ids[None, :]

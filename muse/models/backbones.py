@@ -4,20 +4,17 @@ A source is a hub id, a local directory, or `random` (built from `config`, no ne
 fixes the architecture and the source gives only weights, so a checkpoint loads without its sources.
 Only the tensors that are needed are read: safetensors files are memory-mapped and picked from by name.
 """
-import json
-import logging
 import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from muse.errors import CheckpointError, ConfigError
+from muse.models.sources import TensorFiles, locate, read_config
 
-log = logging.getLogger(__name__)
 
 # InternViT: the original layout's names (left) in transformers' words. Fused qkv is split in `internvit_to_transformers`.
 _INTERNVIT_NAMES = [
@@ -55,82 +52,6 @@ def convert_internvit(name: str, tensor: Tensor) -> dict[str, Tensor]:
     return dict(zip(names, tensor.chunk(len(names), dim=0)))
 
 
-# --------------------------------------------------------------------------------------------------------- files
-class TensorFiles:
-    """The safetensors of a directory (single, or sharded with an index) or of one file, read lazily by name."""
-
-    def __init__(self, source: str | Path):
-        from safetensors import SafetensorError, safe_open
-
-        path = Path(source)
-        files = [path] if path.is_file() else self._files(path)
-        self._handles, self._where = {}, {}
-        for file in files:
-            try:
-                handle = safe_open(file, framework="pt")
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(f"{file}: not a readable safetensors file ({error})") from None
-            self._handles[file] = handle
-            self._where.update(dict.fromkeys(handle.keys(), file))
-
-    @staticmethod
-    def _files(directory: Path) -> list[Path]:
-        indices = sorted(directory.glob("*.safetensors.index.json"))
-        if indices:
-            names = sorted(set(_read_mapping(indices[0], "weight_map").values()))
-            missing = [name for name in names if not (directory / name).is_file()]
-            if missing:
-                raise CheckpointError(f"{directory}: the index names {missing[0]}, which is missing")
-            return [directory / name for name in names]
-        files = sorted(directory.glob("*.safetensors"))
-        if not files:
-            raise CheckpointError(f"{directory}: holds no .safetensors file")
-        return files
-
-    def keys(self) -> list[str]:
-        return list(self._where)
-
-    def __getitem__(self, name: str) -> Tensor:
-        return self._handles[self._where[name]].get_tensor(name)
-
-
-def locate(source: str, patterns: list[str]) -> Path:
-    """The local directory of `source`: itself, or its snapshot in the hub cache (downloaded when it is reachable)."""
-    path = Path(source).expanduser()
-    if path.is_dir():
-        return path
-    if path.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:
-        raise CheckpointError(f"{source}: no such directory, and not a hub id of the form owner/name")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(source, allow_patterns=patterns))
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise CheckpointError(f"{source}: neither a local directory nor reachable on the hub ({reason}); "
-                              "download it once and pass its directory as the source") from None
-
-
-def _read_config(directory: Path) -> dict[str, Any]:
-    file = directory / "config.json"
-    if not file.is_file():
-        raise CheckpointError(f"{directory}: holds no config.json")
-    return _read_mapping(file)
-
-
-def _read_mapping(file: Path, key: str | None = None) -> dict[str, Any]:
-    """A JSON file's mapping, or the mapping under one key of it."""
-    try:
-        content = json.loads(file.read_text())
-        content = content if key is None else content[key]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise CheckpointError(f"{file}: cannot be used ({type(error).__name__}: {' '.join(str(error).split())})") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{file}: holds no mapping of names")
-    return content
-
-
 def _load_strict(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
     expected = module.state_dict()
     missing = sorted(expected.keys() - state.keys())
@@ -156,7 +77,7 @@ def build_encoder(source: str, config: dict[str, Any], load_weights: bool = True
         directory = locate(source, ["config.json", "*.safetensors", "*.safetensors.index.json"])
     fields = dict(config) if config else {}
     if not fields and directory is not None:
-        fields = _vision_fields(_read_config(directory))
+        fields = _vision_fields(read_config(directory))
     fields["use_mean_pooling"] = True  # the only difference it makes here: no final LayerNorm
     vision_config = _checked(InternVLVisionConfig, fields, "model.encoder.config")
     with _full_precision_init():
@@ -207,7 +128,7 @@ def build_decoder(source: str, config: dict[str, Any], load_weights: bool = True
     if source != "random" and (load_weights or not config):
         directory = locate(source, ["config.json", "*.safetensors", "*.safetensors.index.json"])
     known = [name for name in inspect.signature(AutoencoderDC.__init__).parameters if name != "self"]
-    fields = {name: value for name, value in _read_config(directory).items() if name in known} if not config \
+    fields = {name: value for name, value in read_config(directory).items() if name in known} if not config \
         and directory is not None else dict(config)
     _refuse_unknown(fields, known, "model.decoder.config")
     defaults = inspect.signature(AutoencoderDC.__init__).parameters

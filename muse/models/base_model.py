@@ -40,7 +40,7 @@ class PretrainedMixin:
     @classmethod
     def from_pretrained(cls, source: str | Path, device: str | torch.device = "cpu") -> Self:
         """A model in eval mode from a directory or a hub id. Raises `CheckpointError` on anything that does not fit."""
-        from muse.models.backbones import locate
+        from muse.models.sources import locate
 
         path = Path(source).expanduser()
         path = path if path.is_dir() else locate(str(source), [CONFIG_FILE, WEIGHTS_FILE])
@@ -125,7 +125,9 @@ class atomic_directory:
                 raise CheckpointError(f"{self.target}: cannot be written ({error.strerror or error})") from None
             return
         for file in self.folder.iterdir():
+            file.chmod(0o644)  # safetensors leaves its files to their owner alone
             _sync(file)
+        _sync(self.folder)
         if self.target.exists():  # two renames: between them the old one still exists under another name
             old = self.folder.with_name(self.folder.name + ".old")
             os.rename(self.target, old)

@@ -8,14 +8,19 @@ from torch import Tensor, nn
 PIXEL_RANGE = (-0.01, 1.01)
 
 
-def check_images(images: Tensor, what: str = "images") -> None:
-    """Hold the pixel contract: a floating (B, 3, H, W) tensor of RGB in [0, 1], or `ValueError` with what was seen."""
+def check_images(images: Tensor, what: str = "images", wait: bool = True) -> None:
+    """Hold the pixel contract: a floating (B, 3, H, W) tensor of RGB in [0, 1], or `ValueError` with what was seen.
+
+    wait: False within a training step: the range is then looked at on a CPU alone, since asking an accelerator waits for it.
+    """
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"{what} must have shape (B, 3, H, W), got {tuple(images.shape)}")
     if not images.is_floating_point():
         raise ValueError(f"{what} must be floating point RGB in [0, 1], got {images.dtype}")
     if images.numel() == 0:
         raise ValueError(f"{what} must not be empty, got {tuple(images.shape)}")
+    if not wait and images.device.type != "cpu":
+        return
     low, high = (bound.item() for bound in images.detach().aminmax())
     # A NaN fails every comparison, so the test asks for what must hold.
     if not (low >= PIXEL_RANGE[0] and high <= PIXEL_RANGE[1]):

@@ -82,6 +82,9 @@ def _open(checkpoint: str | Path, config: Any) -> tuple[MUSE_ViT, dict[str, Any]
     if (file.parent / CONFIG_FILE).is_file():
         own = read_model_config(file.parent)
         _check_sizes(own, config, file.parent)
+        if (own["routing"] == "shared") != (config.routing == "shared"):
+            raise CheckpointError(f"{checkpoint}: was trained with model.routing={own['routing']}, whose blocks hold other tensors than "
+                                  f"those of model.routing={config.routing}; pass model.routing={own['routing']}")
         # Encoder and decoder as they were built, so that their sources need not be read again.
         config = {**plain(config), "encoder": own["encoder"], "decoder": own["decoder"]}
     model = MUSE_ViT(config, load_backbones=False)

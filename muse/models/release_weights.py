@@ -12,7 +12,7 @@ from torch import Tensor
 from muse.errors import CheckpointError
 from muse.models.backbones import convert_internvit, is_original_layout
 from muse.models.muse_vit import IMAGENET_MEAN, IMAGENET_STD
-from muse.models.weight_files import UNREADABLE
+from muse.models.weight_files import UNREADABLE, reason
 
 log = logging.getLogger(__name__)
 
@@ -76,7 +76,7 @@ def read_release_file(path: str | Path) -> dict[str, Tensor]:
             state = torch.load(file, map_location="cpu", weights_only=True)
         except UNREADABLE as error:
             raise CheckpointError(f"{file}: not a checkpoint that loads with weights_only=True "
-                                  f"({' '.join(str(error).split())[:160]})") from None
+                                  f"({reason(error)[:160]})") from None
     for wrapper in WRAPPERS:
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]

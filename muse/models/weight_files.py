@@ -1,6 +1,7 @@
 """Reading a file of weights: one function, one kind of error, nothing but tensors."""
 import hashlib
 import pickle
+import re
 import struct
 from pathlib import Path
 
@@ -29,7 +30,7 @@ def read_state_dict(path: str | Path, what: str) -> dict[str, Tensor]:
         state = load_file(path) if path.suffix == ".safetensors" else (
             torch.load(path, map_location="cpu", weights_only=True))
     except UNREADABLE as error:
-        raise CheckpointError(f"weights of {what} cannot be read: {path} ({_first_line(error)})") from error
+        raise CheckpointError(f"weights of {what} cannot be read: {path} ({reason(error)})") from error
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise CheckpointError(f"weights of {what}: {path} does not hold a plain state dict (name -> tensor)")
     return state
@@ -59,6 +60,7 @@ def file_sha256(path: str | Path) -> str:
     return digest.hexdigest()
 
 
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__
+def reason(error: Exception) -> str:
+    """The first line of an error, without terminal colours; its kind where it says nothing in words."""
+    lines = re.sub(r"\x1b\[[0-9;]*m", "", str(error)).strip().splitlines()
+    return lines[0] if lines and " " in lines[0] else f"{type(error).__name__} {lines[0] if lines else ''}".strip()

@@ -10,7 +10,8 @@ from safetensors.torch import load_file, save_file
 
 from muse import MUSE_ViT
 from muse.errors import CheckpointError, ConfigError
-from muse.models.backbones import TensorFiles, build_decoder, build_encoder, internvit_to_transformers, locate
+from muse.models.backbones import build_decoder, build_encoder, internvit_to_transformers
+from muse.models.sources import TensorFiles, locate
 from tests.helpers import DECODER, ENCODER, MODEL, ROOT, merged, random_images
 
 TEXT = {"model_type": "qwen2", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,

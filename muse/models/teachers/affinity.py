@@ -80,7 +80,7 @@ class AffinityTeacher(FrozenTeacher):
     @torch.no_grad()
     def forward(self, images: Tensor, grid: tuple[int, int] | None = None) -> TopologyTarget:
         """Maps of images (B,3,H,W) in [0,1]. Raises ValueError outside the pixel contract."""
-        check_images(images)
+        check_images(images, wait=False)
         # One picture at a time is as fast on a CPU, and its map then does not depend on the batch it came in.
         parts = images.split(1) if images.device.type == "cpu" else (images,)
         features = [layer_features(self.extractor, part, self.layers) for part in parts]

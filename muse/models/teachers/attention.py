@@ -54,7 +54,7 @@ class AttentionTeacher(FrozenTeacher):
     @torch.no_grad()
     def forward(self, images: Tensor) -> TopologyTarget:
         """Maps of images (B,3,H,W) in [0,1]; grid = input size / patch. ValueError outside the pixel contract."""
-        check_images(images)
+        check_images(images, wait=False)
         size = self.input_size(images.shape[-2:])
         pixels = self.normalise(resize_images(images, size)).to(next(self.network.parameters()).dtype)
         maps: dict[int, Tensor] = {}

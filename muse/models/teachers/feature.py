@@ -32,7 +32,7 @@ class FeatureTeacher(FrozenTeacher):
     @torch.no_grad()
     def forward(self, images: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Features of images (B,3,H,W) in [0,1]. Raises ValueError outside the pixel contract."""
-        check_images(images)
+        check_images(images, wait=False)
         features = [feature.float() for feature in layer_features(self.extractor, images, self.layers)]
         grid = grid or self.grid or tuple(features[0].shape[-2:])
         features = [resize_features(feature, grid) for feature in features]

@@ -50,10 +50,10 @@ class TextTeacher(FrozenTeacher):
         fresh = {}
         for start in range(0, len(unknown), step):
             chunk = unknown[start:start + step]
-            fresh.update(zip(chunk, self.encode(chunk).cpu()))
+            fresh.update(zip(chunk, self.encode(chunk)))
         found = [fresh[text] if text in fresh else self._memo[text] for text in texts]
         self._remember(texts, fresh)
-        return torch.stack(found).to(self.device)
+        return torch.stack([one.to(self.device) for one in found])  # some may be from before the teacher moved
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> Tensor:
