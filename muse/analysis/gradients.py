@@ -4,7 +4,6 @@ The three objectives of the paper are sums of the loss terms that serve them. A 
 train, after any stop-gradient of the routing. Where no tensor of a subspace gets a gradient from both objectives of a pair there is
 nothing to compare: the cosine is None ("no shared gradient"), never a 0 that would look like a measurement.
 """
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -15,6 +14,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from muse.errors import ConfigError
+from muse.utils.curves import read_run
 
 OBJECTIVES: dict[str, tuple[str, ...]] = {"reconstruction": ("reconstruction", "perceptual"), "structure": ("topology",),
                                           "semantics": ("itc",)}
@@ -114,10 +114,10 @@ def gradient_records(folders: Sequence[Path]) -> Iterator[dict[str, Any]]:
     """What successive runs measured of their gradients (`experiment.log_grad_every`), `total_step` counted through them."""
     offset = 0
     for folder in map(Path, folders):
-        if not ((folder / "metrics.jsonl").is_file() and (folder / "config.yaml").is_file()):
-            raise ConfigError(f"{folder}: no run directory (metrics.jsonl and config.yaml)")
+        if not (folder / "config.yaml").is_file():
+            raise ConfigError(f"{folder}: no run directory (it holds no config.yaml)")
         stage = OmegaConf.load(folder / "config.yaml").training.stage
-        records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        records = read_run(folder).records
         for record in records:
             if "gradients" in record:
                 yield {"stage": stage, "step": record["step"], "total_step": offset + record["step"], **record["gradients"]}

@@ -9,12 +9,13 @@ from PIL import Image
 from muse.data.decode import MASK_EXTENSION, BadSample, open_image
 from muse.errors import DataError
 
-IGNORE_INDEX = 255
+IGNORE_INDEX = 65535  # of every mask in memory; files of 8 bits write 255, see `decode_mask`
 _PAIRED_FOLDERS = (("images", "masks"), ("images", "annotations"), ("images", "labels"))
 
 
 def decode_mask(members: Mapping[str, bytes]) -> Image.Image:
-    """The label map `.seg.png` as a mode "I" picture of its stored numbers (palette indices stay indices).
+    """The label map `.seg.png` as a mode "I" picture of its stored numbers (palette indices stay indices), ignored pixels as
+    `IGNORE_INDEX`: 255 in a file of 8 bits, 65535 in one of 16, which may hold more than 255 classes.
 
     Raises BadSample missing_mask or bad_mask.
     """
@@ -26,11 +27,12 @@ def decode_mask(members: Mapping[str, bytes]) -> Image.Image:
         raise BadSample("bad_mask", str(error)) from error
     if image.mode not in ("1", "L", "P", "I") and not image.mode.startswith("I;16"):
         raise BadSample("bad_mask", f"mode {image.mode}: labels must be one channel")
-    return Image.fromarray(np.asarray(image).astype(np.int32))
+    labels = np.asarray(image).astype(np.int32)
+    return Image.fromarray(np.where(labels == 255, IGNORE_INDEX, labels) if image.mode in ("1", "L", "P") else labels)
 
 
 def reduce_zero_label(mask: np.ndarray) -> np.ndarray:
-    """ADE20K's numbering to training numbering: 0 ("other") -> 255 (ignored), 1..150 -> 0..149; 255 stays ignored."""
+    """ADE20K's numbering to training numbering: 0 ("other") -> ignored, 1..150 -> 0..149; ignored stays ignored."""
     ignored = (mask == 0) | (mask == IGNORE_INDEX)
     return np.where(ignored, IGNORE_INDEX, mask - 1)
 

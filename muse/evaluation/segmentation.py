@@ -8,9 +8,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from muse.data.segmentation import IGNORE_INDEX
 from muse.evaluation.reduce import all_sum
 
-IGNORE = 255
+IGNORE = IGNORE_INDEX
 
 
 class ConfusionMatrix:

@@ -67,17 +67,17 @@ def draw_curves(runs: Sequence[Run], path: str | Path, names: Sequence[str] | No
     names = list(names or numbers_of(runs))
     if not any(points(run, name) for run in runs for name in names):
         raise DataError(f"no run recorded {', '.join(names) or 'a loss'}")
-    columns = min(columns, len(names))
     lines = -(-len(names) // columns)
+    columns = -(-len(names) // lines)  # as even as can be
     figure = Figure(figsize=(2.8 * columns, 3 * lines), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
     for axis in axes[len(names):]:
         axis.set_visible(False)
     offset = 0
-    for run in runs:
+    for index, run in enumerate(runs):
         for name, axis in zip(names, axes):
             if line := points(run, name, offset):
-                axis.plot(*zip(*line), label=run.name, linewidth=1)
+                axis.plot(*zip(*line), label=run.name, linewidth=1, color=f"C{index % 10}")  # one colour on all axes
         offset += run.records[-1]["step"] if one_after_another else 0
     for name, axis in zip(names, axes):
         _finish(axis, name)
@@ -92,7 +92,7 @@ def draw_curves(runs: Sequence[Run], path: str | Path, names: Sequence[str] | No
 def _finish(axis: Any, name: str) -> None:
     axis.set_title(name.replace("_", " "), fontsize=10)
     axis.set_xlabel("optimizer step", fontsize=8)
-    axis.tick_params(labelsize=7)
+    axis.tick_params(labelsize=7, which="both")
     if axis.lines:
         if all(value > 0 for line in axis.lines for value in line.get_ydata()) and not name.endswith("psnr"):
             axis.set_yscale("log")

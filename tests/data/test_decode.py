@@ -6,7 +6,7 @@ import pytest
 from PIL import Image
 
 from muse.data.decode import BadSample, BadSamples, decode_captions, decode_image, decode_label, image_bytes
-from muse.data.segmentation import decode_mask, reduce_zero_label
+from muse.data.segmentation import IGNORE_INDEX, decode_mask, reduce_zero_label
 from muse.errors import DataError
 from tests.data.helpers import encode, picture, png_header
 
@@ -130,11 +130,12 @@ def test_labels_and_members():
 
 def test_masks_keep_their_numbers():
     values = np.array([[0, 1, 150], [7, 255, 3]], np.uint8)
-    assert np.array_equal(np.asarray(decode_mask({"seg.png": encode(Image.fromarray(values))})), values)
+    in_memory = np.where(values == 255, IGNORE_INDEX, values.astype(np.int32))
+    assert np.array_equal(np.asarray(decode_mask({"seg.png": encode(Image.fromarray(values))})), in_memory)
     palette = Image.fromarray(values % 4).convert("P")
     palette.putdata((values % 4).ravel().tolist())
     assert np.array_equal(np.asarray(decode_mask({"seg.png": encode(palette)})), values % 4)
-    wide = values.astype(np.uint16) * 200
+    wide = np.array([[0, 255, 846], [30000, 65535, 3]], np.uint16)  # 255 is a class here, 65535 is ignored
     assert np.array_equal(np.asarray(decode_mask({"seg.png": encode(Image.fromarray(wide))})), wide)
     assert kind_of(decode_mask, {}) == "missing_mask"
     assert kind_of(decode_mask, {"seg.png": encode(picture(0))}) == "bad_mask"
@@ -142,8 +143,8 @@ def test_masks_keep_their_numbers():
 
 
 def test_ade20k_mapping():
-    assert reduce_zero_label(np.arange(152)).tolist() == [255, *range(150), 150]
-    assert reduce_zero_label(np.array([255])).tolist() == [255]
+    assert reduce_zero_label(np.arange(152)).tolist() == [IGNORE_INDEX, *range(150), 150]
+    assert reduce_zero_label(np.array([IGNORE_INDEX])).tolist() == [IGNORE_INDEX]
 
 
 def test_bad_samples_count_and_limit(caplog):

@@ -106,7 +106,7 @@ SEGMENT = [
     (["--train_url", "{}/flat"], "missing_mask"),
     (["--train_url", "{}/ignored"], "the training masks hold no labelled pixel"),
     (["--train_url", "{}/good_masks", "--val_url", "{}/ignored"], "no labelled pixel was given"),
-    (["--num_classes", "256"], "256 classes: at most 255"),
+    (["--num_classes", "65536"], "65536 classes: at most 65535"),
     (["--labels", "foreground", "--num_classes", "9"], "--num_classes does not go with --labels foreground"),
     (["--steps", "0"], "--steps must be at least 1, not 0"),
     (["--learning_rate", "inf"], "--learning_rate must be above 0, not inf"),

@@ -89,3 +89,18 @@ def test_foreground_iou_of_known_maps():
     noise = torch.randn(40, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     assert foreground_iou((masks > 0).float()[:, None], masks, (masks > 0).float()[:, None], masks, steps=200) == 1
     assert foreground_iou(noise, masks, noise, masks, steps=50) <= float((masks > 0).float().mean()) + 0.02
+
+
+def test_more_than_255_classes_are_counted_as_torchmetrics_does():
+    """ADE20K's full set has 847: label 255 is a class like all others, IGNORE is not."""
+    generator = torch.Generator().manual_seed(0)
+    truth = torch.randint(200, 300, (2, 16, 16), generator=generator)
+    guess = torch.where(torch.rand(truth.shape, generator=generator) < 0.5, truth, torch.full_like(truth, 846))
+    truth[0, :4] = IGNORE
+    confusion = ConfusionMatrix(847)
+    confusion.update(guess, truth)
+    per_class = JaccardIndex(task="multiclass", num_classes=847, ignore_index=IGNORE, average="none")(guess, truth)
+    got = confusion.compute()
+    assert got.per_class[255] == pytest.approx(float(per_class[255])) and 0 < got.per_class[255] < 1
+    labelled = truth != IGNORE
+    assert got.absent == 847 - len(set(truth[labelled].tolist()) | set(guess[labelled].tolist()))

@@ -6,6 +6,7 @@ import torch
 from scipy.stats import entropy
 from sklearn.metrics import roc_auc_score
 
+from muse.evaluation.segmentation import IGNORE
 from muse.evaluation.topology import TopologyQuality, mean_teacher_maps, object_cells, same_object_auc, topology_quality
 from muse.losses.topology import resize_attention
 from muse.models.teachers.base import TopologyTarget
@@ -39,7 +40,7 @@ def test_object_cells_need_more_than_half_the_area():
     mask[0, :4, :4] = 2  # a whole cell
     mask[0, 4:, :2] = 3  # half a cell: not more
     mask[0, 4:, 4:7] = 1
-    mask[0, 0, 4:] = 255
+    mask[0, 0, 4:] = IGNORE
     assert object_cells(mask, (2, 2)).tolist() == [[2, 0, 0, 1]]
 
 
