@@ -14,7 +14,7 @@ from tests.helpers import run_config
 from tests.training.processes import train_in_two
 from tools.killing import records
 
-STEPS = {"experiment": {"save_every": 2, "keep_last": 5, "eval_every": 3, "generate_every": 3, "num_pictures": 2},
+STEPS = {"experiment": {"save_every": 2, "keep_last": 5, "log_grad_every": 2, "eval_every": 3, "generate_every": 3, "num_pictures": 2},
          "training": {"max_train_steps": 4, "global_batch_size": 8, "per_gpu_batch_size": 4}}
 SAME = ("loss", "reconstruction", "topology", "itc", "perceptual", "generator", "discriminator", "lecam", "grad_norm",
         "discriminator_grad_norm")
@@ -35,6 +35,11 @@ def two_shards(tmp_path):
 
 def steps_of(run) -> list[dict]:
     return [record for record in records(run) if "loss" in record]
+
+
+def cosines_of(run) -> list[float]:
+    """Of the gradients of pixels and semantics on the blocks, each averaged over the processes first."""
+    return [record["gradients"]["cosine"]["reconstruction~semantics"]["blocks"] for record in records(run) if "gradients" in record]
 
 
 def hold_close(left, right, first: int = 0) -> None:
@@ -61,6 +66,7 @@ def test_two_processes(fsdp, two_shards, tmp_path):
     hold_close(alone, whole)
     assert [r["eval"]["psnr"] for r in records(whole) if "eval" in r] == pytest.approx(
         [r["eval"]["psnr"] for r in records(alone) if "eval" in r], rel=1e-3)
+    assert cosines_of(whole) == pytest.approx(cosines_of(alone), abs=1e-3) and len(cosines_of(alone)) == 2
     assert sorted(os.listdir(whole / "images")) == ["attention-3.png", "reconstruction-3.png"]
 
     # Stopped after step 2 and gone on: bit for bit what was not stopped, with the generators and positions of both processes.
