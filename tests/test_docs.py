@@ -165,11 +165,12 @@ def test_data_examples_run(tmp_path, monkeypatch, capsys):
 def tables():
     """The tables that the examples add to; afterwards they are what they were."""
     from muse.evaluation.metrics import METRICS
+    from muse.analysis.ablation import VARIANTS
     from muse.losses.muse_loss import TERMS
     from muse.models.teachers.build import TOPOLOGY_TEACHERS
     from muse.training.stages import STAGES
 
-    tables = (METRICS, TERMS, TOPOLOGY_TEACHERS, STAGES)
+    tables = (METRICS, TERMS, TOPOLOGY_TEACHERS, STAGES, VARIANTS)
     before = [dict(table) for table in tables]
     yield
     for table, content in zip(tables, before):

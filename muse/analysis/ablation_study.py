@@ -15,7 +15,8 @@ import torch
 
 import muse
 from muse.analysis.ablation import VARIANTS, Study, measure, train_base, train_run
-from muse.analysis.gradients import PAIRS
+from muse.analysis.gradient_figure import draw_gradients
+from muse.analysis.gradients import PAIRS, gradient_records
 from muse.config import resolved
 from muse.utils import cli
 
@@ -26,12 +27,13 @@ COLUMNS: dict[str, tuple[Callable[[dict[str, Any]], float | None], int]] = {
     "PSNR, dB ↑": (lambda m: m["psnr"], 2),
     "perceptual ↓": (lambda m: m["perceptual_efficientnet_lite0"], 3),
     "zero-shot ↑": (lambda m: m["zero_shot_macro"], 3),
+    "R@5 of 32 ↑": (lambda m: m["retrieval_r5"], 3),
     "linear probe ↑": (lambda m: m["linear_probe_macro"], 3),
     "mIoU ↑": (lambda m: m["miou"], 3),
     "topology KL ↓": (lambda m: m["topology"]["kl"], 3),
     "conflict ↓": (lambda m: _gradient(m, "reconstruction~semantics", "blocks", "conflict"), 3),
-    "|cos| W_QK": (lambda m: _gradient(m, "structure~semantics", "W_QK", "abs"), 3),
-    "|cos| W_V": (lambda m: _gradient(m, "structure~semantics", "W_V", "abs"), 3),
+    "abs. cosine W_QK": (lambda m: _gradient(m, "structure~semantics", "W_QK", "abs"), 3),
+    "abs. cosine W_V": (lambda m: _gradient(m, "structure~semantics", "W_V", "abs"), 3),
 }
 
 
@@ -50,7 +52,8 @@ class Task(NamedTuple):
 
 
 def run_study(study: Study, variants: Sequence[str], seeds: Sequence[int], jobs: int) -> dict[str, Any]:
-    """Do everything that is not there yet, seed by seed, `jobs` processes at once; write `ablation.json` and `ablation.md`."""
+    """Do everything that is not there yet, seed by seed, `jobs` processes at once; write `ablation.json`, `ablation.md` and, where both
+    `paper` and `baseline` are among the variants, `gradients.png`."""
     tasks = plan_tasks(study, variants, seeds)
     log.info("%d trainings and measurements, %d at once", len(tasks), jobs)
     spawn = multiprocessing.get_context("spawn")  # a fork of a process whose threads have run can hang
@@ -61,6 +64,10 @@ def run_study(study: Study, variants: Sequence[str], seeds: Sequence[int], jobs:
     results = collect(study, variants, seeds)
     cli.write_json(study.output / "ablation.json", results)
     (study.output / "ablation.md").write_text(markdown(results))
+    if {"paper", "baseline"} <= set(variants):
+        arms = {arm: [list(gradient_records([run.folder for run in study.runs(name, seed)])) for seed in seeds]
+                for arm, name in (("baseline", "baseline"), ("muse", "paper"))}
+        draw_gradients(arms, study.output / "gradients.png")
     return results
 
 
@@ -131,7 +138,7 @@ def collect(study: Study, variants: Sequence[str], seeds: Sequence[int]) -> dict
         measured = {seed: json.loads(study.record(name, seed).read_text())["measured"] for seed in seeds}
         columns = {column: _spread([read(one) for one in measured.values()]) for column, (read, _) in COLUMNS.items()}
         rows[name] = {"label": VARIANTS[name].label, "columns": columns, "seeds": measured,
-                      "runs": [str(run.folder.relative_to(study.output)) for run in study.runs(name, seeds[0])]}
+                      "runs": {seed: [str(run.folder.relative_to(study.output)) for run in study.runs(name, seed)] for seed in seeds}}
     plan = study.plan
     return {"variants": rows, "protocol": {
         "muse": muse.__version__, "versions": cli.versions(), "seeds": list(seeds), "plan": asdict(plan), "pairs": list(PAIRS), "config": resolved(study.runs(variants[0], seeds[0])[-1].cfg)}}
@@ -150,10 +157,11 @@ def markdown(results: dict[str, Any]) -> str:
         cells = [_cell(row["columns"][column], digits) for column, (_, digits) in COLUMNS.items()]
         lines.append(f"| {row['label']} | {' | '.join(cells)} |")
     plan, seeds = results["protocol"]["plan"], results["protocol"]["seeds"]
-    note = (f"Mean ± standard deviation over {len(seeds)} seeds; {' + '.join(map(str, plan['steps']))} steps of {plan['batch_size']} pictures after one "
-            f"encoder distilled for {plan['base_steps']} steps. Zero-shot, linear probe: macro means. conflict: mean max(0, −cosine) of the "
-            "reconstruction's and the semantics' gradients on the blocks. |cos|: between the gradients of structure and semantics. "
-            "Over the steps in which both reach a tensor there; none: they never share one.")
+    note = (f"Mean ± standard deviation over {len(seeds)} seeds; {' + '.join(map(str, plan['steps']))} steps of {plan['batch_size']} "
+            f"pictures after one encoder distilled for {plan['base_steps']} steps. Zero-shot, linear probe: macro means; R@5: caption "
+            "retrieval. conflict: mean max(0, −cosine) of the reconstruction's and the semantics' gradients on the blocks; abs. cosine: "
+            "between the gradients of structure and semantics. Over the steps in which both reach a tensor there; none: they never share "
+            "one.")
     return "\n".join(lines) + f"\n\n{note}\n"
 
 

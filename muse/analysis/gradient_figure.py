@@ -5,7 +5,8 @@ from typing import Any
 
 from muse.analysis.gradients import MATRICES, conflict
 
-PAIR_STYLES = {"structure~semantics": ("tab:red", "structure, semantics"), "reconstruction~semantics": ("tab:blue", "pixels, semantics"),
+PAIR_STYLES = {"structure~semantics": ("tab:red", "structure, semantics"),
+               "reconstruction~semantics": ("tab:blue", "pixels, semantics"),
                "reconstruction~structure": ("tab:green", "pixels, structure")}
 ARMS = {"baseline": "shared weights, objectives summed", "muse": "MUSE"}
 NOTHING = "no shared gradient"
@@ -19,11 +20,13 @@ def draw_gradients(arms: Mapping[str, Sequence[Records]], path: Path) -> Path:
 
     figure = Figure(figsize=(13, 8), layout="constrained")
     axes = figure.subplots(2, 2)
+    both = [record for seeds in arms.values() for records in seeds for record in records]
+    limit = max((abs(spaces["blocks"]) for record in both for spaces in record["cosine"].values()
+                 if spaces["blocks"] is not None), default=1)
     for letter, axis, arm in zip("ab", axes[0], ARMS):
         _cosines(axis, arms[arm])
-        axis.set_title(f"({letter}) {ARMS[arm]}: cosine of the objectives' gradients on the blocks", fontsize=10)
-    limit = max((abs(value) for axis in axes[0] for line in axis.lines for value in line.get_ydata() if value == value), default=1)
-    for axis in axes[0]:
+        axis.set_title(f"({letter}) {ARMS[arm]}: cosine on all weights of the blocks", fontsize=10)
+        axis.set_xlim(0, max(record["total_step"] for record in both))
         axis.set_ylim(-1.15 * limit, 1.15 * limit)
     _energy(axes[1, 0], arms["baseline"])
     _subspaces(axes[1, 1], arms)
@@ -47,14 +50,30 @@ def _cosines(axis: Any, seeds: Sequence[Records]) -> None:
             axis.plot(steps, [_nan(value) for value in means], color=color, linewidth=2, label=label, marker=".", markersize=4)
     for step in _stage_starts(seeds[0]):
         axis.axvline(step, color="gray", linewidth=0.8, linestyle=":")
+    for left, right in _silent(seeds[0]):
+        axis.axvspan(left, right, color="0.93", linewidth=0)
+        axis.text((left + right) / 2, 0.03, NOTHING, transform=axis.get_xaxis_transform(), ha="center", fontsize=9, color="0.35")
     if never:
         axis.plot([], [], " ", label=f"{NOTHING}: {'; '.join(never)}")
-    axis.set_xlabel("optimizer step (dotted: next stage; gaps: no shared gradient)", fontsize=8)
+    axis.set_xlabel("optimizer step (dotted: next stage)", fontsize=8)
     axis.legend(fontsize=8, loc="best")
 
 
 def _curve(records: Records, pair: str) -> dict[int, float | None]:
     return {record["total_step"]: record["cosine"].get(pair, {}).get("blocks") for record in records}
+
+
+def _silent(records: Records) -> list[tuple[int, int]]:
+    """Spans of steps in which no pair shares a gradient on the blocks."""
+    spans, before = [], 0
+    for record in records:
+        if all(spaces["blocks"] is None for spaces in record["cosine"].values()):
+            if spans and spans[-1][1] == before:
+                spans[-1] = (spans[-1][0], record["total_step"])
+            else:
+                spans.append((before, record["total_step"]))
+        before = record["total_step"]
+    return spans
 
 
 def _stage_starts(records: Records) -> list[int]:
@@ -88,18 +107,16 @@ def _subspaces(axis: Any, arms: Mapping[str, Sequence[Records]]) -> None:
             left = place + (offset - 0.5) * 0.4
             color, _ = PAIR_STYLES[pair]
             if each:
-                bar = axis.bar(left, sum(each) / len(each), 0.36, color=color, hatch=hatch, alpha=0.9 if arm == "muse" else 0.6,
-                               edgecolor="black", linewidth=0.5)
-                axis.bar_label(bar, fmt="%.2f", fontsize=8)
-                if len(each) > 1:
-                    axis.errorbar(left, sum(each) / len(each), yerr=[[sum(each) / len(each) - min(each)], [max(each) - sum(each) / len(each)]],
-                                  color="black", linewidth=0.8, capsize=2)
+                mean = sum(each) / len(each)
+                axis.bar(left, mean, 0.36, color=color, hatch=hatch, alpha=0.9 if arm == "muse" else 0.6, edgecolor="black", linewidth=0.5)
+                axis.errorbar(left, mean, yerr=[[mean - min(each)], [max(each) - mean]], color="black", linewidth=0.8, capsize=2)
+                axis.text(left, max(each) + 0.002, f"{mean:.3f}", fontsize=8, ha="center", va="bottom")
             else:
                 axis.text(left, 0.005, NOTHING, rotation=90, fontsize=7, ha="center", va="bottom")
-    axis.set_xticks(range(len(groups)), [f"{PAIR_STYLES[pair][1]}\n{space}" for space, pair in groups], fontsize=7)
-    axis.set_ylim(0, None)
-    axis.margins(y=0.12)
-    axis.set_title("(d) mean |cosine|: plain baseline, hatched MUSE (steps in which the pair shares a gradient)", fontsize=10)
+    labels = ["\n".join((space, *PAIR_STYLES[pair][1].split(", "))) for space, pair in groups]
+    axis.set_xticks(range(len(groups)), labels, fontsize=8)
+    axis.set_ylim(0, 1.12 * axis.get_ylim()[1])
+    axis.set_title("(d) mean |cosine| (bars: range of seeds): plain baseline, hatched MUSE", fontsize=10)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:

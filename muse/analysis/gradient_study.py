@@ -109,7 +109,8 @@ def write(arms: Arms, output: Path, protocol: Mapping[str, Any]) -> list[str]:
                     file.write(json.dumps({"arm": arm, "seed": seed, **record}) + "\n")
     picture = draw_gradients(arms, output / "gradients.png")
     summary = {arm: [conflict(records) for records in seeds] for arm, seeds in arms.items()}
-    cli.write_json(output / "metrics.json", {"arms": summary, "protocol": {"muse": muse.__version__, "versions": cli.versions(), **protocol}})
+    facts = {"muse": muse.__version__, "versions": cli.versions(), **protocol}
+    cli.write_json(output / "metrics.json", {"arms": summary, "protocol": facts})
     return [*summary_lines(summary), f"figure: {picture}; every step: {output / 'gradients.jsonl'}"]
 
 
@@ -121,7 +122,7 @@ def summary_lines(summary: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[st
             cells = []
             for arm, seeds in summary.items():
                 each = [seed[pair][space] for seed in seeds if seed.get(pair, {}).get(space)]
-                mean = f"{sum(one['abs'] for one in each) / len(each):.3f} ({each[0]['steps']} of {each[0]['measured']} steps)" if each else NOTHING
-                cells.append(f"{arm} {mean}")
+                mean = sum(one["abs"] for one in each) / max(1, len(each))
+                cells.append(f"{arm} {mean:.3f} ({each[0]['steps']} of {each[0]['measured']} steps)" if each else f"{arm} {NOTHING}")
             lines.append(f"mean |cos| of {pair} on {space}: {', '.join(cells)}")
     return lines

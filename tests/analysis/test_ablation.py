@@ -90,7 +90,7 @@ def test_means_and_deviations_over_seeds(study):
         space = None if cosines[seed] is None else {"abs": cosines[seed], "conflict": 0.0}
         pair = {"blocks": space, "W_QK": None, "W_V": space}
         write_json(study.record("paper", seed), {"measured": {
-            "psnr": psnr[seed], "perceptual_efficientnet_lite0": 1.0, "zero_shot_macro": 0.2, "linear_probe_macro": 0.3, "miou": 0.1,
+            "psnr": psnr[seed], "perceptual_efficientnet_lite0": 1.0, "zero_shot_macro": 0.2, "retrieval_r5": 0.25, "linear_probe_macro": 0.3, "miou": 0.1,
             "topology": {"kl": 0.4}, "gradients": {"structure~semantics": pair, "reconstruction~semantics": pair}}})
     results = collect(study, ["paper"], range(3))
     row = results["variants"]["paper"]["columns"]
@@ -119,9 +119,10 @@ def test_the_study_from_end_to_end_and_again(tmp_path, monkeypatch, capsys):
     finals = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "runs").rglob("final/model.safetensors")}
     assert len(finals) == 1 + 5  # the encoder; stage 1 for both, stages 2 and 3 for each
 
-    assert main([*words, "--variants", "paper,no_nce,not_joined", *SMALL]) == 0
+    assert main([*words, "--variants", "paper,no_nce,baseline", *SMALL]) == 0
     after = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "runs").rglob("final/model.safetensors")}
-    assert len(after) == 6 + 3 and finals.items() <= after.items()
+    assert len(after) == 6 + 2 and finals.items() <= after.items()
+    assert (tmp_path / "out" / "gradients.png").stat().st_size > 20_000
 
 
 @pytest.mark.parametrize(("words", "said"), [(["--variants", "paper,papre"], "papre: there are paper"), (["--seeds", "0"], "must be 1"),
