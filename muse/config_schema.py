@@ -199,6 +199,7 @@ class TrainingConfig:
     max_train_steps: int = 50000
     per_gpu_batch_size: int = 48
     global_batch_size: int | None = None
+    total_images: int | None = None
     gradient_accumulation_steps: int = 1
     max_grad_norm: float = 1.0
     mixed_precision: str = "bf16"

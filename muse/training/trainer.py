@@ -257,8 +257,14 @@ class Trainer:
         self.step, self.images_seen, self.guard.skipped = state["step"], state["images_seen"], state["skipped"]
 
     def _check_global_batch(self) -> None:
+        """A recipe is images as much as steps: what the configuration promises must be what these processes do."""
         training, processes = self.cfg.training, self.accelerator.num_processes
         actual = training.per_gpu_batch_size * training.gradient_accumulation_steps * processes
         if training.global_batch_size not in (None, actual):
             raise ConfigError(f"training.global_batch_size={training.global_batch_size} but {training.per_gpu_batch_size} per "
                               f"process x {training.gradient_accumulation_steps} accumulated x {processes} processes = {actual}")
+        images = actual * training.max_train_steps
+        if training.total_images not in (None, images):
+            raise ConfigError(f"training.total_images={training.total_images} but {actual} a step x {training.max_train_steps} steps = "
+                              f"{images}")
+        log.info("%d images a step over %d processes, %d in %d steps", actual, processes, images, training.max_train_steps)

@@ -94,6 +94,15 @@ def test_a_global_batch_that_is_not_met_is_refused(trainer):
     trainer("topology_warmup", sizes)
 
 
+def test_images_that_a_recipe_promises_are_counted(trainer):
+    """4 a step, twice accumulated, 3 steps: 24 pictures."""
+    sizes = {"training": {"per_gpu_batch_size": 4, "gradient_accumulation_steps": 2, "max_train_steps": 3, "total_images": 48}}
+    with pytest.raises(ConfigError, match="total_images=48 but 8 a step x 3 steps = 24"):
+        trainer("topology_warmup", sizes)
+    sizes["training"]["total_images"] = 24
+    assert trainer("topology_warmup", sizes).cfg.training.total_images == 24
+
+
 def test_a_text_teacher_of_another_width_is_refused(settings):
     with pytest.raises(ConfigError, match="model.semantic_dim=16 but the text teacher .* embeds in 24 dimensions"):
         Trainer(settings("semantic_injection", {"teacher": {"text": {"config": {"dim": 24}}}}))
