@@ -11,7 +11,7 @@ from PIL import Image
 
 from muse.data.dataloader import eval_loader
 from muse.evaluation.image_quality import psnr, ssim
-from muse.evaluation.segmentation import ConfusionMatrix
+from muse.evaluation.segmentation import IGNORE, ConfusionMatrix
 from muse.models.loading import load_model
 from scripts import benchmark, evaluate, linear_probe, segment_probe, zero_shot
 from tests.helpers import ROOT, one_error
@@ -204,5 +204,5 @@ def test_benchmark_compares_equal_numbers(tmp_path, capsys):
 
 def test_confusion_is_not_touched_by_ignored_pixels():
     confusion = ConfusionMatrix(3)
-    confusion.update(torch.tensor([0, 1, 2, 2]), torch.tensor([255, 1, 255, 2]))
+    confusion.update(torch.tensor([0, 1, 2, 2]), torch.tensor([IGNORE, 1, IGNORE, 2]))
     assert confusion.counts.tolist() == [[0, 0, 0], [0, 1, 0], [0, 0, 1]]
