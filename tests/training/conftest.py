@@ -4,6 +4,7 @@ import pytest
 from muse.config import load_config
 from muse.training.trainer import Trainer, train
 from tests import helpers
+from tests.data.helpers import encode, key, picture, write_tar
 
 
 @pytest.fixture
@@ -29,3 +30,16 @@ def trainer(settings):
     def make(*args, **kwargs):
         return Trainer(settings(*args, **kwargs))
     return make
+
+
+@pytest.fixture
+def two_shards(tmp_path):
+    """Two shards of four pictures: an epoch is one shard for each of two processes, and one batch of eight for a single one."""
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for shard in range(2):
+        numbers = range(4 * shard, 4 * shard + 4)
+        write_tar(folder / f"train-{shard}.tar", {key(n): {"png": encode(picture(n, 32, 32)), "txt": f"picture {n}".encode()}
+                                                  for n in numbers})
+    write_tar(folder / "val-0.tar", {key(n): {"png": encode(picture(n, 32, 32)), "txt": b"x"} for n in range(5)})
+    return folder

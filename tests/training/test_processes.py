@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 
 from muse import MUSE_ViT, load_config
 from muse.training.trainer import train
-from tests.data.helpers import encode, key, picture, write_tar
 from tests.helpers import run_config
 from tests.training.processes import train_in_two
 from tools.killing import records
@@ -18,19 +17,6 @@ STEPS = {"experiment": {"save_every": 2, "keep_last": 5, "log_grad_every": 2, "e
          "training": {"max_train_steps": 4, "global_batch_size": 8, "per_gpu_batch_size": 4}}
 SAME = ("loss", "reconstruction", "topology", "itc", "perceptual", "generator", "discriminator", "lecam", "grad_norm",
         "discriminator_grad_norm")
-
-
-@pytest.fixture
-def two_shards(tmp_path):
-    """Two shards of four pictures: an epoch is one shard for each of two processes, and one batch of eight for a single one."""
-    folder = tmp_path / "shards"
-    folder.mkdir()
-    for shard in range(2):
-        numbers = range(4 * shard, 4 * shard + 4)
-        write_tar(folder / f"train-{shard}.tar", {key(n): {"png": encode(picture(n, 32, 32)), "txt": f"picture {n}".encode()}
-                                                  for n in numbers})
-    write_tar(folder / "val-0.tar", {key(n): {"png": encode(picture(n, 32, 32)), "txt": b"x"} for n in range(5)})
-    return folder
 
 
 def steps_of(run) -> list[dict]:

@@ -12,7 +12,6 @@ from muse import load_config
 from muse.errors import ConfigError
 from muse.training.lr_schedulers import lr_at
 from muse.training.trainer import Trainer, train
-from tests.data.helpers import encode, key, picture, write_tar
 from tests.helpers import ROOT, random_images, run_config
 from tests.training.processes import free_port
 
@@ -118,18 +117,6 @@ def test_trainable_patterns_of_one_s_own(trainer):
 
 
 # ---------------------------------------------------------------------------------------------------- two processes
-@pytest.fixture
-def two_shards(tmp_path):
-    """Two shards of four pictures: an epoch is one shard for each of two processes, and one batch of eight for a single one."""
-    folder = tmp_path / "shards"
-    folder.mkdir()
-    for shard in range(2):
-        numbers = range(4 * shard, 4 * shard + 4)
-        write_tar(folder / f"train-{shard}.tar", {key(n): {"png": encode(picture(n, 32, 32)), "txt": f"picture {n}".encode()}
-                                                  for n in numbers})
-    return folder
-
-
 def test_two_processes_equal_one_with_the_same_global_batch(two_shards, tmp_path):
     """tools/train_stage2.sh with NUM_GPUS=2 on a CPU, contrast over both processes' captions, against one process here."""
     steps = {"experiment": {"save_every": 1, "keep_last": 5}, "training": {"max_grad_norm": 0.0, "global_batch_size": 8}}
