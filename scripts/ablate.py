@@ -22,7 +22,7 @@ def main(argv=None) -> int:
     parser.add_argument("--kind", choices=("stamps", "shapes"), default="stamps", help="demo pictures to make")
     parser.add_argument("--output", default="outputs/ablation", help="directory of the study")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration overrides for every run")
-    args = parser.parse_intermixed_args(argv)
+    args = cli.parse(parser, argv)
 
     from muse.analysis.ablation import PLANS, VARIANTS, Study
     from muse.analysis.ablation_study import markdown, run_study

@@ -158,14 +158,14 @@ def _digest(cfg: DictConfig, before: StageRun | None) -> str:
 
 def train_base(study: Study) -> None:
     """Train the stand-in and save its encoder, unless that is there already."""
+    from muse.models.base_model import atomic_directory
     from muse.models.muse_vit import MUSE_ViT
     from muse.training.trainer import train
 
-    if not (study.encoder / "config.json").is_file():
+    if not study.encoder.is_dir():
         model = MUSE_ViT.from_pretrained(train(study.base()))
-        partial = study.encoder.with_name(".encoder")
-        model.encoder.save_pretrained(partial)
-        partial.rename(study.encoder)
+        with atomic_directory(study.encoder) as partial:
+            model.encoder.save_pretrained(partial)
 
 
 def train_run(run: StageRun) -> None:

@@ -63,7 +63,7 @@ def run_study(study: Study, variants: Sequence[str], seeds: Sequence[int], jobs:
         work_through(tasks, pool, jobs)
     results = collect(study, variants, seeds)
     cli.write_json(study.output / "ablation.json", results)
-    (study.output / "ablation.md").write_text(markdown(results))
+    cli.write_text(study.output / "ablation.md", markdown(results))
     if {"paper", "baseline"} <= set(variants):
         arms = {arm: [list(gradient_records([run.folder for run in study.runs(name, seed)])) for seed in seeds]
                 for arm, name in (("baseline", "baseline"), ("muse", "paper"))}
@@ -139,9 +139,9 @@ def collect(study: Study, variants: Sequence[str], seeds: Sequence[int]) -> dict
         columns = {column: _spread([read(one) for one in measured.values()]) for column, (read, _) in COLUMNS.items()}
         rows[name] = {"label": VARIANTS[name].label, "columns": columns, "seeds": measured,
                       "runs": {seed: [str(run.folder.relative_to(study.output)) for run in study.runs(name, seed)] for seed in seeds}}
-    plan = study.plan
     return {"variants": rows, "protocol": {
-        "muse": muse.__version__, "versions": cli.versions(), "seeds": list(seeds), "plan": asdict(plan), "pairs": list(PAIRS), "config": resolved(study.runs(variants[0], seeds[0])[-1].cfg)}}
+        "muse": muse.__version__, "versions": cli.versions(), "seeds": list(seeds), "plan": asdict(study.plan), "pairs": list(PAIRS),
+        "config": resolved(study.runs(variants[0], seeds[0])[-1].cfg)}}
 
 
 def _spread(values: Sequence[float | None]) -> dict[str, Any]:

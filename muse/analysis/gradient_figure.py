@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from muse.analysis.gradients import MATRICES, conflict
+from muse.utils.curves import save_figure
 
 PAIR_STYLES = {"structure~semantics": ("tab:red", "structure, semantics"),
                "reconstruction~semantics": ("tab:blue", "pixels, semantics"),
@@ -30,8 +31,7 @@ def draw_gradients(arms: Mapping[str, Sequence[Records]], path: Path) -> Path:
         axis.set_ylim(-1.15 * limit, 1.15 * limit)
     _energy(axes[1, 0], arms["baseline"])
     _subspaces(axes[1, 1], arms)
-    figure.savefig(path, dpi=110)
-    return path
+    return save_figure(figure, path)
 
 
 def _cosines(axis: Any, seeds: Sequence[Records]) -> None:

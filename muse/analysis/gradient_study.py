@@ -11,7 +11,7 @@ from omegaconf import DictConfig
 import muse
 from muse.analysis.gradient_figure import ARMS, NOTHING, PAIR_STYLES, draw_gradients
 from muse.analysis.gradients import conflict, gradient_records
-from muse.config import load_config, resolved
+from muse.config import STREAM_KEYS, load_config
 from muse.errors import CheckpointError, ConfigError
 from muse.utils import cli
 
@@ -42,14 +42,16 @@ def compare(args: Namespace, output: Path) -> Arms:
         raise ConfigError("--config is needed (or --runs, to read runs that are there)")
     if args.steps < 1 or args.every < 1 or args.every > args.steps:
         raise ConfigError("--steps and --every must be 1 or more, and --every no more than --steps")
+    from muse.training.run_directory import was_run_with
     from muse.training.trainer import train
 
     arms: Arms = {}
     for arm in ARMS:
         folder = output / "runs" / arm
-        if (folder / "final").is_dir() and not _same(arm_config(args, arm, folder), folder):
+        cfg = arm_config(args, arm, folder)
+        if (folder / "config.yaml").is_file() and not was_run_with(folder, cfg):
             raise ConfigError(f"{folder}: holds a run of other settings; choose another --output_dir")
-        train(arm_config(args, arm, folder))
+        train(cfg)
         arms[arm] = [list(gradient_records([folder]))]
     return arms
 
@@ -62,9 +64,8 @@ def arm_config(args: Namespace, arm: str, folder: Path) -> DictConfig:
     if args.frozen:
         own += ["optimizer.params.learning_rate=0", "training.use_ema=false"]
     if arm == "baseline":
-        own += ["model.routing=shared", *(f"model.{key}=null" for key in
-                                          ("isolate_streams", "shield_attention", "join_semantics", "shield_semantics")),
-                "losses.topology.blocks=null", "losses.itc.blocks=null"]
+        own += ["model.routing=shared", *(f"model.{key}=null" for key in STREAM_KEYS), "losses.topology.blocks=null",
+                "losses.itc.blocks=null"]
     cfg = load_config(args.config, [*own, *start(args, arm, own, folder)])
     silent = [name for name in ("reconstruction", "topology", "itc") if cfg.losses[name].weight == 0]
     if silent:
@@ -77,7 +78,8 @@ def start(args: Namespace, arm: str, own: Sequence[str], folder: Path) -> list[s
     """Overrides that let an arm start at the checkpoint. Blocks of another routing do not fit; the encoder is taken from it then."""
     if args.checkpoint is None:
         return ["experiment.init_from=null"]
-    from muse.models.loading import load_model
+    from muse.models.base_model import atomic_directory
+    from muse.models.loading import load_model, weights_file
 
     cfg = load_config(args.config, own)
     try:
@@ -86,27 +88,20 @@ def start(args: Namespace, arm: str, own: Sequence[str], folder: Path) -> list[s
     except CheckpointError:
         if arm != "baseline":
             raise
-    plain = load_config(args.config, [item for item in args.overrides])
-    encoder = folder.parent / "encoder"
-    if not (encoder / "config.json").is_file():
-        load_model(args.checkpoint, plain.model).encoder.save_pretrained(encoder)
+    encoder = folder.parent / f"encoder-{cli.sha256(weights_file(args.checkpoint))[:8]}"  # another checkpoint, another name
+    if not encoder.is_dir():
+        model = load_model(args.checkpoint, load_config(args.config, args.overrides).model)
+        with atomic_directory(encoder) as partial:
+            model.encoder.save_pretrained(partial)
     log.info("baseline: encoder of %s, all else new: the routings' blocks differ", args.checkpoint)
     return ["experiment.init_from=null", f"model.encoder.source={encoder}"]
 
 
-def _same(cfg: DictConfig, folder: Path) -> bool:
-    import yaml
-
-    return yaml.safe_load((folder / "config.yaml").read_text()) == resolved(cfg)
-
-
 def write(arms: Arms, output: Path, protocol: Mapping[str, Any]) -> list[str]:
     """gradients.jsonl, gradients.png and metrics.json in `output`; gives lines for a terminal."""
-    with (output / "gradients.jsonl").open("w") as file:
-        for arm, seeds in arms.items():
-            for seed, records in enumerate(seeds):
-                for record in records:
-                    file.write(json.dumps({"arm": arm, "seed": seed, **record}) + "\n")
+    lines = [json.dumps({"arm": arm, "seed": seed, **record}) + "\n" for arm, seeds in arms.items()
+             for seed, records in enumerate(seeds) for record in records]
+    cli.write_text(output / "gradients.jsonl", "".join(lines))
     picture = draw_gradients(arms, output / "gradients.png")
     summary = {arm: [conflict(records) for records in seeds] for arm, seeds in arms.items()}
     facts = {"muse": muse.__version__, "versions": cli.versions(), **protocol}

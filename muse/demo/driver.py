@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 import muse
 from muse.config import load_config, resolved
@@ -19,6 +19,7 @@ from muse.demo.report import write_report
 from muse.errors import DataError
 from muse.losses.muse_loss import shared_text_teacher, shared_topology_teacher
 from muse.models.loading import load_model
+from muse.training.run_directory import was_run_with
 from muse.training.trainer import train
 from muse.utils import cli
 
@@ -115,7 +116,7 @@ def prepare(cfg: DictConfig) -> bool:
     folder = Path(cfg.experiment.output_dir)
     if not (folder / "config.yaml").is_file():
         return False
-    same = OmegaConf.to_container(OmegaConf.load(folder / "config.yaml")) == resolved(cfg)
+    same = was_run_with(folder, cfg)
     if not same:
         log.info("%s was trained with other settings: starting it again", folder)
         for later in STAGES[STAGES.index(folder.name):]:

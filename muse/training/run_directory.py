@@ -4,7 +4,7 @@ import logging
 import shutil
 from typing import TYPE_CHECKING
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from safetensors.torch import save_file
 
 from muse.config import resolved
@@ -31,6 +31,12 @@ def prepare(run: "Trainer") -> None:
             log.info("removed what an interrupted run had not finished: %s", ", ".join(left))
         with ckpt.writing(run.output / "config.yaml"):
             (run.output / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(resolved(run.cfg))))
+
+
+def was_run_with(folder: "Path", cfg: DictConfig) -> bool:
+    """Whether a run directory was made with exactly this configuration."""
+    file = folder / "config.yaml"
+    return file.is_file() and OmegaConf.to_container(OmegaConf.load(file)) == resolved(cfg)
 
 
 def save_checkpoint(run: "Trainer") -> "Path":

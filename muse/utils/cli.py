@@ -159,7 +159,12 @@ def versions() -> dict[str, str]:
 
 
 def write_json(path: str | Path, content: Any) -> None:
-    """Write JSON so that `path` is always whole: beside it, then renamed."""
+    """Write JSON so that `path` is always whole."""
+    write_text(path, json.dumps(content, indent=2) + "\n")
+
+
+def write_text(path: str | Path, content: str) -> None:
+    """Write a text so that `path` is always whole: beside it, then renamed."""
     target = Path(path)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -167,9 +172,8 @@ def write_json(path: str | Path, content: Any) -> None:
     except OSError as error:
         raise MuseError(f"{target}: cannot be written ({error.strerror})") from None
     try:
-        with os.fdopen(handle, "w") as file:
-            json.dump(content, file, indent=2)
-            file.write("\n")
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(content)
         os.chmod(temporary, 0o644)
         os.replace(temporary, target)
     except BaseException:

@@ -81,6 +81,11 @@ def draw_curves(runs: Sequence[Run], path: str | Path, names: Sequence[str] | No
         offset += run.records[-1]["step"] if one_after_another else 0
     for name, axis in zip(names, axes):
         _finish(axis, name)
+    return save_figure(figure, path)
+
+
+def save_figure(figure: Any, path: str | Path) -> Path:
+    """Write a matplotlib figure so that `path` is always whole."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(f".{target.name}.part{target.suffix}")
