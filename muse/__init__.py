@@ -1,12 +1,25 @@
 """muse: a unified visual tokenizer with its own subspace of attention for structure and for semantics (arXiv 2605.05646)."""
+
 from muse.errors import CheckpointError, ConfigError, DataError, MuseError
 
 __version__ = "0.1.0"
-__all__ = ["MUSE_ViT", "Encoding", "load_config", "load_release_checkpoint", "ConfigError", "CheckpointError", "DataError",
-           "MuseError"]
+__all__ = [
+    "MUSE_ViT",
+    "Encoding",
+    "load_config",
+    "load_release_checkpoint",
+    "ConfigError",
+    "CheckpointError",
+    "DataError",
+    "MuseError",
+]
 
-_LAZY = {"MUSE_ViT": "muse.models.muse_vit", "Encoding": "muse.models.muse_vit", "load_config": "muse.config",
-         "load_release_checkpoint": "muse.models.release_weights"}
+_LAZY = {
+    "MUSE_ViT": "muse.models.muse_vit",
+    "Encoding": "muse.models.muse_vit",
+    "load_config": "muse.config",
+    "load_release_checkpoint": "muse.models.release_weights",
+}
 
 
 def __getattr__(name: str):

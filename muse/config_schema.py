@@ -1,10 +1,12 @@
 """Names, types and defaults of every configuration key; `configs/default.yaml` shows them with comments."""
+
 from dataclasses import dataclass, field
 from typing import Any
 
 
 def _dict() -> Any:
     return field(default_factory=dict)
+
 
 @dataclass
 class SourceConfig:

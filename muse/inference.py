@@ -1,4 +1,5 @@
 """Reconstruct picture files with a trained model."""
+
 import glob
 import logging
 from collections.abc import Sequence
@@ -38,7 +39,9 @@ def find_images(pattern: str) -> list[Path]:
         if not found:
             raise DataError(f"{path}: holds no picture ({', '.join(sorted(SUFFIXES))})")
         return found
-    found = sorted(Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file())
+    found = sorted(
+        Path(name) for name in glob.glob(str(path), recursive=True) if Path(name).is_file()
+    )
     if not found:
         raise DataError(f"{pattern}: no such picture, directory or glob")
     return found
@@ -56,8 +59,9 @@ def read_image(file: Path) -> Tensor:
         raise DataError(f"{file}: cannot be read ({error.strerror})") from None
 
 
-def reconstruct_files(model, files: Sequence[Path], folder: Path,
-                      max_side: int = 2048) -> tuple[list[Reconstructed], list[tuple[Path, str]]]:
+def reconstruct_files(
+    model, files: Sequence[Path], folder: Path, max_side: int = 2048
+) -> tuple[list[Reconstructed], list[tuple[Path, str]]]:
     """Write `NAME.png` (the reconstruction) and `NAME_compare.png` (input beside it) for each file.
 
     Returns the results and the files that could not be read, with the reason. `DataError` where a result would overwrite an input.
@@ -76,7 +80,9 @@ def reconstruct_files(model, files: Sequence[Path], folder: Path,
         save_image(recon, target)
         save_image(tile([[image, recon]]), both)
         error = (recon - image).square().mean().clamp_min(1e-12)
-        results.append(Reconstructed(file, target, both, *image.shape[-2:], float(-10 * error.log10())))
+        results.append(
+            Reconstructed(file, target, both, *image.shape[-2:], float(-10 * error.log10()))
+        )
     return results, failed
 
 
@@ -84,13 +90,19 @@ def name_results(files: Sequence[Path], folder: Path) -> list[tuple[Path, Path, 
     """(input, reconstruction, comparison) for each file, no two results under one name and none over an input."""
     named, taken, inputs = [], set(), {file.resolve() for file in files}
     for file in files:
-        for stem in (file.stem, file.name.replace(".", "_"), *(f"{file.stem}_{number}" for number in range(2, len(files) + 2))):
+        for stem in (
+            file.stem,
+            file.name.replace(".", "_"),
+            *(f"{file.stem}_{number}" for number in range(2, len(files) + 2)),
+        ):
             targets = folder / f"{stem}.png", folder / f"{stem}_compare.png"
             if taken.isdisjoint(targets):
                 break
         clash = inputs & {target.resolve() for target in targets}
         if clash:
-            raise DataError(f"{clash.pop()}: would be overwritten by a reconstruction; choose another output directory")
+            raise DataError(
+                f"{clash.pop()}: would be overwritten by a reconstruction; choose another output directory"
+            )
         taken.update(targets)
         named.append((file, *targets))
     return named

@@ -1,22 +1,49 @@
 """What a configuration costs, computed on the meta device: parameters, FLOPs, memory, GPU-hours. No weights, no GPU, no data."""
+
 import sys
 from pathlib import Path
 
+from muse import cli
 from muse.errors import ConfigError
-from muse.utils import cli
+from muse.utils.io import versions, write_json
 
 
 @cli.entry
 def main(argv=None) -> int:
     parser = cli.plain_parser(__doc__)
     which = parser.add_mutually_exclusive_group(required=True)
-    which.add_argument("--config", help="YAML configuration of one stage, such as configs/muse_1b/stage3.yaml")
-    which.add_argument("--recipe", metavar="DIR", help="every stage of a variant, such as configs/muse_1b")
-    parser.add_argument("--batch_size", type=int, help="images of one process, for the memory; without it the configuration's")
-    parser.add_argument("--gpus", type=int, default=8, help="processes; with the configuration's batch they give the images of a step")
-    parser.add_argument("--utilisation", type=float, default=0.4, help="share of the peak that a step reaches")
-    parser.add_argument("--peak_tflops", type=float, default=989, help="of a GPU in mixed precision; H100 SXM, dense")
-    parser.add_argument("--peak_tflops_float32", type=float, default=67, help="of a GPU in float32; H100 SXM without TF32 (with: 494)")
+    which.add_argument(
+        "--config", help="YAML configuration of one stage, such as configs/muse_1b/stage3.yaml"
+    )
+    which.add_argument(
+        "--recipe", metavar="DIR", help="every stage of a variant, such as configs/muse_1b"
+    )
+    parser.add_argument(
+        "--batch_size",
+        type=int,
+        help="images of one process, for the memory; without it the configuration's",
+    )
+    parser.add_argument(
+        "--gpus",
+        type=int,
+        default=8,
+        help="processes; with the configuration's batch they give the images of a step",
+    )
+    parser.add_argument(
+        "--utilisation", type=float, default=0.4, help="share of the peak that a step reaches"
+    )
+    parser.add_argument(
+        "--peak_tflops",
+        type=float,
+        default=989,
+        help="of a GPU in mixed precision; H100 SXM, dense",
+    )
+    parser.add_argument(
+        "--peak_tflops_float32",
+        type=float,
+        default=67,
+        help="of a GPU in float32; H100 SXM without TF32 (with: 494)",
+    )
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("--json", metavar="FILE", help="also write every number to this file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration overrides")
@@ -25,8 +52,14 @@ def main(argv=None) -> int:
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise ConfigError(f"--{name} must be above 0, got {getattr(args, name)}")
     if args.utilisation > 1:
-        raise ConfigError(f"--utilisation is a share of the peak, at most 1, got {args.utilisation}")
-    files = [Path(args.config)] if args.config else sorted(Path(args.recipe).expanduser().glob("stage*.yaml"))
+        raise ConfigError(
+            f"--utilisation is a share of the peak, at most 1, got {args.utilisation}"
+        )
+    files = (
+        [Path(args.config)]
+        if args.config
+        else sorted(Path(args.recipe).expanduser().glob("stage*.yaml"))
+    )
     if not files:
         raise ConfigError(f"{args.recipe}: no stage*.yaml in that directory")
 
@@ -34,12 +67,23 @@ def main(argv=None) -> int:
     from muse.analysis.cost_table import markdown_table, text_table
     from muse.config import load_config
 
-    costs = [run_cost(load_config(file, args.overrides), batch=args.batch_size, gpus=args.gpus, utilisation=args.utilisation,
-                      peak=args.peak_tflops, peak_float32=args.peak_tflops_float32) | {"name": f"{file.parent.name}/{file.stem}"}
-             for file in files]
+    costs = [
+        run_cost(
+            load_config(file, args.overrides),
+            batch=args.batch_size,
+            gpus=args.gpus,
+            utilisation=args.utilisation,
+            peak=args.peak_tflops,
+            peak_float32=args.peak_tflops_float32,
+        )
+        | {"name": f"{file.parent.name}/{file.stem}"}
+        for file in files
+    ]
     print(markdown_table(costs) if args.markdown else text_table(costs))
     if args.json:
-        cli.write_json(args.json, {"stages": costs, "overrides": args.overrides, "versions": cli.versions()})
+        write_json(
+            args.json, {"stages": costs, "overrides": args.overrides, "versions": versions()}
+        )
     return 0
 
 

@@ -4,19 +4,23 @@ OUTPUT_DIR/metrics.json.
 
 import sys
 
-from muse.utils import cli
+from muse import cli
 
 
 @cli.entry
 def main(argv=None) -> int:
-    from muse.evaluation import frozen, runs
+    from muse.evaluation import command, frozen_features
     from muse.evaluation.linear_probe import LEARNING_RATES
 
     parser = cli.parser(__doc__)
-    frozen.add_flags(parser, "semantic")
-    runs.add_flags(parser, "outputs/linear_probe", train=True)
+    frozen_features.add_flags(parser, "semantic")
+    command.add_flags(parser, "outputs/linear_probe", train=True)
     parser.add_argument(
-        "--num_classes", "--num-classes", type=int, default=None, help="default: the largest training label + 1"
+        "--num_classes",
+        "--num-classes",
+        type=int,
+        default=None,
+        help="default: the largest training label + 1",
     )
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument(
@@ -42,12 +46,18 @@ def main(argv=None) -> int:
     if measured is not None:
         result, facts = measured
         name = facts["network"]["feature"]
-        print(f"linear probe of {name} features, {result.classes} classes, {result.val_samples} pictures")
+        print(
+            f"linear probe of {name} features, {result.classes} classes, {result.val_samples} pictures"
+        )
         print(f"{'':>14} {'micro':>8} {'macro':>8}")
-        for name, score in (("last epoch", result.last), ("best epoch", result.best), ("majority", result.majority)):
+        for name, score in (
+            ("last epoch", result.last),
+            ("best epoch", result.best),
+            ("majority", result.majority),
+        ):
             print(f"{name:>14} {score.micro:8.4f} {score.macro:8.4f}")
         print(f"{'chance':>14} {result.chance:8.4f} {result.chance:8.4f}")
-        print(runs.write_metrics(args, cfg, result.as_dict(), **facts))
+        print(command.write_metrics(args, cfg, result.as_dict(), **facts))
     return 0
 
 

@@ -3,18 +3,21 @@
 import sys
 from pathlib import Path
 
-from muse.utils import cli
+from muse import cli
 
 
 @cli.entry
 def main(argv=None) -> int:
-    from muse.evaluation import frozen, runs
+    from muse.evaluation import command, frozen_features
 
     parser = cli.parser(__doc__)
-    frozen.add_flags(parser, "block")
-    runs.add_flags(parser, "outputs/segment_probe", train=True)
+    frozen_features.add_flags(parser, "block")
+    command.add_flags(parser, "outputs/segment_probe", train=True)
     parser.add_argument(
-        "--mode", choices=("muse", "baseline"), default="muse", help="baseline: the bare encoder, as --baseline"
+        "--mode",
+        choices=("muse", "baseline"),
+        default="muse",
+        help="baseline: the bare encoder, as --baseline",
     )
     parser.add_argument(
         "--labels",
@@ -23,7 +26,11 @@ def main(argv=None) -> int:
         help="ade20k: 0 is ignored and 1..150 become 0..149; plain: the masks' numbers; foreground: 0 against the rest",
     )
     parser.add_argument(
-        "--num_classes", "--num-classes", type=int, default=None, help="default: 150 for ade20k, else from the data"
+        "--num_classes",
+        "--num-classes",
+        type=int,
+        default=None,
+        help="default: 150 for ade20k, else from the data",
     )
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--probe_batch_size", "--probe-batch-size", type=int, default=32)
@@ -39,7 +46,7 @@ def main(argv=None) -> int:
         from muse.utils.viz_utils import save_image
 
         values, facts, sheet = measured
-        path = runs.write_metrics(args, cfg, values, **facts)
+        path = command.write_metrics(args, cfg, values, **facts)
         if sheet is not None:
             save_image(sheet, Path(args.output_dir) / "segmentation.png")
         print(

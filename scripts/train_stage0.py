@@ -1,8 +1,9 @@
 """Train stage 0, encoder_distillation: `python scripts/train_stage0.py --config configs/muse_tiny/stage0.yaml [key=value ...]`."""
+
 import sys
 
+from muse import cli
 from muse.training.main import stage_main
-from muse.utils import cli
 
 
 @cli.entry

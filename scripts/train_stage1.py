@@ -1,8 +1,9 @@
 """Train stage 1, topology_warmup: `python scripts/train_stage1.py --config configs/muse_tiny/stage1.yaml [key=value ...]`."""
+
 import sys
 
+from muse import cli
 from muse.training.main import stage_main
-from muse.utils import cli
 
 
 @cli.entry

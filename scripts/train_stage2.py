@@ -1,8 +1,9 @@
 """Train stage 2, semantic_injection: `python scripts/train_stage2.py --config configs/muse_tiny/stage2.yaml [key=value ...]`."""
+
 import sys
 
+from muse import cli
 from muse.training.main import stage_main
-from muse.utils import cli
 
 
 @cli.entry

@@ -1,8 +1,9 @@
 """Train stage 3, synergistic_tuning: `python scripts/train_stage3.py --config configs/muse_tiny/stage3.yaml [key=value ...]`."""
+
 import sys
 
+from muse import cli
 from muse.training.main import stage_main
-from muse.utils import cli
 
 
 @cli.entry

@@ -1,27 +1,39 @@
 """Draw what the blocks attend to: one picture (`single`) or many (`batch`), a sheet with a row a block each."""
+
 import sys
 from pathlib import Path
 
-from muse.utils import cli
+from muse import cli
+from muse.utils.io import writable_directory
 
 
 @cli.entry
 def main(argv=None) -> int:
     parser = cli.parser(__doc__, checkpoint=True)
     parser.add_argument("--mode", choices=("single", "batch"), default="single")
-    parser.add_argument("--image", default=None, help="picture file (single), or directory or glob (batch); batch without one takes "
-                                                      "the configuration's evaluation pictures")
+    parser.add_argument(
+        "--image",
+        default=None,
+        help="picture file (single), or directory or glob (batch); batch without one takes "
+        "the configuration's evaluation pictures",
+    )
     parser.add_argument("--output", required=True, help="directory for the sheets")
-    parser.add_argument("--query", type=float, nargs=2, default=None, metavar=("Y", "X"),
-                        help="where the query stands, as fractions of height and width; default: the middle, and for single "
-                             "also four more places")
+    parser.add_argument(
+        "--query",
+        type=float,
+        nargs=2,
+        default=None,
+        metavar=("Y", "X"),
+        help="where the query stands, as fractions of height and width; default: the middle, and for single "
+        "also four more places",
+    )
     parser.add_argument("--num_images", type=int, default=8, help="batch: how many pictures")
     args = cli.parse(parser, argv)
     cfg = cli.load_cfg(args)
-    from muse.analysis.attention import draw_attention, pictures_for
+    from muse.analysis.attention_pictures import draw_attention, pictures_for
 
     pictures = pictures_for(cfg, args.mode, args.image, args.num_images)
-    folder = cli.writable_directory(args.output)
+    folder = writable_directory(args.output)
     model = cli.load_model(args, cfg)
     for path in draw_attention(model, pictures, Path(folder), args.mode, args.query):
         print(path)

@@ -2,15 +2,15 @@
 
 import sys
 
-from muse.utils import cli
+from muse import cli
 
 
 @cli.entry
 def main(argv=None) -> int:
-    from muse.evaluation import runs
+    from muse.evaluation import command
 
     parser = cli.parser(__doc__, checkpoint=True)
-    runs.add_flags(parser, "outputs/zero_shot")
+    command.add_flags(parser, "outputs/zero_shot")
     parser.add_argument(
         "--classnames",
         default=None,
@@ -18,10 +18,16 @@ def main(argv=None) -> int:
         "folders' names, else open_clip's ImageNet names",
     )
     parser.add_argument(
-        "--templates", default=None, help="file, one template a line with {} for the name; default: open_clip's 80"
+        "--templates",
+        default=None,
+        help="file, one template a line with {} for the name; default: open_clip's 80",
     )
     parser.add_argument(
-        "--retrieval", type=int, default=0, metavar="K", help="also caption retrieval among K (the data needs captions)"
+        "--retrieval",
+        type=int,
+        default=0,
+        metavar="K",
+        help="also caption retrieval among K (the data needs captions)",
     )
     args = cli.parse(parser, argv)
     cfg = cli.load_cfg(args)
@@ -32,7 +38,7 @@ def main(argv=None) -> int:
         values, facts = measured
         for name, value in values.items():
             print(f"{name:>20} {value:.4f}" if isinstance(value, float) else f"{name:>20} {value}")
-        print(runs.write_metrics(args, cfg, values, **facts))
+        print(command.write_metrics(args, cfg, values, **facts))
     return 0
 
 

@@ -1,7 +1,10 @@
 """For all tests: no network, one thread (the tensors are tiny), demo data drawn once, a small trained run made once."""
+
 import os
 
-os.environ.update(HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false")
+os.environ.update(
+    HF_HUB_OFFLINE="1", TRANSFORMERS_VERBOSITY="error", TOKENIZERS_PARALLELISM="false"
+)
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import pytest  # noqa: E402
@@ -20,7 +23,7 @@ def _seed():
 @pytest.fixture(scope="session")
 def shapes_data(tmp_path_factory):
     """A folder of drawn 32 px scenes: 8 shards of 8 training pictures, 2 of 4 evaluation pictures."""
-    from muse.data.demo import make_demo_data
+    from muse.experiments.demo_data import make_demo_data
 
     folder = tmp_path_factory.mktemp("data") / "shapes"
     make_demo_data(kind="shapes", output=folder, images=64, val_images=8, size=32, workers=1)
@@ -34,7 +37,12 @@ def trained_run(shapes_data, tmp_path_factory):
     from muse.training.trainer import train
 
     folder = tmp_path_factory.mktemp("trained")
-    config = helpers.run_config(folder / "run.yaml", shapes_data, folder / "run", "semantic_injection",
-                                {"experiment": {"save_every": 1, "keep_last": 5}})
+    config = helpers.run_config(
+        folder / "run.yaml",
+        shapes_data,
+        folder / "run",
+        "semantic_injection",
+        {"experiment": {"save_every": 1, "keep_last": 5}},
+    )
     train(load_config(config))
     return config, folder / "run"

@@ -1,4 +1,5 @@
 """Every command of the core as a user calls it; a user's mistake is one line, exit code 2, nothing half-written."""
+
 import json
 import os
 import shutil
@@ -10,12 +11,17 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from muse.utils import cli
+from muse import cli
+from muse.utils.io import write_json
 from scripts import inference, train_stage1, train_stage2, train_stage3, visualize_attention
 from tests.data.helpers import picture
 from tests.helpers import ROOT, one_error, run_config
 
-TRAIN = {"topology_warmup": train_stage1, "semantic_injection": train_stage2, "synergistic_tuning": train_stage3}
+TRAIN = {
+    "topology_warmup": train_stage1,
+    "semantic_injection": train_stage2,
+    "synergistic_tuning": train_stage3,
+}
 
 
 @pytest.fixture
@@ -31,10 +37,15 @@ def photo(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------- inference
-@pytest.mark.parametrize(("name", "size"), [("a.png", (32, 32)), ("b.jpg", (53, 37)), ("c.webp", (1, 1)), ("d.bmp", (90, 7))])
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [("a.png", (32, 32)), ("b.jpg", (53, 37)), ("c.webp", (1, 1)), ("d.bmp", (90, 7))],
+)
 def test_inference_keeps_the_picture_s_size(name, size, flags, tmp_path, capsys):
     picture(1, *size).save(tmp_path / name)
-    code = inference.main([*flags, "--image_path", str(tmp_path / name), "--output_dir", str(tmp_path / "out")])
+    code = inference.main(
+        [*flags, "--image_path", str(tmp_path / name), "--output_dir", str(tmp_path / "out")]
+    )
     assert code == 0
     target = tmp_path / "out" / f"{name[0]}.png"
     assert Image.open(target).size == size and Image.open(target).mode == "RGB"
@@ -46,30 +57,72 @@ def test_inference_of_a_directory_and_of_a_glob(flags, tmp_path, capsys):
     (tmp_path / "in").mkdir()
     for number, name in enumerate(("a.png", "b.jpg", "c.png")):
         picture(number, 20 + number, 18).save(tmp_path / "in" / name)
-    assert inference.main([*flags, "--image_path", str(tmp_path / "in"), "--output_dir", str(tmp_path / "all")]) == 0
-    assert sorted(os.listdir(tmp_path / "all")) == sorted(f"{stem}{kind}.png" for stem in "abc" for kind in ("", "_compare"))
-    assert inference.main([*flags, "--image_path", f"{tmp_path}/in/*.png", "--output_dir", str(tmp_path / "some")]) == 0
-    assert sorted(os.listdir(tmp_path / "some")) == ["a.png", "a_compare.png", "c.png", "c_compare.png"]
+    assert (
+        inference.main(
+            [*flags, "--image_path", str(tmp_path / "in"), "--output_dir", str(tmp_path / "all")]
+        )
+        == 0
+    )
+    assert sorted(os.listdir(tmp_path / "all")) == sorted(
+        f"{stem}{kind}.png" for stem in "abc" for kind in ("", "_compare")
+    )
+    assert (
+        inference.main(
+            [*flags, "--image_path", f"{tmp_path}/in/*.png", "--output_dir", str(tmp_path / "some")]
+        )
+        == 0
+    )
+    assert sorted(os.listdir(tmp_path / "some")) == [
+        "a.png",
+        "a_compare.png",
+        "c.png",
+        "c_compare.png",
+    ]
     assert len(capsys.readouterr().out.splitlines()) == 5
 
 
 def test_every_form_of_checkpoint_gives_the_same_picture(trained_run, photo, tmp_path):
     config, run = trained_run
-    forms = {"final": run / "final", "training": run / "checkpoint-2", "file": run / "final/model.safetensors"}
+    forms = {
+        "final": run / "final",
+        "training": run / "checkpoint-2",
+        "file": run / "final/model.safetensors",
+    }
     pixels = {}
     for form, checkpoint in forms.items():
         words = ["--config", str(config), "--checkpoint", str(checkpoint), "--device", "cpu"]
-        assert inference.main([*words, "--image_path", photo, "--output_dir", str(tmp_path / form)]) == 0
+        assert (
+            inference.main([*words, "--image_path", photo, "--output_dir", str(tmp_path / form)])
+            == 0
+        )
         pixels[form] = (tmp_path / form / "photo.png").read_bytes()
     assert len(set(pixels.values())) == 1  # the averaged weights, whichever way they come
-    earlier = ["--config", str(config), "--checkpoint", str(run / "checkpoint-1"), "--device", "cpu"]
-    assert inference.main([*earlier, "--image_path", photo, "--output_dir", str(tmp_path / "earlier")]) == 0
+    earlier = [
+        "--config",
+        str(config),
+        "--checkpoint",
+        str(run / "checkpoint-1"),
+        "--device",
+        "cpu",
+    ]
+    assert (
+        inference.main([*earlier, "--image_path", photo, "--output_dir", str(tmp_path / "earlier")])
+        == 0
+    )
     assert (tmp_path / "earlier/photo.png").read_bytes() != pixels["final"]
 
 
 def test_bare_config_and_overrides_anywhere(flags, trained_run, photo, tmp_path):
-    words = [f"config={trained_run[0]}", "training.seed=3", *flags[2:], "--image_path", photo, "model.grad_scale=0.5", "--output_dir",
-             str(tmp_path / "out")]
+    words = [
+        f"config={trained_run[0]}",
+        "training.seed=3",
+        *flags[2:],
+        "--image_path",
+        photo,
+        "model.grad_scale=0.5",
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
     assert inference.main(words) == 0
     made = cli.parser("x", checkpoint=True)
     args = cli.parse(made, ["a.b=1", "config=c.yaml", "--checkpoint", "k", "d=[2,3]"])
@@ -87,30 +140,71 @@ def broken_directory(trained_run, tmp_path, change):
 def without(words, flag, value=None):
     """`words` with the value of a flag replaced, or the flag removed."""
     at = words.index(flag)
-    return words[:at] + ([flag, str(value)] if value is not None else []) + words[at + 2:]
+    return words[:at] + ([flag, str(value)] if value is not None else []) + words[at + 2 :]
 
 
 MISTAKES = {
-    "missing image": (lambda w, t: without(w, "--image_path", t / "none.jpg"), "none.jpg: no such picture"),
-    "image directory without pictures": (lambda w, t: without(w, "--image_path", t / "empty"), "holds no picture"),
-    "text named .jpg": (lambda w, t: without(w, "--image_path", t / "text.jpg"), "text.jpg: not a readable picture"),
-    "empty file named .png": (lambda w, t: without(w, "--image_path", t / "void.png"), "void.png: not a readable picture"),
-    "unknown key": (lambda w, t: [*w, "model.ruting=paper"], "unknown key model.ruting; did you mean model.routing?"),
+    "missing image": (
+        lambda w, t: without(w, "--image_path", t / "none.jpg"),
+        "none.jpg: no such picture",
+    ),
+    "image directory without pictures": (
+        lambda w, t: without(w, "--image_path", t / "empty"),
+        "holds no picture",
+    ),
+    "text named .jpg": (
+        lambda w, t: without(w, "--image_path", t / "text.jpg"),
+        "text.jpg: not a readable picture",
+    ),
+    "empty file named .png": (
+        lambda w, t: without(w, "--image_path", t / "void.png"),
+        "void.png: not a readable picture",
+    ),
+    "unknown key": (
+        lambda w, t: [*w, "model.ruting=paper"],
+        "unknown key model.ruting; did you mean model.routing?",
+    ),
     "wrong type": (lambda w, t: [*w, "model.dim=wide"], "wrong type for model.dim"),
     "impossible": (lambda w, t: [*w, "model.num_heads=5"], "model.num_heads=5"),
     "not an override": (lambda w, t: [*w, "paper"], "'paper' is not an override"),
-    "missing configuration": (lambda w, t: without(w, "--config", t / "none.yaml"), "none.yaml: no such configuration file"),
+    "missing configuration": (
+        lambda w, t: without(w, "--config", t / "none.yaml"),
+        "none.yaml: no such configuration file",
+    ),
     "broken configuration": (lambda w, t: without(w, "--config", t / "text.jpg"), "text.jpg"),
-    "missing checkpoint": (lambda w, t: without(w, "--checkpoint", t / "none"), "none: no such checkpoint"),
-    "empty checkpoint": (lambda w, t: without(w, "--checkpoint", t / "empty"), "so it is no checkpoint of MUSE"),
-    "text as checkpoint": (lambda w, t: without(w, "--checkpoint", t / "text.jpg"), "text.jpg: not a checkpoint"),
-    "another size": (lambda w, t: [*w, "model.num_blocks=3"], "a checkpoint of another size: its model.num_blocks is 2"),
+    "missing checkpoint": (
+        lambda w, t: without(w, "--checkpoint", t / "none"),
+        "none: no such checkpoint",
+    ),
+    "empty checkpoint": (
+        lambda w, t: without(w, "--checkpoint", t / "empty"),
+        "so it is no checkpoint of MUSE",
+    ),
+    "text as checkpoint": (
+        lambda w, t: without(w, "--checkpoint", t / "text.jpg"),
+        "text.jpg: not a checkpoint",
+    ),
+    "another size": (
+        lambda w, t: [*w, "model.num_blocks=3"],
+        "a checkpoint of another size: its model.num_blocks is 2",
+    ),
     "another routing": (lambda w, t: [*w, "model.routing=release"], "pass model.routing=paper"),
-    "output is a file": (lambda w, t: without(w, "--output_dir", t / "text.jpg"), "text.jpg: cannot be written"),
-    "output below a file": (lambda w, t: without(w, "--output_dir", t / "text.jpg/out"), "cannot be written"),
-    "output over the input": (lambda w, t: without(without(w, "--image_path", t / "photo.png"), "--output_dir", t),
-                              "would be overwritten"),
-    "no such device": (lambda w, t: without(w, "--device", "tpu"), "--device tpu: not available here"),
+    "output is a file": (
+        lambda w, t: without(w, "--output_dir", t / "text.jpg"),
+        "text.jpg: cannot be written",
+    ),
+    "output below a file": (
+        lambda w, t: without(w, "--output_dir", t / "text.jpg/out"),
+        "cannot be written",
+    ),
+    "output over the input": (
+        lambda w, t: without(without(w, "--image_path", t / "photo.png"), "--output_dir", t),
+        "would be overwritten",
+    ),
+    "no such device": (
+        lambda w, t: without(w, "--device", "tpu"),
+        "--device tpu: not available here",
+    ),
     "a flag left out": (lambda w, t: without(w, "--output_dir"), "--output_dir"),
     "an unknown flag": (lambda w, t: [*w, "--imge", "x"], "--imge"),
 }
@@ -130,15 +224,35 @@ def test_a_mistake_is_one_line_and_leaves_nothing(mistake, flags, photo, tmp_pat
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
 
 
-@pytest.mark.parametrize(("name", "change", "words"), [
-    ("truncated", lambda file: file.write_bytes(file.read_bytes()[:-64]), "not a readable safetensors file"),
-    ("a tensor less", lambda file: save_file({k: v for k, v in load_file(file).items() if k != "logit_scale"}, file), "logit_scale"),
-    ("a tensor more", lambda file: save_file({**load_file(file), "teacher.weight": torch.zeros(1)}, file), "teacher.weight"),
-    ("gone", lambda file: file.unlink(), "no checkpoint of MUSE"),
-])
+@pytest.mark.parametrize(
+    ("name", "change", "words"),
+    [
+        (
+            "truncated",
+            lambda file: file.write_bytes(file.read_bytes()[:-64]),
+            "not a readable safetensors file",
+        ),
+        (
+            "a tensor less",
+            lambda file: save_file(
+                {k: v for k, v in load_file(file).items() if k != "logit_scale"}, file
+            ),
+            "logit_scale",
+        ),
+        (
+            "a tensor more",
+            lambda file: save_file({**load_file(file), "teacher.weight": torch.zeros(1)}, file),
+            "teacher.weight",
+        ),
+        ("gone", lambda file: file.unlink(), "no checkpoint of MUSE"),
+    ],
+)
 def test_broken_weights_are_named(name, change, words, flags, trained_run, photo, tmp_path, capsys):
     words_in = without(flags, "--checkpoint", broken_directory(trained_run, tmp_path, change))
-    line = one_error(capsys, inference.main([*words_in, "--image_path", photo, "--output_dir", str(tmp_path / "out")]))
+    line = one_error(
+        capsys,
+        inference.main([*words_in, "--image_path", photo, "--output_dir", str(tmp_path / "out")]),
+    )
     assert words in line and not list((tmp_path / "out").glob("*"))
 
 
@@ -146,7 +260,9 @@ def test_one_unreadable_picture_among_others(flags, tmp_path, capsys):
     (tmp_path / "in").mkdir()
     picture(0, 16, 16).save(tmp_path / "in/a.png")
     (tmp_path / "in/b.jpg").write_text("text")
-    code = inference.main([*flags, "--image_path", str(tmp_path / "in"), "--output_dir", str(tmp_path / "out")])
+    code = inference.main(
+        [*flags, "--image_path", str(tmp_path / "in"), "--output_dir", str(tmp_path / "out")]
+    )
     assert "b.jpg: not a readable picture" in one_error(capsys, code)
     assert sorted(os.listdir(tmp_path / "out")) == ["a.png", "a_compare.png"]
 
@@ -159,29 +275,61 @@ def test_a_directory_without_permission(flags, photo, tmp_path, monkeypatch, cap
         raise PermissionError(13, "Permission denied", str(tmp_path / "out"))
 
     monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
-    line = one_error(capsys, inference.main([*flags, "--image_path", photo, "--output_dir", str(tmp_path / "out")]))
+    line = one_error(
+        capsys,
+        inference.main([*flags, "--image_path", photo, "--output_dir", str(tmp_path / "out")]),
+    )
     assert "cannot be written (Permission denied)" in line
 
 
 # ---------------------------------------------------------------------------------------------------- training
 @pytest.mark.parametrize("stage", TRAIN)
-def test_stage_scripts_train_and_inference_reads_what_they_leave(stage, shapes_data, photo, tmp_path):
-    config = run_config(tmp_path / "c.yaml", shapes_data, tmp_path / "unused", stage, {"training": {"max_train_steps": 1}})
-    assert TRAIN[stage].main(["--config", str(config), "--device", "cpu", f"experiment.output_dir={tmp_path}/run"]) == 0
+def test_stage_scripts_train_and_inference_reads_what_they_leave(
+    stage, shapes_data, photo, tmp_path
+):
+    config = run_config(
+        tmp_path / "c.yaml",
+        shapes_data,
+        tmp_path / "unused",
+        stage,
+        {"training": {"max_train_steps": 1}},
+    )
+    assert (
+        TRAIN[stage].main(
+            ["--config", str(config), "--device", "cpu", f"experiment.output_dir={tmp_path}/run"]
+        )
+        == 0
+    )
     assert not (tmp_path / "unused").exists() and (tmp_path / "run/final/config.json").is_file()
     words = ["--config", str(config), "--checkpoint", f"{tmp_path}/run/final", "--device", "cpu"]
-    assert inference.main([*words, "--image_path", photo, "--output_dir", str(tmp_path / "out")]) == 0
+    assert (
+        inference.main([*words, "--image_path", photo, "--output_dir", str(tmp_path / "out")]) == 0
+    )
 
 
 TRAINING_MISTAKES = {
-    "another stage's script": ("training.stage=semantic_injection",
-                               "training.stage=semantic_injection, this script trains topology_warmup"),
-    "no such data": ("dataset.params.train_shards_path_or_url=/nowhere/train-*.tar", "no such shard: /nowhere/train-*.tar"),
+    "another stage's script": (
+        "training.stage=semantic_injection",
+        "training.stage=semantic_injection, this script trains topology_warmup",
+    ),
+    "no such data": (
+        "dataset.params.train_shards_path_or_url=/nowhere/train-*.tar",
+        "no such shard: /nowhere/train-*.tar",
+    ),
     "empty data directory": ("dataset.params.train_shards_path_or_url={folder}/empty", "empty"),
-    "unset variable": ("dataset.params.train_shards_path_or_url=${{oc.env:MUSE_TEST_UNSET}}/x.tar", "MUSE_TEST_UNSET"),
+    "unset variable": (
+        "dataset.params.train_shards_path_or_url=${{oc.env:MUSE_TEST_UNSET}}/x.tar",
+        "MUSE_TEST_UNSET",
+    ),
     "unset output": ("experiment.output_dir=${{oc.env:MUSE_TEST_UNSET}}/run", "MUSE_TEST_UNSET"),
-    "too many workers": ("dataset.params.num_workers_per_gpu=9", "has 8 shards for 1 ranks x 9 workers"),
-    "missing stage before": ("experiment.init_from={folder}/stage0", "no such checkpoint; run the stage before this one"),
+    "too many workers": (
+        "dataset.params.num_workers_per_gpu=9",
+        "has 8 shards for 1 ranks x 9 workers",
+    ),
+    "missing stage before": (
+        "experiment.init_from={folder}/stage0",
+        "no such checkpoint; run the stage before this one",
+    ),
     "stage before of another size": ("experiment.init_from={other}", "another size"),
     "output is a file": ("experiment.output_dir={folder}/file", "cannot be written"),
     "global batch": ("training.global_batch_size=7", "training.global_batch_size=7"),
@@ -191,23 +339,40 @@ TRAINING_MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", TRAINING_MISTAKES)
-def test_a_mistake_in_training_is_one_line_and_leaves_nothing(mistake, shapes_data, trained_run, tmp_path, capsys, monkeypatch):
+def test_a_mistake_in_training_is_one_line_and_leaves_nothing(
+    mistake, shapes_data, trained_run, tmp_path, capsys, monkeypatch
+):
     monkeypatch.delenv("MUSE_TEST_UNSET", raising=False)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     override, words = TRAINING_MISTAKES[mistake]
     (tmp_path / "empty").mkdir()
     (tmp_path / "file").write_text("in the way")
-    config = run_config(tmp_path / "c.yaml", shapes_data, tmp_path / "run", "topology_warmup", {"model": {"num_heads": 4}})
+    config = run_config(
+        tmp_path / "c.yaml",
+        shapes_data,
+        tmp_path / "run",
+        "topology_warmup",
+        {"model": {"num_heads": 4}},
+    )
     override = override.format(folder=tmp_path, other=trained_run[1] / "final")
-    line = one_error(capsys, train_stage1.main(["--config", str(config), "--device", "cpu", override]))
+    line = one_error(
+        capsys, train_stage1.main(["--config", str(config), "--device", "cpu", override])
+    )
     assert words in line
-    assert not [path for name in ("final", "checkpoint-*", "metrics.jsonl") for path in tmp_path.rglob(name)]
+    assert not [
+        path for name in ("final", "checkpoint-*", "metrics.jsonl") for path in tmp_path.rglob(name)
+    ]
     assert (tmp_path / "file").read_text() == "in the way"
 
 
 def test_the_shipped_configurations_name_the_variable_they_need(monkeypatch, capsys):
     monkeypatch.delenv("CHECKPOINT_DIR", raising=False)
-    line = one_error(capsys, train_stage1.main(["--config", str(ROOT / "configs/muse_1b/stage1.yaml"), "--device", "cpu"]))
+    line = one_error(
+        capsys,
+        train_stage1.main(
+            ["--config", str(ROOT / "configs/muse_1b/stage1.yaml"), "--device", "cpu"]
+        ),
+    )
     assert "CHECKPOINT_DIR" in line and "experiment.output_dir" in line
 
 
@@ -216,7 +381,13 @@ def test_all_samples_unreadable_stops_the_run(tmp_path, shapes_data, capsys):
 
     write_tar(tmp_path / "bad.tar", {f"{n}": {"jpg": b"text", "txt": b"x"} for n in range(4)})
     config = run_config(tmp_path / "c.yaml", shapes_data, tmp_path / "run")
-    words = ["--config", str(config), "--device", "cpu", f"dataset.params.train_shards_path_or_url={tmp_path}/bad.tar"]
+    words = [
+        "--config",
+        str(config),
+        "--device",
+        "cpu",
+        f"dataset.params.train_shards_path_or_url={tmp_path}/bad.tar",
+    ]
     line = one_error(capsys, train_stage1.main(words))
     assert "bad.tar" in line or "samples" in line
     assert not (tmp_path / "run/final").exists()
@@ -224,30 +395,52 @@ def test_all_samples_unreadable_stops_the_run(tmp_path, shapes_data, capsys):
 
 # ---------------------------------------------------------------------------------------------------- attention pictures
 def test_attention_of_one_picture_and_of_many(flags, photo, tmp_path, capsys):
-    assert visualize_attention.main([*flags, "--image", photo, "--output", str(tmp_path / "one")]) == 0
+    assert (
+        visualize_attention.main([*flags, "--image", photo, "--output", str(tmp_path / "one")]) == 0
+    )
     assert capsys.readouterr().out.split() == [str(tmp_path / "one/photo_attention.png")]
     columns, side, rows = 5, 32, 3  # five queries; the picture and two blocks
-    assert Image.open(tmp_path / "one/photo_attention.png").size == (110 + columns * (side + 4) + 4, rows * (side + 4) + 4)
-    assert visualize_attention.main([*flags, "--mode", "batch", "--num_images", "3", "--output", str(tmp_path / "many")]) == 0
-    assert Image.open(tmp_path / "many/attention.png").size == (110 + 3 * (side + 4) + 4, rows * (side + 4) + 4)
+    assert Image.open(tmp_path / "one/photo_attention.png").size == (
+        110 + columns * (side + 4) + 4,
+        rows * (side + 4) + 4,
+    )
+    assert (
+        visualize_attention.main(
+            [*flags, "--mode", "batch", "--num_images", "3", "--output", str(tmp_path / "many")]
+        )
+        == 0
+    )
+    assert Image.open(tmp_path / "many/attention.png").size == (
+        110 + 3 * (side + 4) + 4,
+        rows * (side + 4) + 4,
+    )
 
 
-@pytest.mark.parametrize(("words", "message"), [
-    ([], "single needs --image"), (["--image", "{folder}/none.png"], "no such picture"),
-    (["--image", "{photo}", "--query", "0.5", "1.5"], "fractions between 0 and 1, got 1.5"),
-    (["--image", "{photo}", "--query", "a", "b"], "--query")])
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "single needs --image"),
+        (["--image", "{folder}/none.png"], "no such picture"),
+        (["--image", "{photo}", "--query", "0.5", "1.5"], "fractions between 0 and 1, got 1.5"),
+        (["--image", "{photo}", "--query", "a", "b"], "--query"),
+    ],
+)
 def test_attention_mistakes(words, message, flags, photo, tmp_path, capsys):
     words = [word.format(folder=tmp_path, photo=photo) for word in words]
-    line = one_error(capsys, visualize_attention.main([*flags, *words, "--output", str(tmp_path / "out")]))
+    line = one_error(
+        capsys, visualize_attention.main([*flags, *words, "--output", str(tmp_path / "out")])
+    )
     assert message in line and not list(tmp_path.rglob("*.png"))
 
 
 # ---------------------------------------------------------------------------------------------------- shared pieces
 def test_json_is_written_whole_or_not_at_all(tmp_path):
-    cli.write_json(tmp_path / "deep/metrics.json", {"a": 1})
+    write_json(tmp_path / "deep/metrics.json", {"a": 1})
     with pytest.raises(TypeError):
-        cli.write_json(tmp_path / "deep/metrics.json", {"a": object()})
-    assert json.loads((tmp_path / "deep/metrics.json").read_text()) == {"a": 1} and os.listdir(tmp_path / "deep") == ["metrics.json"]
+        write_json(tmp_path / "deep/metrics.json", {"a": object()})
+    assert json.loads((tmp_path / "deep/metrics.json").read_text()) == {"a": 1} and os.listdir(
+        tmp_path / "deep"
+    ) == ["metrics.json"]
 
 
 def test_bugs_keep_their_traceback():
@@ -280,12 +473,18 @@ def test_protocol_names_what_was_used(trained_run):
     facts = cli.protocol(args, load_config(config), images=3)
     digest = hashlib.sha256((run / "final/model.safetensors").read_bytes()).hexdigest()
     assert facts["checkpoint"]["sha256"] == digest and facts["images"] == 3 and facts["seed"] == 42
-    assert facts["versions"]["torch"] == torch.__version__.split("+")[0] or facts["versions"]["torch"] == torch.__version__
+    assert (
+        facts["versions"]["torch"] == torch.__version__.split("+")[0]
+        or facts["versions"]["torch"] == torch.__version__
+    )
     assert facts["config"]["model"]["dim"] == 32
     json.dumps(facts)
 
 
-@pytest.mark.parametrize("script", sorted(path.stem for path in (ROOT / "scripts").glob("*.py") if path.stem != "__init__"))
+@pytest.mark.parametrize(
+    "script",
+    sorted(path.stem for path in (ROOT / "scripts").glob("*.py") if path.stem != "__init__"),
+)
 def test_every_script_has_help(script, capsys):
     import importlib
 
@@ -295,15 +494,38 @@ def test_every_script_has_help(script, capsys):
 
 
 def test_help_needs_no_torch():
-    code = "import sys; sys.argv = ['x', '--help']\nimport muse\nfrom scripts import inference\n" \
-           "try:\n    inference.main()\nexcept SystemExit:\n    pass\nprint('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    code = (
+        "import sys; sys.argv = ['x', '--help']\nimport muse\nfrom scripts import inference\n"
+        "try:\n    inference.main()\nexcept SystemExit:\n    pass\nprint('torch' in sys.modules)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=120
+    )
     assert done.stdout.strip().endswith("False"), done.stderr
 
 
-@pytest.mark.parametrize("launcher", ["train_stage1.sh", "train_stage2.sh", "train_stage3.sh", "visualize_attention.sh", "evaluate.sh",
-                                      "segment_probe.sh"])
+@pytest.mark.parametrize(
+    "launcher",
+    [
+        "train_stage1.sh",
+        "train_stage2.sh",
+        "train_stage3.sh",
+        "visualize_attention.sh",
+        "evaluate.sh",
+        "segment_probe.sh",
+    ],
+)
 def test_launchers_without_arguments_say_how_they_are_used(launcher):
     environment = {**os.environ, "MUSE_PYTHON": sys.executable}
-    done = subprocess.run(["bash", ROOT / "tools" / launcher], env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 2 and done.stderr.startswith("error: usage: ") and len(done.stderr.splitlines()) == 1
+    done = subprocess.run(
+        ["bash", ROOT / "tools" / launcher],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (
+        done.returncode == 2
+        and done.stderr.startswith("error: usage: ")
+        and len(done.stderr.splitlines()) == 1
+    )

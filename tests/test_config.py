@@ -1,4 +1,5 @@
 """Configuration: every key known, typed and frozen; the documented default file is the default; environment variables wait."""
+
 import dataclasses
 from pathlib import Path
 
@@ -7,12 +8,23 @@ from omegaconf import OmegaConf
 from omegaconf.errors import InterpolationResolutionError, ReadonlyConfigError
 
 from muse import ConfigError, load_config
-from muse.config import (CHOICES, ROUTING_CELLS, Config, ModelConfig, model_config, nearest, plain, resolved, unset_variable)
+from muse.config import (
+    CHOICES,
+    ROUTING_CELLS,
+    model_config,
+    nearest,
+    plain,
+    resolved,
+    unset_variable,
+)
+from muse.config_schema import Config, ModelConfig
 from muse.errors import MuseError
 from tests.helpers import MODEL, ROOT
 
 DEFAULT = ROOT / "configs/default.yaml"
-FILES = sorted(file for file in (ROOT / "configs").rglob("*.yaml") if file.parent.name != "accelerate")  # those are accelerate's own
+FILES = sorted(
+    file for file in (ROOT / "configs").rglob("*.yaml") if file.parent.name != "accelerate"
+)  # those are accelerate's own
 
 
 def write(folder: Path, name: str, text: str) -> Path:
@@ -40,7 +52,11 @@ def test_default_yaml_is_the_defaults_and_states_every_key():
 
 
 def test_every_section_of_default_yaml_has_its_comments():
-    lines = [line for line in DEFAULT.read_text().splitlines() if ":" in line and not line.lstrip().startswith("#")]
+    lines = [
+        line
+        for line in DEFAULT.read_text().splitlines()
+        if ":" in line and not line.lstrip().startswith("#")
+    ]
     assert sum("#" in line for line in lines) > len(lines) / 2
 
 
@@ -56,11 +72,19 @@ def test_every_file_loads_without_environment(file, monkeypatch):
 @pytest.mark.parametrize("size", ["muse_1b", "muse_3b", "muse_tiny"])
 def test_stages_say_what_fidelity_says(size):
     """The recipe that FIDELITY quotes, stage by stage; the small model keeps its order and its switches."""
-    one, two, three = (load_config(ROOT / f"configs/{size}/stage{stage}.yaml") for stage in (1, 2, 3))
-    assert [cfg.training.stage for cfg in (one, two, three)] == ["topology_warmup", "semantic_injection", "synergistic_tuning"]
+    one, two, three = (
+        load_config(ROOT / f"configs/{size}/stage{stage}.yaml") for stage in (1, 2, 3)
+    )
+    assert [cfg.training.stage for cfg in (one, two, three)] == [
+        "topology_warmup",
+        "semantic_injection",
+        "synergistic_tuning",
+    ]
     assert [cfg.model.isolate_streams for cfg in (one, two, three)] == [True, True, False]
     assert [cfg.losses.itc.weight > 0 for cfg in (one, two, three)] == [False, True, True]
-    assert all(cfg.losses.topology.weight > 0 and cfg.model.routing == "paper" for cfg in (one, two, three))
+    assert all(
+        cfg.losses.topology.weight > 0 and cfg.model.routing == "paper" for cfg in (one, two, three)
+    )
     if size == "muse_tiny":
         return
     assert [cfg.optimizer.params.learning_rate for cfg in (one, two, three)] == [4e-4, 2e-4, 5e-5]
@@ -73,45 +97,71 @@ def test_stages_say_what_fidelity_says(size):
     assert [cfg.losses.adversarial.weight for cfg in (one, two, three)] == [0.0, 0.0, 0.5]
     assert [cfg.model.grad_scale for cfg in (one, two, three)] == [0.5, 0.5, 1.0]
     assert [cfg.training.per_gpu_batch_size for cfg in (one, two, three)] == [48, 48, 32]
-    assert three.optimizer.lr_multipliers == {"^encoder\\.": 0.5} and three.losses.adversarial.start == 0
-    assert {cfg.training.max_train_steps for cfg in (one, two, three)} == {75000 if size == "muse_3b" else 50000}
-    assert [source.weight for source in one.dataset.params.train_shards_path_or_url] == [0.2, 0.6, 0.2] \
-        if not isinstance(one.dataset.params.train_shards_path_or_url[0], str) else True
+    assert (
+        three.optimizer.lr_multipliers == {"^encoder\\.": 0.5}
+        and three.losses.adversarial.start == 0
+    )
+    assert {cfg.training.max_train_steps for cfg in (one, two, three)} == {
+        75000 if size == "muse_3b" else 50000
+    }
+    assert (
+        [source.weight for source in one.dataset.params.train_shards_path_or_url] == [0.2, 0.6, 0.2]
+        if not isinstance(one.dataset.params.train_shards_path_or_url[0], str)
+        else True
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- mistakes
-@pytest.mark.parametrize(("override", "words"), [
-    ("model.ruting=paper", ["unknown key model.ruting", "did you mean model.routing?"]),
-    ("model.isolate_stream=true", ["unknown key model.isolate_stream", "did you mean model.isolate_streams?"]),
-    ("losses.topolgy.weight=1", ["unknown key losses.topolgy", "losses.topology"]),
-    ("lr_scheduler.params.warmup=3", ["unknown key lr_scheduler.params.warmup", "lr_scheduler.params.warmup_steps"]),
-    ("trainer.seed=1", ["unknown key trainer", "did you mean training?"]),
-    ("zzzzqqq=1", ["unknown key zzzzqqq"]),
-    ("model.dim=wide", ["wrong type for model.dim"]),
-    ("training.max_train_steps=1.5", ["wrong type for training.max_train_steps"]),
-    ("optimizer.params.learning_rate=fast", ["wrong type for optimizer.params.learning_rate"]),
-    ("training.use_ema=perhaps", ["wrong type for training.use_ema"]),
-    ("model=3", ["wrong type for model: a section of keys was expected, got 3"]),
-    ("model.encoder=random", ["wrong type for model.encoder: a section of keys was expected, got 'random'"]),
-    ("model.encoder.config=3", ["wrong type for model.encoder.config"]),
-    ("losses.topology=null", ["wrong type for losses.topology"]),
-    ("training.trainable=5", ["training.trainable"]),
-    ("model.routing=mine", ["model.routing must be one of paper, release, shared", "mine"]),
-    ("training.stage=stage1", ["training.stage must be one of", "topology_warmup"]),
-    ("training.max_train_steps=0", ["training.max_train_steps must be positive, got 0"]),
-    ("model.num_blocks=-1", ["model.num_blocks must be positive"]),
-    ("losses.itc.weight=-0.5", ["losses.itc.weight must be zero or more"]),
-    ("losses.itc.weight=.nan", ["losses.itc.weight must be zero or more"]),
-    ("losses.itc.weight=.inf", ["losses.itc.weight must be zero or more"]),
-    ("optimizer.params.learning_rate=-1", ["optimizer.params.learning_rate must be zero or more"]),
-    ("model.num_heads=7", ["model.dim=512", "model.num_heads=7"]),
-    ("model.num_heads=512", ["even head width"]),
-    ("dataset.preprocessing.crop_size=256", ["crop_size=256 is larger than resize_shorter_edge=224"]),
-    ("dataset.preprocessing.crop_size=210", ["crop_size=210 is not a multiple of 28"]),
-    ("model.unshuffle=5", ["not a multiple of 70"]),
-    ("no_equals_sign", ["'no_equals_sign' is not an override of the form key=value"]),
-    ("model.dim=[1", ["overrides"]),
-])
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("model.ruting=paper", ["unknown key model.ruting", "did you mean model.routing?"]),
+        (
+            "model.isolate_stream=true",
+            ["unknown key model.isolate_stream", "did you mean model.isolate_streams?"],
+        ),
+        ("losses.topolgy.weight=1", ["unknown key losses.topolgy", "losses.topology"]),
+        (
+            "lr_scheduler.params.warmup=3",
+            ["unknown key lr_scheduler.params.warmup", "lr_scheduler.params.warmup_steps"],
+        ),
+        ("trainer.seed=1", ["unknown key trainer", "did you mean training?"]),
+        ("zzzzqqq=1", ["unknown key zzzzqqq"]),
+        ("model.dim=wide", ["wrong type for model.dim"]),
+        ("training.max_train_steps=1.5", ["wrong type for training.max_train_steps"]),
+        ("optimizer.params.learning_rate=fast", ["wrong type for optimizer.params.learning_rate"]),
+        ("training.use_ema=perhaps", ["wrong type for training.use_ema"]),
+        ("model=3", ["wrong type for model: a section of keys was expected, got 3"]),
+        (
+            "model.encoder=random",
+            ["wrong type for model.encoder: a section of keys was expected, got 'random'"],
+        ),
+        ("model.encoder.config=3", ["wrong type for model.encoder.config"]),
+        ("losses.topology=null", ["wrong type for losses.topology"]),
+        ("training.trainable=5", ["training.trainable"]),
+        ("model.routing=mine", ["model.routing must be one of paper, release, shared", "mine"]),
+        ("training.stage=stage1", ["training.stage must be one of", "topology_warmup"]),
+        ("training.max_train_steps=0", ["training.max_train_steps must be positive, got 0"]),
+        ("model.num_blocks=-1", ["model.num_blocks must be positive"]),
+        ("losses.itc.weight=-0.5", ["losses.itc.weight must be zero or more"]),
+        ("losses.itc.weight=.nan", ["losses.itc.weight must be zero or more"]),
+        ("losses.itc.weight=.inf", ["losses.itc.weight must be zero or more"]),
+        (
+            "optimizer.params.learning_rate=-1",
+            ["optimizer.params.learning_rate must be zero or more"],
+        ),
+        ("model.num_heads=7", ["model.dim=512", "model.num_heads=7"]),
+        ("model.num_heads=512", ["even head width"]),
+        (
+            "dataset.preprocessing.crop_size=256",
+            ["crop_size=256 is larger than resize_shorter_edge=224"],
+        ),
+        ("dataset.preprocessing.crop_size=210", ["crop_size=210 is not a multiple of 28"]),
+        ("model.unshuffle=5", ["not a multiple of 70"]),
+        ("no_equals_sign", ["'no_equals_sign' is not an override of the form key=value"]),
+        ("model.dim=[1", ["overrides"]),
+    ],
+)
 def test_one_wrong_key_is_one_line_that_names_it(override, words, empty):
     with pytest.raises(ConfigError) as caught:
         load_config(empty, [override])
@@ -128,14 +178,32 @@ def test_every_choice_is_checked(key, empty):
         load_config(empty, [f"{key}=nonsense"])
 
 
-@pytest.mark.parametrize(("overrides", "words"), [
-    (["model.routing=shared", "model.join_semantics=true"], "join_semantics=true is impossible with model.routing=shared"),
-    (["losses.topology.weight=1", "teacher.topology.kind=none"], "losses.topology.weight=1.0 needs a teacher"),
-    (["losses.itc.weight=1", "teacher.text.kind=none"], "losses.itc.weight=1.0 needs a teacher"),
-    (["losses.distillation.weight=1"], "teacher.feature.kind is none"),
-    (["losses.reconstruction.weight=0", "losses.perceptual.weight=0"], "nothing would be learned"),
-    (["model.decoder.source=random", "model.decoder.config.latent_channels=8"], "model.latent_dim=32"),
-])
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            ["model.routing=shared", "model.join_semantics=true"],
+            "join_semantics=true is impossible with model.routing=shared",
+        ),
+        (
+            ["losses.topology.weight=1", "teacher.topology.kind=none"],
+            "losses.topology.weight=1.0 needs a teacher",
+        ),
+        (
+            ["losses.itc.weight=1", "teacher.text.kind=none"],
+            "losses.itc.weight=1.0 needs a teacher",
+        ),
+        (["losses.distillation.weight=1"], "teacher.feature.kind is none"),
+        (
+            ["losses.reconstruction.weight=0", "losses.perceptual.weight=0"],
+            "nothing would be learned",
+        ),
+        (
+            ["model.decoder.source=random", "model.decoder.config.latent_channels=8"],
+            "model.latent_dim=32",
+        ),
+    ],
+)
 def test_keys_that_exclude_each_other(overrides, words, empty):
     with pytest.raises(ConfigError, match=words.replace("(", r"\(")):
         load_config(empty, overrides)
@@ -161,9 +229,15 @@ def test_files_that_are_no_configuration(tmp_path):
 def test_base_files_are_read_first_and_from_beside_the_file(tmp_path):
     (tmp_path / "deep").mkdir()
     write(tmp_path, "root.yaml", "model: {dim: 64, num_heads: 4}\ntraining: {seed: 1}")
-    write(tmp_path / "deep", "middle.yaml", "base: ../root.yaml\nmodel: {dim: 128}\ntraining: {seed: 2}")
+    write(
+        tmp_path / "deep",
+        "middle.yaml",
+        "base: ../root.yaml\nmodel: {dim: 128}\ntraining: {seed: 2}",
+    )
     write(tmp_path, "other.yaml", "training: {seed: 3, ema_decay: 0.5}")
-    top = write(tmp_path / "deep", "top.yaml", "base: [middle.yaml, ../other.yaml]\nmodel: {num_blocks: 3}")
+    top = write(
+        tmp_path / "deep", "top.yaml", "base: [middle.yaml, ../other.yaml]\nmodel: {num_blocks: 3}"
+    )
     cfg = load_config(top, ["training.ema_decay=0.25"])
     assert (cfg.model.dim, cfg.model.num_heads, cfg.model.num_blocks) == (128, 4, 3)
     assert (cfg.training.seed, cfg.training.ema_decay) == (3, 0.25)
@@ -176,7 +250,9 @@ def test_base_that_is_missing_or_names_itself(tmp_path):
     with pytest.raises(ConfigError, match="names itself through `base`"):
         load_config(write(tmp_path, "c.yaml", "base: b.yaml"))
     for base in ("3", "[3]", "{a: 1}"):
-        with pytest.raises(ConfigError, match="d.yaml: base must be a file name or a list of file names"):
+        with pytest.raises(
+            ConfigError, match="d.yaml: base must be a file name or a list of file names"
+        ):
             load_config(write(tmp_path, "d.yaml", f"base: {base}"))
 
 
@@ -184,17 +260,36 @@ def test_the_same_base_twice_is_no_circle(tmp_path):
     write(tmp_path, "root.yaml", "training: {seed: 7}")
     write(tmp_path, "left.yaml", "base: root.yaml")
     write(tmp_path, "right.yaml", "base: root.yaml")
-    assert load_config(write(tmp_path, "top.yaml", "base: [left.yaml, right.yaml]")).training.seed == 7
+    assert (
+        load_config(write(tmp_path, "top.yaml", "base: [left.yaml, right.yaml]")).training.seed == 7
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- overrides, types, freezing
 def test_overrides_reach_nested_keys_and_free_sections(empty):
-    cfg = load_config(empty, ["model.encoder.config.hidden_size=64", "losses.perceptual.weights.lpips=/x/y.pth",
-                              "optimizer.params.learning_rate=1e-5", "training.trainable=[^decoder]", "experiment.init_from=null",
-                              "model.isolate_streams=null", "training.seed=1"])
-    assert cfg.model.encoder.config.hidden_size == 64 and cfg.losses.perceptual.weights == {"lpips": "/x/y.pth"}
-    assert cfg.optimizer.params.learning_rate == 1e-5 and list(cfg.training.trainable) == ["^decoder"]
-    assert cfg.experiment.init_from is None and cfg.training.seed == 1 and cfg.model.isolate_streams is True
+    cfg = load_config(
+        empty,
+        [
+            "model.encoder.config.hidden_size=64",
+            "losses.perceptual.weights.lpips=/x/y.pth",
+            "optimizer.params.learning_rate=1e-5",
+            "training.trainable=[^decoder]",
+            "experiment.init_from=null",
+            "model.isolate_streams=null",
+            "training.seed=1",
+        ],
+    )
+    assert cfg.model.encoder.config.hidden_size == 64 and cfg.losses.perceptual.weights == {
+        "lpips": "/x/y.pth"
+    }
+    assert cfg.optimizer.params.learning_rate == 1e-5 and list(cfg.training.trainable) == [
+        "^decoder"
+    ]
+    assert (
+        cfg.experiment.init_from is None
+        and cfg.training.seed == 1
+        and cfg.model.isolate_streams is True
+    )
 
 
 def test_a_loaded_configuration_cannot_be_changed(empty):
@@ -210,12 +305,20 @@ def test_a_loaded_configuration_cannot_be_changed(empty):
 def test_routing_fills_its_cells_and_each_cell_can_be_overridden(routing, empty):
     cfg = load_config(empty, [f"model.routing={routing}"])
     cells = ROUTING_CELLS[routing]
-    found = {name: cfg.model[name] for name in ("isolate_streams", "shield_attention", "join_semantics", "shield_semantics")}
+    found = {
+        name: cfg.model[name]
+        for name in ("isolate_streams", "shield_attention", "join_semantics", "shield_semantics")
+    }
     assert {**found, "topology": cfg.losses.topology.blocks, "itc": cfg.losses.itc.blocks} == cells
     for name in ("isolate_streams", "shield_attention", "shield_semantics"):
         turned = load_config(empty, [f"model.routing={routing}", f"model.{name}={not cells[name]}"])
         assert turned.model[name] is (not cells[name])
-    assert load_config(empty, [f"model.routing={routing}", "losses.topology.blocks=last"]).losses.topology.blocks == "last"
+    assert (
+        load_config(
+            empty, [f"model.routing={routing}", "losses.topology.blocks=last"]
+        ).losses.topology.blocks
+        == "last"
+    )
 
 
 def test_model_section_alone_from_dict_dataclass_and_node(empty):
@@ -234,10 +337,21 @@ def test_contract_keys_of_the_model_section():
     """CONTRACT.md's listing of `cfg.model`, value by value."""
     fields = {field.name for field in dataclasses.fields(ModelConfig)}
     cfg = load_config(DEFAULT).model
-    contract = {"routing": "paper", "isolate_streams": True, "shield_attention": True, "join_semantics": True, "dim": 512,
-                "num_heads": 8, "num_blocks": 6, "unshuffle": 2, "latent_dim": 32, "semantic_dim": 768, "grad_scale": 1.0,
-                "encoder": {"source": "OpenGVLab/InternVL3-1B-hf", "config": {}},
-                "decoder": {"source": "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers", "config": {}}}
+    contract = {
+        "routing": "paper",
+        "isolate_streams": True,
+        "shield_attention": True,
+        "join_semantics": True,
+        "dim": 512,
+        "num_heads": 8,
+        "num_blocks": 6,
+        "unshuffle": 2,
+        "latent_dim": 32,
+        "semantic_dim": 768,
+        "grad_scale": 1.0,
+        "encoder": {"source": "OpenGVLab/InternVL3-1B-hf", "config": {}},
+        "decoder": {"source": "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers", "config": {}},
+    }
     assert contract.keys() <= fields
     assert {name: plain(cfg[name]) for name in contract} == contract
 
@@ -248,14 +362,18 @@ def test_environment_is_read_when_a_value_is_used(empty, monkeypatch):
     cfg = load_config(empty)
     with pytest.raises(InterpolationResolutionError) as caught:
         cfg.dataset.params.train_shards_path_or_url
-    assert "DATA_DIR" in unset_variable(caught.value) and "dataset.params.train_shards_path_or_url" in unset_variable(caught.value)
+    assert "DATA_DIR" in unset_variable(
+        caught.value
+    ) and "dataset.params.train_shards_path_or_url" in unset_variable(caught.value)
     with pytest.raises(ConfigError, match="DATA_DIR"):
         plain(cfg.dataset)
     kept = resolved(cfg)["dataset"]["params"]["train_shards_path_or_url"]
     assert kept == "${oc.env:DATA_DIR}/train-{000000..000007}.tar"
     monkeypatch.setenv("DATA_DIR", "/somewhere")
     assert cfg.dataset.params.train_shards_path_or_url == "/somewhere/train-{000000..000007}.tar"
-    assert resolved(cfg)["dataset"]["params"]["eval_shards_path_or_url"].startswith("/somewhere/val-")
+    assert resolved(cfg)["dataset"]["params"]["eval_shards_path_or_url"].startswith(
+        "/somewhere/val-"
+    )
 
 
 def test_unset_variable_inside_a_list_of_sources(monkeypatch):

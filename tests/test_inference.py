@@ -1,4 +1,5 @@
 """Pictures in, pictures out: which files, how they are read, what is written."""
+
 import math
 
 import numpy as np
@@ -26,15 +27,25 @@ def pictures(tmp_path):
 
 def test_a_file_a_directory_a_glob(pictures):
     assert find_images(str(pictures / "odd.png")) == [pictures / "odd.png"]
-    assert find_images(str(pictures)) == [pictures / name for name in ("dot.png", "odd.png", "photo.JPG")]
-    assert find_images(f"{pictures}/*o*.*") == [pictures / name for name in ("dot.png", "notes.txt", "odd.png", "photo.JPG")]
-    assert find_images(f"{pictures.parent}/**/*.png") == [pictures / "dot.png", pictures / "odd.png"]
+    assert find_images(str(pictures)) == [
+        pictures / name for name in ("dot.png", "odd.png", "photo.JPG")
+    ]
+    assert find_images(f"{pictures}/*o*.*") == [
+        pictures / name for name in ("dot.png", "notes.txt", "odd.png", "photo.JPG")
+    ]
+    assert find_images(f"{pictures.parent}/**/*.png") == [
+        pictures / "dot.png",
+        pictures / "odd.png",
+    ]
 
 
 def test_nothing_found_is_said(pictures, tmp_path):
     (tmp_path / "empty").mkdir()
-    for pattern, words in ((tmp_path / "none.png", "no such picture, directory or glob"), (tmp_path / "empty", "holds no picture"),
-                           (f"{pictures}/*.gif", "no such picture")):
+    for pattern, words in (
+        (tmp_path / "none.png", "no such picture, directory or glob"),
+        (tmp_path / "empty", "holds no picture"),
+        (f"{pictures}/*.gif", "no such picture"),
+    ):
         with pytest.raises(DataError, match=words):
             find_images(str(pattern))
 
@@ -42,14 +53,18 @@ def test_nothing_found_is_said(pictures, tmp_path):
 def test_pixels_are_read_as_they_are(tmp_path):
     array = np.random.default_rng(0).integers(0, 256, (5, 7, 3), dtype=np.uint8)
     Image.fromarray(array).save(tmp_path / "a.png")
-    assert torch.equal(read_image(tmp_path / "a.png"), torch.from_numpy(array).permute(2, 0, 1).float() / 255)
+    assert torch.equal(
+        read_image(tmp_path / "a.png"), torch.from_numpy(array).permute(2, 0, 1).float() / 255
+    )
     # Transparent parts lie on white; a camera's turned picture stands upright.
     Image.fromarray(np.dstack([array, np.zeros((5, 7), np.uint8)])).save(tmp_path / "clear.png")
     assert torch.equal(read_image(tmp_path / "clear.png"), torch.ones(3, 5, 7))
     exif = Image.Exif()
     exif[274] = 6  # rotated by 90 degrees
     Image.fromarray(array).save(tmp_path / "turned.png", exif=exif)
-    assert torch.equal(read_image(tmp_path / "turned.png"), read_image(tmp_path / "a.png").flip(1).transpose(1, 2))
+    assert torch.equal(
+        read_image(tmp_path / "turned.png"), read_image(tmp_path / "a.png").flip(1).transpose(1, 2)
+    )
 
 
 @pytest.mark.parametrize("content", [b"", b"this is text", b"\xff\xd8\xff\xe0 half a JPEG"])
@@ -65,21 +80,32 @@ def test_what_is_no_picture_is_named(content, tmp_path):
 def test_reconstructions_are_the_model_s_and_the_figure_is_theirs(pictures, tmp_path):
     model, out = tiny_model(), tmp_path / "out"
     results, failed = reconstruct_files(model, find_images(str(pictures)), out)
-    assert not failed and [result.source.name for result in results] == ["dot.png", "odd.png", "photo.JPG"]
+    assert not failed and [result.source.name for result in results] == [
+        "dot.png",
+        "odd.png",
+        "photo.JPG",
+    ]
     for result in results:
         image = read_image(result.source)
         with torch.no_grad():
             recon = model.reconstruct(image[None])[0]
         assert (result.height, result.width) == tuple(image.shape[-2:])
         assert torch.equal(read_image(result.reconstruction), (recon * 255).round() / 255)
-        assert result.psnr == pytest.approx(10 * math.log10(1 / float((recon - image).square().mean())), abs=1e-3)
-        assert Image.open(result.comparison).size == (2 * image.shape[2] + 3 * 4, image.shape[1] + 2 * 4)
+        assert result.psnr == pytest.approx(
+            10 * math.log10(1 / float((recon - image).square().mean())), abs=1e-3
+        )
+        assert Image.open(result.comparison).size == (
+            2 * image.shape[2] + 3 * 4,
+            image.shape[1] + 2 * 4,
+        )
     assert len(list(out.iterdir())) == 6
 
 
 def test_large_pictures_are_shrunk_to_the_bound(tmp_path):
     picture(0, 100, 40).save(tmp_path / "wide.png")
-    (result,), _ = reconstruct_files(tiny_model(), [tmp_path / "wide.png"], tmp_path / "out", max_side=50)
+    (result,), _ = reconstruct_files(
+        tiny_model(), [tmp_path / "wide.png"], tmp_path / "out", max_side=50
+    )
     assert (result.height, result.width) == (20, 50)
 
 
@@ -87,7 +113,7 @@ def test_one_bad_file_does_not_stop_the_others(pictures, tmp_path):
     (pictures / "bad.jpg").write_text("text")
     results, failed = reconstruct_files(tiny_model(), find_images(str(pictures)), tmp_path / "out")
     assert len(results) == 3
-    (file, reason), = failed
+    ((file, reason),) = failed
     assert file.name == "bad.jpg" and reason.startswith("not a readable picture")
     assert not [path for path in (tmp_path / "out").iterdir() if "bad" in path.name]
 
@@ -100,6 +126,11 @@ def test_results_never_share_a_name_and_never_lie_over_an_input(tmp_path):
     named = name_results(files, tmp_path / "out")
     written = [path for _, *paths in named for path in paths]
     assert [file for file, *_ in named] == files and len(set(written)) == 2 * len(names)
-    with pytest.raises(DataError, match="a.*would be overwritten by a reconstruction; choose another output directory"):
+    with pytest.raises(
+        DataError,
+        match="a.*would be overwritten by a reconstruction; choose another output directory",
+    ):
         name_results(files, tmp_path)
-    assert name_results([tmp_path / "b.jpg"], tmp_path)[0][1] == tmp_path / "b.png"  # beside its JPEG there is room
+    assert (
+        name_results([tmp_path / "b.jpg"], tmp_path)[0][1] == tmp_path / "b.png"
+    )  # beside its JPEG there is room

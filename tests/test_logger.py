@@ -1,4 +1,5 @@
 """What a run writes down: records, pictures, memory, curves; and that a step between two records touches no number."""
+
 import json
 import os
 from types import SimpleNamespace
@@ -11,8 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from muse import load_config
 from muse.errors import DataError
+from muse.training.logger import RunLog
 from muse.utils.curves import draw_curves, numbers_of, points, read_run
-from muse.utils.logger import RunLog
 from muse.utils.viz_utils import read_image, save_image, to_uint8
 from tests.helpers import one_error, random_images, run_config
 
@@ -48,11 +49,18 @@ class Machine:
 @pytest.fixture
 def opened(shapes_data, tmp_path):
     """`opened(every, tracker, trackers…)` -> (the open log, its machine); it writes into `tmp_path`."""
+
     def make(every=3, tracker="none", *trackers):
-        changes = {"experiment": {"log_every": every, "tracker": tracker}, "training": {"max_train_steps": 100}}
-        cfg = load_config(run_config(tmp_path / "c.yaml", shapes_data, tmp_path, "topology_warmup", changes))
+        changes = {
+            "experiment": {"log_every": every, "tracker": tracker},
+            "training": {"max_train_steps": 100},
+        }
+        cfg = load_config(
+            run_config(tmp_path / "c.yaml", shapes_data, tmp_path, "topology_warmup", changes)
+        )
         machine = Machine(*trackers)
         return RunLog(cfg, machine, tmp_path, 0), machine
+
     return make
 
 
@@ -82,7 +90,7 @@ def test_a_step_between_two_records_touches_no_number(opened, tmp_path):
 
 def test_a_record_holds_losses_norms_rates_memory_and_data_time(opened, tmp_path, monkeypatch):
     clock = iter([10.0, 14.0, 18.0])
-    monkeypatch.setattr("muse.utils.logger.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("muse.training.logger.time.perf_counter", lambda: next(clock))
     log, _ = opened(3)
     with log:
         for step in range(1, 7):
@@ -94,15 +102,21 @@ def test_a_record_holds_losses_norms_rates_memory_and_data_time(opened, tmp_path
     assert (first["step"], first["images"], first["loss"], first["topology"]) == (3, 24, 3.0, 0.5)
     assert first["grad_norm/encoder"] == 7.0 and "grad_norm/encoder" not in second
     assert (first["lr"], first["lr/discriminator"]) == (1e-3, 2e-4)
-    assert second["images_per_s"] == 24 / 4 and second["data_time"] == pytest.approx((0.4 + 0.5 + 0.6) / 3)
-    resident = int(open(f"/proc/{os.getpid()}/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    assert second["images_per_s"] == 24 / 4 and second["data_time"] == pytest.approx(
+        (0.4 + 0.5 + 0.6) / 3
+    )
+    resident = int(open(f"/proc/{os.getpid()}/statm").read().split()[1]) * os.sysconf(
+        "SC_PAGE_SIZE"
+    )
     assert second["memory_gb"] == pytest.approx(resident / 1e9, rel=0.05)
 
 
 def test_memory_of_a_gpu_is_the_peak_of_its_tensors(monkeypatch):
-    from muse.utils.logger import memory_in_use
+    from muse.training.logger import memory_in_use
 
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", {torch.device("cuda", 1): 123}.__getitem__)
+    monkeypatch.setattr(
+        torch.cuda, "max_memory_allocated", {torch.device("cuda", 1): 123}.__getitem__
+    )
     assert memory_in_use(torch.device("cuda", 1)) == 123
 
 
@@ -118,9 +132,13 @@ def test_pictures_reach_every_tracker_in_its_own_form(opened, tmp_path):
     log.picture(4, "images", image)
     log.picture(5, "images", tmp_path / "p.png")
     pixels = to_uint8(image).permute(1, 2, 0).numpy()
-    for step, (by_board, by_other) in zip((4, 5), zip(board.calls, other.calls, strict=True), strict=True):
+    for step, (by_board, by_other) in zip(
+        (4, 5), zip(board.calls, other.calls, strict=True), strict=True
+    ):
         assert by_board[1] == by_other[1] == step and by_board[2] == {"dataformats": "NHWC"}
-        assert np.array_equal(by_board[0]["images"], pixels[None]) and np.array_equal(by_other[0]["images"][0], pixels)
+        assert np.array_equal(by_board[0]["images"], pixels[None]) and np.array_equal(
+            by_other[0]["images"][0], pixels
+        )
     machine.is_main_process = log.main = False
     log.picture(6, "images", image)
     assert len(board.calls) == 2
@@ -133,25 +151,40 @@ def test_a_picture_is_read_as_it_was_written(tmp_path):
 
 
 def test_tensorboard_gives_back_what_a_run_logged(shapes_data, tmp_path):
-    pytest.importorskip("tensorboard", reason="tensorboard is not installed: pip install tensorboard")
+    pytest.importorskip(
+        "tensorboard", reason="tensorboard is not installed: pip install tensorboard"
+    )
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    from muse.utils.distributed import build_accelerator
+    from muse.training.accelerator import build_accelerator
 
     changes = {"experiment": {"log_every": 1, "tracker": "tensorboard", "name": "tiny"}}
-    cfg = load_config(run_config(tmp_path / "c.yaml", shapes_data, tmp_path / "run", "topology_warmup", changes))
+    cfg = load_config(
+        run_config(tmp_path / "c.yaml", shapes_data, tmp_path / "run", "topology_warmup", changes)
+    )
     (tmp_path / "run").mkdir()
     image = random_images(1, 6, 9)[0]
     with RunLog(cfg, build_accelerator(cfg), tmp_path / "run", 0) as log:
         for step in (1, 2):
-            log.step(step, 4 * step, {"loss": torch.tensor(step / 4), "grad_norm/encoder": torch.tensor(3.0)}, 0.1, 1e-3)
+            log.step(
+                step,
+                4 * step,
+                {"loss": torch.tensor(step / 4), "grad_norm/encoder": torch.tensor(3.0)},
+                0.1,
+                1e-3,
+            )
         log.record(2, {"eval": {"psnr": 20.5}})
         log.picture(2, "reconstruction", image)
-    folder = tmp_path / "run/tiny"  # the run's name; the table of its configuration stands in a folder below
+    folder = (
+        tmp_path / "run/tiny"
+    )  # the run's name; the table of its configuration stands in a folder below
     events = EventAccumulator(str(next(folder.glob("events.out.*"))), size_guidance={"images": 0})
     events.Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 0.25), (2, 0.5)]
-    assert events.Scalars("eval/psnr")[0].value == 20.5 and events.Scalars("grad_norm/encoder")[0].value == 3.0
+    assert (
+        events.Scalars("eval/psnr")[0].value == 20.5
+        and events.Scalars("grad_norm/encoder")[0].value == 3.0
+    )
     assert {"lr", "images_per_s", "memory_gb", "data_time"} <= set(events.Tags()["scalars"])
     shown = events.Images("reconstruction")[0]
     assert (shown.step, shown.height, shown.width) == (2, 6, 9)
@@ -168,21 +201,35 @@ def write_run(folder, rows, tail=""):
 
 @pytest.fixture
 def runs(tmp_path):
-    first = write_run(tmp_path / "stage1", [{"step": 10, "loss": 1.0, "topology": 0.5}, {"step": 20, "loss": 0.5, "topology": None},
-                                            {"step": 20, "eval": {"psnr": 21.0}}], '{"step": 30, "lo')
-    second = write_run(tmp_path / "stage2", [{"step": 5, "loss": 0.4, "itc": float("nan")}, {"step": 10, "loss": 0.3, "itc": 2.0}])
+    first = write_run(
+        tmp_path / "stage1",
+        [
+            {"step": 10, "loss": 1.0, "topology": 0.5},
+            {"step": 20, "loss": 0.5, "topology": None},
+            {"step": 20, "eval": {"psnr": 21.0}},
+        ],
+        '{"step": 30, "lo',
+    )
+    second = write_run(
+        tmp_path / "stage2",
+        [{"step": 5, "loss": 0.4, "itc": float("nan")}, {"step": 10, "loss": 0.3, "itc": 2.0}],
+    )
     return first, second
 
 
 def test_points_are_the_finite_numbers_one_stage_after_another(runs):
     first, second = map(read_run, runs)
     assert (first.name, len(first.records)) == ("stage1", 3)  # the half-written line is left out
-    assert points(first, "loss") == [(10, 1.0), (20, 0.5)] and points(first, "topology") == [(10, 0.5)]
+    assert points(first, "loss") == [(10, 1.0), (20, 0.5)] and points(first, "topology") == [
+        (10, 0.5)
+    ]
     assert points(first, "eval/psnr") == [(20, 21.0)] and points(second, "itc", 20) == [(30, 2.0)]
     assert numbers_of([first, second]) == ["loss", "topology", "itc", "eval/psnr"]
 
 
-@pytest.mark.parametrize(("together", "expected"), [(False, [[10, 20], [25, 30]]), (True, [[10, 20], [5, 10]])])
+@pytest.mark.parametrize(
+    ("together", "expected"), [(False, [[10, 20], [25, 30]]), (True, [[10, 20], [5, 10]])]
+)
 def test_the_picture_has_a_line_a_run(together, expected, runs, tmp_path, monkeypatch):
     from matplotlib.axes import Axes
 
@@ -191,10 +238,19 @@ def test_the_picture_has_a_line_a_run(together, expected, runs, tmp_path, monkey
     def watched(self, x, y, **more):
         drawn.append((list(x), list(y), more["label"]))
         return plot(self, x, y, **more)
+
     monkeypatch.setattr(Axes, "plot", watched)
-    path = draw_curves([read_run(run) for run in runs], tmp_path / "new/c.png", ["loss", "itc"], one_after_another=not together)
+    path = draw_curves(
+        [read_run(run) for run in runs],
+        tmp_path / "new/c.png",
+        ["loss", "itc"],
+        one_after_another=not together,
+    )
     losses = [(x, y, name) for x, y, name in drawn if len(x) == 2]
-    assert [x for x, _, _ in losses] == expected and [name for *_, name in losses] == ["stage1", "stage2"]
+    assert [x for x, _, _ in losses] == expected and [name for *_, name in losses] == [
+        "stage1",
+        "stage2",
+    ]
     assert losses[0][1] == [1.0, 0.5] and Image.open(path).size[0] == round(2 * 2.8 * 110)
     assert os.listdir(path.parent) == ["c.png"]
 
@@ -220,13 +276,22 @@ def tool(name):
 def test_the_command_draws_and_says_where(runs, tmp_path, capsys):
     main = tool("plot_run").main
     assert main([*map(str, runs), "--output", str(tmp_path / "c.png"), "--together"]) == 0
-    assert capsys.readouterr().out.strip() == str(tmp_path / "c.png") and Image.open(tmp_path / "c.png").format == "PNG"
-    for words, message in (([str(tmp_path / "none"), "--output", "x.png"], "no such file"), ([str(runs[0])], "--output"),
-                           ([str(runs[0]), "--output", "x.docx"], ".png, .svg")):
+    assert (
+        capsys.readouterr().out.strip() == str(tmp_path / "c.png")
+        and Image.open(tmp_path / "c.png").format == "PNG"
+    )
+    for words, message in (
+        ([str(tmp_path / "none"), "--output", "x.png"], "no such file"),
+        ([str(runs[0])], "--output"),
+        ([str(runs[0]), "--output", "x.docx"], ".png, .svg"),
+    ):
         assert message in one_error(capsys, main(words))
 
 
-@pytest.mark.parametrize("words", [["--kind"], ["--unknown", "x", "--output", "y"], ["--output", "y", "--images", "many"]])
+@pytest.mark.parametrize(
+    "words",
+    [["--kind"], ["--unknown", "x", "--output", "y"], ["--output", "y", "--images", "many"]],
+)
 def test_flags_of_the_demo_data_are_checked_in_one_line(words, capsys):
     assert "(see " in one_error(capsys, tool("make_demo_data").main(words))
 

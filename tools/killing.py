@@ -1,4 +1,5 @@
 """Kill training processes at random instants, and compare the end of a run with one that nobody touched. For the study and the tests."""
+
 import json
 import os
 import random
@@ -9,7 +10,11 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 AIMS = ("start", "step", "save", "save")  # where a kill falls; half of them into a save
-CLOCK = ("images_per_s", "data_time", "memory")  # what a clock or the machine fills in the log: beginnings of keys
+CLOCK = (
+    "images_per_s",
+    "data_time",
+    "memory",
+)  # what a clock or the machine fills in the log: beginnings of keys
 
 
 class Process(Protocol):
@@ -50,18 +55,28 @@ def unfinished(output: Path) -> tuple[str, ...]:
         names = os.listdir(output)
     except FileNotFoundError:
         return ()
-    return tuple(name for name in names if name.startswith((".partial-", ".checkpoint-", ".final.", ".removed-")))
+    return tuple(
+        name
+        for name in names
+        if name.startswith((".partial-", ".checkpoint-", ".final.", ".removed-"))
+    )
 
 
 def hold_whole(output: Path) -> int:
     """Read every file of every checkpoint, as a resume would; gives the newest one's step (0: there is none)."""
-    from muse.models.base_model import read_weights
-    from muse.training.checkpoint import checkpoints
+    from muse.models.pretrained import read_weights
+    from muse.training.checkpointer import checkpoints
 
     found = checkpoints(output)
     for _, path in found:
         names = {file.name for file in path.iterdir()}
-        assert {"model.safetensors", "state.json", "state.safetensors", "rank-0.json", "rank-0.safetensors"} <= names, (path, names)
+        assert {
+            "model.safetensors",
+            "state.json",
+            "state.safetensors",
+            "rank-0.json",
+            "rank-0.safetensors",
+        } <= names, (path, names)
         for file in path.iterdir():
             json.loads(file.read_text()) if file.suffix == ".json" else read_weights(file)
     return found[-1][0] if found else 0
@@ -79,7 +94,9 @@ def wait_for(condition: Callable[[], bool], process: Process, limit: float = 300
     raise TimeoutError("the process neither ended nor did what was waited for")
 
 
-def kill_often(start: Callable[[], Process], output: Path, kills: int, rng: random.Random, step_time: float) -> list[Kill]:
+def kill_often(
+    start: Callable[[], Process], output: Path, kills: int, rng: random.Random, step_time: float
+) -> list[Kill]:
     """Start and SIGKILL `kills` times, at random instants of starting, stepping and saving; then let it end."""
     found: list[Kill] = []
     begun = 2.0
@@ -94,11 +111,15 @@ def kill_often(start: Callable[[], Process], output: Path, kills: int, rng: rand
             begun = time.monotonic() - clock
             time.sleep(rng.uniform(0, 4 * step_time))
         else:
-            wait_for(lambda: not unfinished(output) and logged(output) > saved, process)  # the last life's leftovers are gone
+            wait_for(
+                lambda: not unfinished(output) and logged(output) > saved, process
+            )  # the last life's leftovers are gone
             wait_for(lambda: bool(unfinished(output)), process)
             time.sleep(rng.uniform(0, step_time))
         if process.poll() is not None:
-            raise RuntimeError(f"the run ended (status {process.poll()}) after {len(found)} of {kills} kills: give it more steps")
+            raise RuntimeError(
+                f"the run ended (status {process.poll()}) after {len(found)} of {kills} kills: give it more steps"
+            )
         os.kill(process.pid, signal.SIGKILL)
         wait_for(lambda: process.poll() is not None, process)
         found.append(Kill(aim, logged(output), hold_whole(output), unfinished(output)))
@@ -113,12 +134,14 @@ def kill_often(start: Callable[[], Process], output: Path, kills: int, rng: rand
 def records(output: Path) -> list[dict]:
     """The log without what a clock or the machine says."""
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if not key.startswith(CLOCK)} for line in lines]
+    return [
+        {key: value for key, value in line.items() if not key.startswith(CLOCK)} for line in lines
+    ]
 
 
 def differences(left: Path, right: Path) -> list[str]:
     """What is not equal, bit for bit, between the ends of two runs; empty where everything is."""
-    from muse.training.checkpoint import checkpoints
+    from muse.training.checkpointer import checkpoints
 
     (step, a), (other, b) = checkpoints(left)[-1], checkpoints(right)[-1]
     found = [f"last checkpoint {step} and {other}"] if step != other else []
@@ -126,8 +149,17 @@ def differences(left: Path, right: Path) -> list[str]:
         names = sorted(os.listdir(one))
         found += [f"files of {one.name}"] if names != sorted(os.listdir(two)) else []
         # state.json holds the configuration, and with it the run's own folder.
-        found += [f"{one.name}/{name}" for name in names if name != "state.json" and (two / name).is_file()
-                  and (one / name).read_bytes() != (two / name).read_bytes()]
+        found += [
+            f"{one.name}/{name}"
+            for name in names
+            if name != "state.json"
+            and (two / name).is_file()
+            and (one / name).read_bytes() != (two / name).read_bytes()
+        ]
     states = [json.loads((path / "state.json").read_text())["__dict__"] for path in (a, b)]
-    found += [f"state.json {key}" for (key, one), (_, two) in zip(*states) if key != "config" and one != two]
+    found += [
+        f"state.json {key}"
+        for (key, one), (_, two) in zip(*states)
+        if key != "config" and one != two
+    ]
     return found + (["metrics.jsonl"] if records(left) != records(right) else [])

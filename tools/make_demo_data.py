@@ -6,8 +6,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from muse.data.demo import make_demo_data  # noqa: E402
-from muse.utils import cli  # noqa: E402
+from muse import cli
+from muse.experiments.demo_data import make_demo_data  # noqa: E402
 
 
 @cli.entry
@@ -15,13 +15,27 @@ def main(argv: list[str] | None = None) -> int:
     """Parse, make or reuse the data, print its card."""
     parser = cli.plain_parser(__doc__)
     parser.add_argument("--kind", default="stamps", help="stamps (photo-like) or shapes (drawn)")
-    parser.add_argument("--output", required=True, help="folder for the shards; reused when it holds the same data")
-    parser.add_argument("--images", type=int, help="training pictures; without it 3000 for stamps, 512 for shapes")
-    parser.add_argument("--val-images", type=int, help="validation pictures; without it 240 for stamps, images / 8 for shapes")
+    parser.add_argument(
+        "--output", required=True, help="folder for the shards; reused when it holds the same data"
+    )
+    parser.add_argument(
+        "--images", type=int, help="training pictures; without it 3000 for stamps, 512 for shapes"
+    )
+    parser.add_argument(
+        "--val-images",
+        type=int,
+        help="validation pictures; without it 240 for stamps, images / 8 for shapes",
+    )
     parser.add_argument("--size", type=int, default=128, help="side in pixels")
     parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn by lot")
-    parser.add_argument("--objects", default="photo", help="photo, or all to train on cartoons and other objects too")
-    parser.add_argument("--overwrite", action="store_true", help="replace demo data made with other arguments")
+    parser.add_argument(
+        "--objects",
+        default="photo",
+        help="photo, or all to train on cartoons and other objects too",
+    )
+    parser.add_argument(
+        "--overwrite", action="store_true", help="replace demo data made with other arguments"
+    )
     parser.add_argument("--workers", type=int, help="processes; without it one per core")
     args = parser.parse_args(argv)
     make_demo_data(**vars(args))

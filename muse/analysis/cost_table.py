@@ -1,18 +1,35 @@
 """What `muse.analysis.cost` found, as a table: one column for each stage."""
+
 from collections.abc import Callable, Sequence
 from typing import Any
 
-LABELS = {"weights": "weights of student (and discriminator)", "gradients": "gradients", "optimizer": "AdamW's moments",
-          "ema": "running means", "teachers": "teachers, perceptual networks", "activations": "activations kept for the backward pass"}
+LABELS = {
+    "weights": "weights of student (and discriminator)",
+    "gradients": "gradients",
+    "optimizer": "AdamW's moments",
+    "ema": "running means",
+    "teachers": "teachers, perceptual networks",
+    "activations": "activations kept for the backward pass",
+}
 Row = tuple[str, list[str]]
 
 
-def _section(costs: Sequence[dict[str, Any]], pick: Callable[[dict[str, Any]], dict[str, Any]], form: Callable[[Any], str],
-             labels: dict[str, str] | None = None) -> list[Row]:
+def _section(
+    costs: Sequence[dict[str, Any]],
+    pick: Callable[[dict[str, Any]], dict[str, Any]],
+    form: Callable[[Any], str],
+    labels: dict[str, str] | None = None,
+) -> list[Row]:
     """One row a key, in the order in which the keys first come, a dash where a stage has none."""
     keys = list(dict.fromkeys(key for cost in costs for key in pick(cost)))
     keys = [key for key in keys if key != "total"] + ["total"] * ("total" in keys)
-    return [((labels or {}).get(key, key), [form(pick(cost)[key]) if key in pick(cost) else "–" for cost in costs]) for key in keys]
+    return [
+        (
+            (labels or {}).get(key, key),
+            [form(pick(cost)[key]) if key in pick(cost) else "–" for cost in costs],
+        )
+        for key in keys
+    ]
 
 
 def _number(value: float) -> str:
@@ -25,6 +42,7 @@ def _giga(value: float) -> str:
 
 def sections(costs: Sequence[dict[str, Any]]) -> list[tuple[str, list[Row]]]:
     """(title, rows) of the whole table."""
+
     def million(value: float) -> str:
         return f"{value / 1e6:.2f}"
 
@@ -34,23 +52,49 @@ def sections(costs: Sequence[dict[str, Any]]) -> list[tuple[str, list[Row]]]:
     learning = ("learning", [million(cost["parameters"]["learning"]["total"]) for cost in costs])
     recipe = [cost["recipe"] for cost in costs]
     return [
-        ("parameters, millions", [*_section(costs, lambda cost: cost["parameters"]["student"], million), learning]),
-        ("networks beside the student, millions", _section(costs, lambda cost: cost["parameters"]["beside"], million)),
-        ("forward pass of the student, GFLOPs an image", _section(costs, lambda cost: cost["flops_forward"], _giga)),
-        ("training step, GFLOPs an image", [*_section(costs, lambda cost: cost["flops_training"], _giga),
-                                            ("of it in float32", [f"{100 * cost['float32_share']:.0f}%" for cost in costs])]),
-        ("memory of one process, GB (10⁹ bytes)", [
-            ("images in the batch", [str(cost["batch"]) for cost in costs]), *_section(costs, memory, _giga, LABELS),
-            ("more with DDP: buckets", [_giga(cost["memory"]["buckets"]) for cost in costs])]),
-        ("the whole stage", [
-            ("optimizer steps", [f"{part['steps']:,}" for part in recipe]),
-            ("images a step", [f"{part['global_batch']:,}" for part in recipe]),
-            ("images", [f"{part['images']:,}" for part in recipe]),
-            ("operations, 10¹⁸", [_number(part["flops"] / 1e18) for part in recipe]),
-            ("GPU-hours", [_number(part["gpu_hours"]) for part in recipe]),
-            ("of them in float32", [_number(part["gpu_hours_float32"]) for part in recipe]),
-            ("hours on that many GPUs: " + ", ".join(dict.fromkeys(str(part["gpus"]) for part in recipe)),
-             [_number(part["hours"]) for part in recipe])]),
+        (
+            "parameters, millions",
+            [*_section(costs, lambda cost: cost["parameters"]["student"], million), learning],
+        ),
+        (
+            "networks beside the student, millions",
+            _section(costs, lambda cost: cost["parameters"]["beside"], million),
+        ),
+        (
+            "forward pass of the student, GFLOPs an image",
+            _section(costs, lambda cost: cost["flops_forward"], _giga),
+        ),
+        (
+            "training step, GFLOPs an image",
+            [
+                *_section(costs, lambda cost: cost["flops_training"], _giga),
+                ("of it in float32", [f"{100 * cost['float32_share']:.0f}%" for cost in costs]),
+            ],
+        ),
+        (
+            "memory of one process, GB (10⁹ bytes)",
+            [
+                ("images in the batch", [str(cost["batch"]) for cost in costs]),
+                *_section(costs, memory, _giga, LABELS),
+                ("more with DDP: buckets", [_giga(cost["memory"]["buckets"]) for cost in costs]),
+            ],
+        ),
+        (
+            "the whole stage",
+            [
+                ("optimizer steps", [f"{part['steps']:,}" for part in recipe]),
+                ("images a step", [f"{part['global_batch']:,}" for part in recipe]),
+                ("images", [f"{part['images']:,}" for part in recipe]),
+                ("operations, 10¹⁸", [_number(part["flops"] / 1e18) for part in recipe]),
+                ("GPU-hours", [_number(part["gpu_hours"]) for part in recipe]),
+                ("of them in float32", [_number(part["gpu_hours_float32"]) for part in recipe]),
+                (
+                    "hours on that many GPUs: "
+                    + ", ".join(dict.fromkeys(str(part["gpus"]) for part in recipe)),
+                    [_number(part["hours"]) for part in recipe],
+                ),
+            ],
+        ),
     ]
 
 
@@ -67,7 +111,14 @@ def text_table(costs: Sequence[dict[str, Any]]) -> str:
     lines = [" " * first + "".join(f"{name:>{width}}" for name in names(costs))]
     for title, rows in parts:
         if rows:
-            lines += ["", title, *(f"  {label:<{first - 2}}" + "".join(f"{value:>{width}}" for value in values) for label, values in rows)]
+            lines += [
+                "",
+                title,
+                *(
+                    f"  {label:<{first - 2}}" + "".join(f"{value:>{width}}" for value in values)
+                    for label, values in rows
+                ),
+            ]
     return "\n".join([*lines, "", *totals(costs), *footnotes(costs)])
 
 
@@ -76,8 +127,14 @@ def markdown_table(costs: Sequence[dict[str, Any]]) -> str:
     lines = ["| | " + " | ".join(names(costs)) + " |", "|---|" + "---:|" * len(costs)]
     for title, rows in sections(costs):
         if rows:
-            lines += [f"| **{title}** |" + " |" * len(costs), *(f"| {label} | " + " | ".join(values) + " |" for label, values in rows)]
-    return "\n".join([*lines, "", *(f"- {line}" for line in (*totals(costs), *footnotes(costs)))]) + "\n"
+            lines += [
+                f"| **{title}** |" + " |" * len(costs),
+                *(f"| {label} | " + " | ".join(values) + " |" for label, values in rows),
+            ]
+    return (
+        "\n".join([*lines, "", *(f"- {line}" for line in (*totals(costs), *footnotes(costs)))])
+        + "\n"
+    )
 
 
 def totals(costs: Sequence[dict[str, Any]]) -> list[str]:
@@ -86,15 +143,19 @@ def totals(costs: Sequence[dict[str, Any]]) -> list[str]:
     lines = [f"{student:,} parameters in the student"]
     if len(costs) > 1:
         parts = [cost["recipe"] for cost in costs]
-        lines.append(f"all {len(costs)} stages: {sum(part['images'] for part in parts):,} images, "
-                     f"{_number(sum(part['flops'] for part in parts) / 1e18)} x 10¹⁸ operations, "
-                     f"{_number(sum(part['gpu_hours'] for part in parts))} GPU-hours")
+        lines.append(
+            f"all {len(costs)} stages: {sum(part['images'] for part in parts):,} images, "
+            f"{_number(sum(part['flops'] for part in parts) / 1e18)} x 10¹⁸ operations, "
+            f"{_number(sum(part['gpu_hours'] for part in parts))} GPU-hours"
+        )
     return lines
 
 
 def footnotes(costs: Sequence[dict[str, Any]]) -> list[str]:
     """What was assumed."""
     first = costs[0]["assumptions"]
-    peak = f"at {100 * first['utilisation']:.0f}% of {first['peak_tflops']:g} TFLOP/s in mixed precision and of " \
-           f"{first['peak_tflops_float32']:g} TFLOP/s in float32, for each GPU"
+    peak = (
+        f"at {100 * first['utilisation']:.0f}% of {first['peak_tflops']:g} TFLOP/s in mixed precision and of "
+        f"{first['peak_tflops_float32']:g} TFLOP/s in float32, for each GPU"
+    )
     return [peak, *first["notes"]]

@@ -4,6 +4,7 @@ The three objectives of the paper are sums of the loss terms that serve them. A 
 train, after any stop-gradient of the routing. Where no tensor of a subspace gets a gradient from both objectives of a pair there is
 nothing to compare: the cosine is None ("no shared gradient"), never a 0 that would look like a measurement.
 """
+
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import combinations
 from pathlib import Path
@@ -16,20 +17,32 @@ from torch import Tensor, nn
 from muse.errors import ConfigError
 from muse.utils.curves import read_run
 
-OBJECTIVES: dict[str, tuple[str, ...]] = {"reconstruction": ("reconstruction", "perceptual"), "structure": ("topology",),
-                                          "semantics": ("itc",)}
+OBJECTIVES: dict[str, tuple[str, ...]] = {
+    "reconstruction": ("reconstruction", "perceptual"),
+    "structure": ("topology",),
+    "semantics": ("itc",),
+}
 PAIRS = tuple(f"{first}~{second}" for first, second in combinations(OBJECTIVES, 2))
 MATRICES = {"W_Q": ("q_topo",), "W_K": ("k_topo",), "W_V": ("v_sem",), "W_ITC": ("v_itc",)}
 # W_V of a pair's cosine is the whole space of values: with MUSE's own values for semantics, W_ITC belongs to it.
 SUBSPACES = {**MATRICES, "W_QK": ("q_topo", "k_topo"), "W_V": ("v_sem", "v_itc")}
 
-Gradients = dict[str, Tensor | None]  # parameter name -> gradient; None or all zero where the objective does not reach
+Gradients = dict[
+    str, Tensor | None
+]  # parameter name -> gradient; None or all zero where the objective does not reach
 
 
 def objectives(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Weighted loss terms by name -> the objectives that are on."""
-    found = {name: [values[term] for term in terms if term in values] for name, terms in OBJECTIVES.items()}
-    return {name: torch.stack([value.float() for value in terms]).sum() for name, terms in found.items() if terms}
+    found = {
+        name: [values[term] for term in terms if term in values]
+        for name, terms in OBJECTIVES.items()
+    }
+    return {
+        name: torch.stack([value.float() for value in terms]).sum()
+        for name, terms in found.items()
+        if terms
+    }
 
 
 def subspace(name: str, names: Iterable[str]) -> list[str]:
@@ -39,18 +52,31 @@ def subspace(name: str, names: Iterable[str]) -> list[str]:
     if name == "encoder":
         return [key for key in names if key.startswith(("encoder.", "adapter_mlp."))]
     inside = [key for key in names if key.startswith("muse_blocks.")]
-    return inside if name == "blocks" else [key for key in inside if key.split(".")[2] in SUBSPACES[name]]
+    return (
+        inside
+        if name == "blocks"
+        else [key for key in inside if key.split(".")[2] in SUBSPACES[name]]
+    )
 
 
-def take_gradients(model: nn.Module, losses: Mapping[str, Tensor], accelerator: Any = None) -> dict[str, Gradients]:
+def take_gradients(
+    model: nn.Module, losses: Mapping[str, Tensor], accelerator: Any = None
+) -> dict[str, Gradients]:
     """Objective -> gradient of each tensor that trains, averaged over processes; `.grad` of the parameters is left alone."""
-    named = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+    named = {
+        name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
+    }
     taken = {}
     for objective, loss in losses.items():
-        grads = torch.autograd.grad(loss, list(named.values()), retain_graph=True, allow_unused=True)
+        grads = torch.autograd.grad(
+            loss, list(named.values()), retain_graph=True, allow_unused=True
+        )
         if accelerator is not None and accelerator.num_processes > 1:
             # One graph on every process, so the same tensors are reached on all of them.
-            grads = [grad if grad is None else accelerator.reduce(grad, reduction="mean") for grad in grads]
+            grads = [
+                grad if grad is None else accelerator.reduce(grad, reduction="mean")
+                for grad in grads
+            ]
         taken[objective] = dict(zip(named, grads))
     return taken
 
@@ -59,7 +85,10 @@ def cosine(first: Gradients, second: Gradients, names: Iterable[str]) -> float |
     """Cosine of two gradients over the tensors `names` taken as one vector; None where no tensor gets both."""
     dot, norms, shared = 0.0, [0.0, 0.0], False
     for name in names:
-        sizes = [0.0 if grad is None else float(grad.double().square().sum()) for grad in (first.get(name), second.get(name))]
+        sizes = [
+            0.0 if grad is None else float(grad.double().square().sum())
+            for grad in (first.get(name), second.get(name))
+        ]
         norms = [total + size for total, size in zip(norms, sizes)]
         if all(sizes):
             shared = True
@@ -69,8 +98,14 @@ def cosine(first: Gradients, second: Gradients, names: Iterable[str]) -> float |
 
 def energy_shares(gradients: Gradients) -> dict[str, float] | None:
     """Shares of one objective's squared gradient on W_Q, W_K, W_V and W_ITC of all blocks; they sum to 1. None: it reaches none."""
-    energy = {matrix: sum(float(grad.double().square().sum()) for name, grad in gradients.items() if grad is not None
-                          and name.startswith("muse_blocks.") and name.split(".")[2] in parts) for matrix, parts in MATRICES.items()}
+    energy = {
+        matrix: sum(
+            float(grad.double().square().sum())
+            for name, grad in gradients.items()
+            if grad is not None and name.startswith("muse_blocks.") and name.split(".")[2] in parts
+        )
+        for matrix, parts in MATRICES.items()
+    }
     total = sum(energy.values())
     return {matrix: value / total for matrix, value in energy.items()} if total else None
 
@@ -82,11 +117,16 @@ def gradient_report(gradients: Mapping[str, Gradients]) -> dict[str, Any]:
     for pair in PAIRS:
         first, second = pair.split("~")
         if first in gradients and second in gradients:
-            report["cosine"][pair] = {space: cosine(gradients[first], gradients[second], subspace(space, names))
-                                      for space in ("all", "blocks", "W_QK", "W_V", "encoder")}
+            report["cosine"][pair] = {
+                space: cosine(gradients[first], gradients[second], subspace(space, names))
+                for space in ("all", "blocks", "W_QK", "W_V", "encoder")
+            }
     for objective, grads in gradients.items():
         report["energy"][objective] = energy_shares(grads)
-        report["norm"][objective] = sum(float(grad.double().square().sum()) for grad in grads.values() if grad is not None) ** 0.5
+        report["norm"][objective] = (
+            sum(float(grad.double().square().sum()) for grad in grads.values() if grad is not None)
+            ** 0.5
+        )
     return report
 
 
@@ -95,7 +135,7 @@ def report_of(trainer: Any, batch: dict[str, Any]) -> dict[str, Any]:
 
     Under FSDP, which hands out gradients by hooks alone, an unsharded copy of the model is asked.
     """
-    from muse.training.sharding import plain_copy
+    from muse.training.fsdp import plain_copy
 
     model = plain_copy(trainer.model, trainer.accelerator)
     if model is not trainer.model:
@@ -120,7 +160,12 @@ def gradient_records(folders: Sequence[Path]) -> Iterator[dict[str, Any]]:
         records = read_run(folder).records
         for record in records:
             if "gradients" in record:
-                yield {"stage": stage, "step": record["step"], "total_step": offset + record["step"], **record["gradients"]}
+                yield {
+                    "stage": stage,
+                    "step": record["step"],
+                    "total_step": offset + record["step"],
+                    **record["gradients"],
+                }
         offset += max((record["step"] for record in records), default=0)
 
 
@@ -135,11 +180,24 @@ def conflict(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         for pair, spaces in record["cosine"].items():
             for space, value in spaces.items():
                 values.setdefault(pair, {}).setdefault(space, []).append(value)
-    return {pair: {space: _summary(each) for space, each in spaces.items()} for pair, spaces in values.items()}
+    return {
+        pair: {space: _summary(each) for space, each in spaces.items()}
+        for pair, spaces in values.items()
+    }
 
 
 def _summary(values: Sequence[float | None]) -> dict[str, Any] | None:
     shared = [value for value in values if value is not None]
     count = len(shared)
-    return {"abs": sum(map(abs, shared)) / count, "mean": sum(shared) / count, "negative": sum(value < 0 for value in shared) / count,
-            "conflict": sum(max(0.0, -value) for value in shared) / count, "steps": count, "measured": len(values)} if shared else None
+    return (
+        {
+            "abs": sum(map(abs, shared)) / count,
+            "mean": sum(shared) / count,
+            "negative": sum(value < 0 for value in shared) / count,
+            "conflict": sum(max(0.0, -value) for value in shared) / count,
+            "steps": count,
+            "measured": len(values),
+        }
+        if shared
+        else None
+    )

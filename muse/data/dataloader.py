@@ -1,13 +1,20 @@
 """Batches for training (endless, shuffled, mixed, resumable) and for evaluation (every sample once, in order)."""
 
+import os
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from muse.data.eval_stream import EvalStream, count_samples
-from muse.data.loaders import EvalLoader, TrainLoader
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+
+from muse.config import plain
+from muse.data.eval import EvalLoader, EvalStream, count_samples
+from muse.data.records import InMemory, Source
 from muse.data.samples import SampleMaker
 from muse.data.shards import check_enough
-from muse.data.sources import InMemory, open_source
-from muse.data.train_stream import StreamSpec
+from muse.data.tar import TarSource
+from muse.data.train import StreamSpec, TrainLoader
 from muse.data.transforms import Transform
 from muse.errors import ConfigError
 
@@ -20,7 +27,11 @@ def _parse_mixture(source: object) -> tuple[list[object], list[float]]:
     weights = []
     for item in source:
         weight = item.get("weight", 1.0)
-        if isinstance(weight, bool) or not isinstance(weight, (int, float)) or not 0 <= weight < float("inf"):
+        if (
+            isinstance(weight, bool)
+            or not isinstance(weight, (int, float))
+            or not 0 <= weight < float("inf")
+        ):
             raise ConfigError(
                 f"weight of data source {item.get('urls', item.get('images'))!r} must be a number >= 0, not {weight!r}"
             )
@@ -97,7 +108,9 @@ def train_loader(
     return TrainLoader(spec, num_workers, max_bad_fraction, pin_memory, prefetch_factor)
 
 
-def _check_numbers(batch_size: int, num_workers: int, rank: int, world: int, max_bad_fraction: float) -> None:
+def _check_numbers(
+    batch_size: int, num_workers: int, rank: int, world: int, max_bad_fraction: float
+) -> None:
     if batch_size < 1:
         raise ConfigError(f"batch_size must be positive, not {batch_size}")
     if num_workers < 0:
@@ -141,8 +154,86 @@ def eval_loader(
         raise ConfigError("pictures without a crop differ in size: batch_size must be 1")
     opened = open_source(source)
     maker = SampleMaker(
-        Transform(resize_shorter_edge, crop_size), tuple(fields), tuple(caption_keys), zero_label_ignored
+        Transform(resize_shorter_edge, crop_size),
+        tuple(fields),
+        tuple(caption_keys),
+        zero_label_ignored,
     )
     counts = count_samples(opened, max_images) if opened.local else []
     stream = EvalStream(opened, maker, batch_size, rank, world, max_images, counts)
     return EvalLoader(stream, num_workers, max_bad_fraction, pin_memory, prefetch_factor)
+
+
+def open_source(spec: object) -> Source:
+    """The source that `spec` describes.
+
+    spec: shard pattern(s) as in shards.py; a directory of shards or of pictures (folders.py); `{"images": DIR, "masks":
+    DIR}`; a mapping with `urls`; or a source. Raises DataError when it is missing or empty.
+    """
+    from muse.data.folders import FolderSource, is_image_folder
+
+    if hasattr(spec, "shards") and hasattr(spec, "read"):
+        return spec
+    if isinstance(spec, Mapping):
+        if "images" in spec:
+            return FolderSource(spec["images"], masks=spec.get("masks"))
+        if "urls" not in spec:
+            raise ConfigError(f"a data source needs 'urls' (or 'images'): {dict(spec)}")
+        return open_source(spec["urls"])
+    if not isinstance(spec, (str, os.PathLike, Sequence)):
+        raise ConfigError(
+            f"not a data source: {spec!r}; give a path, a shard pattern or a list of them"
+        )
+    if isinstance(spec, (str, os.PathLike)) and is_image_folder(os.fspath(spec)):
+        return FolderSource(os.fspath(spec))
+    return TarSource(os.fspath(spec) if isinstance(spec, os.PathLike) else spec)
+
+
+def build_train_loader(cfg: DictConfig, accelerator: Any) -> TrainLoader:
+    """Endless batches of this process."""
+    params, preprocessing = cfg.dataset.params, cfg.dataset.preprocessing
+    return train_loader(
+        plain(params.train_shards_path_or_url),
+        batch_size=cfg.training.per_gpu_batch_size,
+        **plain(preprocessing),
+        num_workers=params.num_workers_per_gpu,
+        seed=cfg.training.seed,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        shuffle_buffer=params.shuffle_buffer,
+        resampled=params.resampled,
+        cache_in_memory=params.cache_in_memory,
+        max_bad_fraction=cfg.dataset.max_bad_fraction,
+        fields=("images", "text") if cfg.losses.itc.weight > 0 else ("images",),
+        pin_memory=accelerator.device.type == "cuda",
+    )
+
+
+def build_eval_loader(
+    cfg: DictConfig,
+    accelerator: Any | None = None,
+    source: Any = None,
+    fields: tuple[str, ...] = ("images",),
+    max_images: int | None = None,
+) -> EvalLoader:
+    """Each picture of `source` (default: the evaluation set) once, over all processes."""
+    params, preprocessing = cfg.dataset.params, cfg.dataset.preprocessing
+    source = plain(params.eval_shards_path_or_url) if source is None else source
+    return eval_loader(
+        source,
+        batch_size=params.eval_batch_size,
+        fields=fields,
+        resize_shorter_edge=preprocessing.resize_shorter_edge,
+        crop_size=preprocessing.crop_size,
+        num_workers=0,
+        rank=accelerator.process_index if accelerator else 0,
+        world=accelerator.num_processes if accelerator else 1,
+        max_images=max_images or params.max_eval_images,
+        max_bad_fraction=cfg.dataset.max_bad_fraction,
+    )
+
+
+def sample_images(cfg: DictConfig, count: int) -> Tensor:
+    """The first `count` evaluation pictures, (count, 3, H, W) in [0, 1]."""
+    batches = [batch["images"] for batch in build_eval_loader(cfg, max_images=count)]
+    return torch.cat(batches)

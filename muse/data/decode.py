@@ -9,7 +9,7 @@ import warnings
 import zlib
 from collections.abc import Iterable, Mapping
 
-import numpy as np
+import numpy
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from muse.errors import DataError
@@ -55,7 +55,9 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise BadSample("empty_file")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about damaged tags, and about size, for which the bound below is ours
+            warnings.simplefilter(
+                "ignore"
+            )  # about damaged tags, and about size, for which the bound below is ours
             image = Image.open(io.BytesIO(data), formats=_FORMATS)
             width, height = image.size
             if width * height > max_pixels:
@@ -66,7 +68,9 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise BadSample("decompression_bomb", str(error)) from error
     except _BROKEN as error:
-        raise BadSample("truncated_image" if "truncated" in str(error) else "corrupt_image", str(error)) from error
+        raise BadSample(
+            "truncated_image" if "truncated" in str(error) else "corrupt_image", str(error)
+        ) from error
     return image
 
 
@@ -96,10 +100,10 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode == "RGB" and "transparency" not in image.info:
         return image
     if image.mode == "I" or image.mode.startswith("I;16"):
-        grey = np.asarray(image).astype(np.int64)
+        grey = numpy.asarray(image).astype(numpy.int64)
         if grey.min() < 0 or grey.max() > 65535:
             raise ValueError("32-bit values")
-        return Image.fromarray(((grey * 255 + 32767) // 65535).astype(np.uint8)).convert("RGB")
+        return Image.fromarray(((grey * 255 + 32767) // 65535).astype(numpy.uint8)).convert("RGB")
     if image.mode == "F":
         raise ValueError("the range of float pixels is not known")
     if image.mode in ("RGBA", "RGBa", "LA", "La", "PA") or "transparency" in image.info:
@@ -117,7 +121,9 @@ def image_bytes(members: Mapping[str, bytes]) -> bytes:
     raise BadSample("missing_image", f"members: {', '.join(sorted(members)) or 'none'}")
 
 
-def decode_captions(members: Mapping[str, bytes], keys: Iterable[str] = ("caption", "text")) -> tuple[str, ...]:
+def decode_captions(
+    members: Mapping[str, bytes], keys: Iterable[str] = ("caption", "text")
+) -> tuple[str, ...]:
     """A sample's captions, stripped, at least one: `.txt`, else the first of `keys` in `.json` (a string or a list).
 
     Raises BadSample missing_caption, caption_not_utf8 or bad_json.
@@ -193,8 +199,12 @@ class BadSamples:
 
     def summary(self) -> str:
         """One line: how many of how many, by kind, with the first keys."""
-        kinds = "; ".join(f"{kind} {n} ({', '.join(self.keys[kind])})" for kind, n in sorted(self.counts.items()))
-        return f"{self.total} of {self.seen} samples could not be used" + (f": {kinds}" if kinds else "")
+        kinds = "; ".join(
+            f"{kind} {n} ({', '.join(self.keys[kind])})" for kind, n in sorted(self.counts.items())
+        )
+        return f"{self.total} of {self.seen} samples could not be used" + (
+            f": {kinds}" if kinds else ""
+        )
 
     def state_dict(self) -> dict:
         return {

@@ -10,9 +10,9 @@ import os
 from collections.abc import Iterator
 
 from muse.data.decode import IMAGE_EXTENSIONS, MASK_EXTENSION
-from muse.data.segmentation import pair_masks, paired_folders
+from muse.data.masks import pair_masks, paired_folders
+from muse.data.records import Record, Span
 from muse.data.shards import SHARD_SUFFIXES
-from muse.data.sources import Record, Span
 from muse.errors import DataError
 
 
@@ -26,7 +26,9 @@ def is_image_folder(path: str) -> bool:
     if any(name.endswith(SHARD_SUFFIXES) for name in os.listdir(path)):
         return False
     if next(_walk_images(path), None) is None:
-        raise DataError(f"directory {path} holds neither *.tar shards nor pictures ({', '.join(IMAGE_EXTENSIONS)})")
+        raise DataError(
+            f"directory {path} holds neither *.tar shards nor pictures ({', '.join(IMAGE_EXTENSIONS)})"
+        )
     return True
 
 
@@ -59,7 +61,9 @@ class FolderSource:
         self.name = root
         self.shards = tuple(sorted(_walk_images(self.root)))
         if not self.shards:
-            raise DataError(f"image folder {self.root} holds no pictures ({', '.join(IMAGE_EXTENSIONS)})")
+            raise DataError(
+                f"image folder {self.root} holds no pictures ({', '.join(IMAGE_EXTENSIONS)})"
+            )
         self._masks = pair_masks(list(self.shards), mask_folder) if mask_folder else {}
         self.classes = () if mask_folder else self._class_folders()
         self._labels = {name: str(i).encode() for i, name in enumerate(self.classes)}
@@ -68,7 +72,9 @@ class FolderSource:
         inside = [path for path in self.shards if os.sep in path]
         if inside and len(inside) < len(self.shards):
             loose = min(set(self.shards) - set(inside))
-            raise DataError(f"image folder {self.root} mixes class folders with loose pictures such as {loose!r}")
+            raise DataError(
+                f"image folder {self.root} mixes class folders with loose pictures such as {loose!r}"
+            )
         return tuple(sorted({path.split(os.sep, 1)[0] for path in inside}))
 
     def read(self, shard: str) -> Iterator[Record]:

@@ -7,10 +7,18 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
 
-from muse.data.decode import MAX_PIXELS, BadSample, decode_captions, decode_image, decode_label, image_bytes
-from muse.data.segmentation import decode_mask, reduce_zero_label
-from muse.data.sources import Record
+from muse.data.decode import (
+    MAX_PIXELS,
+    BadSample,
+    decode_captions,
+    decode_image,
+    decode_label,
+    image_bytes,
+)
+from muse.data.masks import decode_mask, reduce_zero_label
+from muse.data.records import Record
 from muse.data.transforms import Transform, to_float
 from muse.errors import ConfigError
 
@@ -43,7 +51,9 @@ class SampleMaker:
     def __post_init__(self) -> None:
         unknown = set(self.fields) - set(FIELDS)
         if unknown:
-            raise ConfigError(f"unknown field {sorted(unknown)[0]!r}; the fields of a batch are {', '.join(FIELDS)}")
+            raise ConfigError(
+                f"unknown field {sorted(unknown)[0]!r}; the fields of a batch are {', '.join(FIELDS)}"
+            )
 
     def prepare(self, record: Record) -> Prepared:
         """Decode and resize. Raises BadSample."""
@@ -53,7 +63,9 @@ class SampleMaker:
         captions = self._captions(members)
         label = decode_label(members) if "labels" in self.fields else None
         mask = decode_mask(members) if "masks" in self.fields else None
-        pixels, resized = self.transform.resize(decode_image(image_bytes(members), self.max_pixels), mask)
+        pixels, resized = self.transform.resize(
+            decode_image(image_bytes(members), self.max_pixels), mask
+        )
         if resized is not None and self.zero_label_ignored:
             resized = torch.from_numpy(reduce_zero_label(resized.numpy()))
         return Prepared(record.key, pixels, captions, label, resized)
@@ -86,3 +98,27 @@ class SampleMaker:
         if "masks" in self.fields:
             batch["masks"] = torch.stack([sample.mask for sample in samples]).to(torch.int64)
         return batch
+
+
+def _as_it_is(batch: tuple) -> tuple:
+    return batch
+
+
+def torch_loader(
+    dataset: IterableDataset,
+    num_workers: int,
+    seed: int,
+    pin_memory: bool,
+    prefetch_factor: int | None,
+) -> DataLoader:
+    return DataLoader(
+        dataset,
+        batch_size=None,
+        num_workers=num_workers,
+        pin_memory=pin_memory,
+        prefetch_factor=prefetch_factor if num_workers else None,
+        collate_fn=_as_it_is,
+        generator=torch.Generator().manual_seed(
+            seed
+        ),  # else starting the workers would draw from the global generator
+    )

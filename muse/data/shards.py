@@ -55,7 +55,9 @@ def expand_urls(urls: str | os.PathLike | Iterable[str | os.PathLike]) -> list[s
 
 def _expand_pattern(pattern: str) -> list[str]:
     if not pattern:
-        raise DataError("an empty shard url: give a path, a pattern such as 'DIR/train-{000..009}.tar', or a directory")
+        raise DataError(
+            "an empty shard url: give a path, a pattern such as 'DIR/train-{000..009}.tar', or a directory"
+        )
     try:
         names = list(braceexpand(pattern))
     except (UnbalancedBracesError, ValueError) as error:
@@ -68,7 +70,9 @@ def _expand_pattern(pattern: str) -> list[str]:
             missing.append(name)
     if missing:
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
-        raise DataError(f"no such shard: {missing[0]}{more} (from {pattern!r}, {len(names)} expected)")
+        raise DataError(
+            f"no such shard: {missing[0]}{more} (from {pattern!r}, {len(names)} expected)"
+        )
     return shards
 
 
@@ -77,14 +81,18 @@ def _remote(url: str) -> list[str]:
     if scheme == "s3":
         return [f"pipe:aws s3 cp {shlex.quote(url)} -"]
     if scheme not in gopen_schemes:
-        raise DataError(f"cannot read {url!r}: unknown scheme {scheme!r}; 'pipe:COMMAND' reads what a command writes")
+        raise DataError(
+            f"cannot read {url!r}: unknown scheme {scheme!r}; 'pipe:COMMAND' reads what a command writes"
+        )
     return [url]
 
 
 def _local(name: str) -> list[str]:
     path = re.sub(r"^file:(//)?", "", name)
     if os.path.isdir(path):
-        shards = sorted(os.path.join(path, f) for f in os.listdir(path) if f.endswith(SHARD_SUFFIXES))
+        shards = sorted(
+            os.path.join(path, f) for f in os.listdir(path) if f.endswith(SHARD_SUFFIXES)
+        )
         if not shards:
             raise DataError(f"directory {path} holds no *.tar shards")
         return shards
@@ -137,9 +145,21 @@ def with_retries(
         except retry_on as error:
             failures += 1
             if failures >= attempts:
-                logger.error("reading %s given up after %d tries and %d samples (%s)", what, failures, done, error)
+                logger.error(
+                    "reading %s given up after %d tries and %d samples (%s)",
+                    what,
+                    failures,
+                    done,
+                    error,
+                )
                 raise
             wait = first_wait * 2 ** (failures - 1)
-            logger.warning("reading %s failed after %d samples (%s); trying again in %.1f s", what, done, error, wait)
+            logger.warning(
+                "reading %s failed after %d samples (%s); trying again in %.1f s",
+                what,
+                done,
+                error,
+                wait,
+            )
             sleep(wait)
             on_retry()

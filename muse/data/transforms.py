@@ -8,7 +8,7 @@ import hashlib
 import random
 from dataclasses import dataclass
 
-import numpy as np
+import numpy
 import torch
 from PIL import Image
 from torch import Tensor
@@ -19,7 +19,9 @@ from muse.errors import ConfigError
 
 def generator_for(*parts: object) -> random.Random:
     """A generator that depends on `parts` (seed, epoch, key, ...) only: no global state, the same on every machine."""
-    digest = hashlib.blake2b(repr(parts).encode("utf-8", "surrogateescape"), digest_size=16).digest()
+    digest = hashlib.blake2b(
+        repr(parts).encode("utf-8", "surrogateescape"), digest_size=16
+    ).digest()
     return random.Random(int.from_bytes(digest, "big"))
 
 
@@ -48,7 +50,9 @@ class Transform:
         if edge is not None and crop is not None and edge < crop:
             raise ConfigError(f"crop_size {crop} does not fit into resize_shorter_edge {edge}")
 
-    def resize(self, image: Image.Image, mask: Image.Image | None = None) -> tuple[Tensor, Tensor | None]:
+    def resize(
+        self, image: Image.Image, mask: Image.Image | None = None
+    ) -> tuple[Tensor, Tensor | None]:
         """PIL -> uint8 (3,h,w), shorter edge as asked (antialiased bicubic), and int32 mask (h,w), nearest.
 
         Raises BadSample mask_size if the mask is of another size than the picture.
@@ -59,8 +63,8 @@ class Transform:
         if size != image.size:
             image = image.resize(size, Image.Resampling.BICUBIC)
             mask = None if mask is None else mask.resize(size, Image.Resampling.NEAREST)
-        pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).contiguous()
-        return pixels, None if mask is None else torch.from_numpy(np.array(mask))
+        pixels = torch.from_numpy(numpy.array(image)).permute(2, 0, 1).contiguous()
+        return pixels, None if mask is None else torch.from_numpy(numpy.array(mask))
 
     def _target(self, width: int, height: int) -> tuple[int, int]:
         shorter = min(width, height)
@@ -100,7 +104,9 @@ def train_transform(
     return to_float(transform.crop(transform.resize(image)[0], rng=rng)[0])
 
 
-def eval_transform(image: Image.Image, resize_shorter_edge: int | None = 256, crop_size: int | None = 224) -> Tensor:
+def eval_transform(
+    image: Image.Image, resize_shorter_edge: int | None = 256, crop_size: int | None = 224
+) -> Tensor:
     """RGB picture -> float32 (3,crop,crop) in [0,1]: shorter edge resized with antialias, centre crop.
 
     `crop_size` None: no crop.

@@ -8,13 +8,13 @@ classes. Only the ratio counts.
 import time
 from collections.abc import Callable, Sequence
 
-import numpy as np
+import numpy
 import torch
 import torch.nn.functional as F
 
 from muse.errors import ConfigError
 from muse.evaluation.evaluator import Evaluator
-from muse.evaluation.fid import RunningMoments, frechet_distance
+from muse.evaluation.metrics.frechet import RunningMoments, frechet_distance
 from muse.evaluation.segmentation import IGNORE, ConfusionMatrix
 
 BATCH = 32
@@ -40,14 +40,14 @@ def _agree(name: str, ours: float, slow: float, tolerance: float) -> None:
         raise AssertionError(f"{name}: {ours} here, {slow} the slow way")
 
 
-def slow_statistics(features: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def slow_statistics(features: numpy.ndarray) -> tuple[numpy.ndarray, numpy.ndarray]:
     """Mean and covariance (D, D) of (n, D) by an outer product an image."""
-    total, products = np.zeros(features.shape[1]), np.zeros((features.shape[1],) * 2)
-    for row in features.astype(np.float64):
+    total, products = numpy.zeros(features.shape[1]), numpy.zeros((features.shape[1],) * 2)
+    for row in features.astype(numpy.float64):
         total += row
-        products += np.outer(row, row)
+        products += numpy.outer(row, row)
     mean = total / len(features)
-    return mean, (products - len(features) * np.outer(mean, mean)) / (len(features) - 1)
+    return mean, (products - len(features) * numpy.outer(mean, mean)) / (len(features) - 1)
 
 
 def time_evaluator(dim: int, images: int) -> dict:
@@ -69,24 +69,37 @@ def time_evaluator(dim: int, images: int) -> dict:
 
     def slow() -> dict:
         psnr, ssim = [], []
-        for a, b in zip(real.permute(0, 2, 3, 1).numpy(), fake.permute(0, 2, 3, 1).numpy(), strict=True):
+        for a, b in zip(
+            real.permute(0, 2, 3, 1).numpy(), fake.permute(0, 2, 3, 1).numpy(), strict=True
+        ):
             psnr.append(peak_signal_noise_ratio(a, b, data_range=1))
             ssim.append(
                 structural_similarity(
-                    a, b, channel_axis=2, data_range=1, gaussian_weights=True, sigma=1.5, use_sample_covariance=False
+                    a,
+                    b,
+                    channel_axis=2,
+                    data_range=1,
+                    gaussian_weights=True,
+                    sigma=1.5,
+                    use_sample_covariance=False,
                 )
             )
         return {
             "cov": [slow_statistics(rows.numpy())[1] for rows in features],
-            "psnr": np.mean(psnr),
-            "ssim": np.mean(ssim),
+            "psnr": numpy.mean(psnr),
+            "ssim": numpy.mean(ssim),
         }
 
     (fast_time, fast), (slow_time, reference) = _race(ours, slow)
     for name in ("psnr", "ssim"):
         _agree(name, fast[name], float(reference[name]), 1e-5)
     _agree("covariance", float(fast["cov"][0].trace()), float(reference["cov"][0].trace()), 1e-9)
-    return {"ours": fast_time / images * 1e3, "slow": slow_time / images * 1e3, "unit": "ms", "goal": 29.6 / 5}
+    return {
+        "ours": fast_time / images * 1e3,
+        "slow": slow_time / images * 1e3,
+        "unit": "ms",
+        "goal": 29.6 / 5,
+    }
 
 
 def time_frechet(dim: int) -> dict:
@@ -103,9 +116,16 @@ def time_frechet(dim: int) -> dict:
     def slow() -> float:
         mean1, cov1, mean2, cov2 = (part.numpy() for part in moments)
         root = sqrtm(cov1 @ cov2)
-        return float(np.square(mean1 - mean2).sum() + np.trace(cov1) + np.trace(cov2) - 2 * np.trace(np.real(root)))
+        return float(
+            numpy.square(mean1 - mean2).sum()
+            + numpy.trace(cov1)
+            + numpy.trace(cov2)
+            - 2 * numpy.trace(numpy.real(root))
+        )
 
-    (fast_time, fast), (slow_time, reference) = _race(lambda: frechet_distance(*moments), slow, repeats=1)
+    (fast_time, fast), (slow_time, reference) = _race(
+        lambda: frechet_distance(*moments), slow, repeats=1
+    )
     _agree("Fréchet distance", fast, reference, 1e-5)
     return {"ours": fast_time, "slow": slow_time, "unit": "s", "goal": 8.4 / 2}
 
@@ -126,13 +146,16 @@ def time_miou(masks: int, classes: int = 150) -> dict:
         hits, union = torch.zeros(classes, dtype=torch.long), torch.zeros(classes, dtype=torch.long)
         for a, b in zip(guess, truth, strict=True):
             ignored = b == IGNORE
-            maps = [F.one_hot(x.masked_fill(ignored, classes), classes + 1).float()[..., :classes] for x in (a, b)]
+            maps = [
+                F.one_hot(x.masked_fill(ignored, classes), classes + 1).float()[..., :classes]
+                for x in (a, b)
+            ]
             hits += (maps[0] * maps[1]).sum((0, 1)).long()
             union += (maps[0] + maps[1]).clamp(max=1).sum((0, 1)).long()
         return float((hits[union > 0].double() / union[union > 0]).mean())
 
     def loop() -> float:
-        hits, union = np.zeros(classes), np.zeros(classes)
+        hits, union = numpy.zeros(classes), numpy.zeros(classes)
         for a, b in zip(guess.numpy(), truth.numpy(), strict=True):
             valid = b != IGNORE
             for label in range(classes):
@@ -144,11 +167,21 @@ def time_miou(masks: int, classes: int = 150) -> dict:
     (fast_time, fast), (slow_time, reference), (loop_time, by_loop) = _race(ours, slow, loop)
     _agree("mIoU", fast, reference, 1e-12)
     _agree("mIoU", fast, by_loop, 1e-12)
-    ours_ms, slow_ms, loop_ms = (seconds / masks * 1e3 for seconds in (fast_time, slow_time, loop_time))
-    return {"ours": ours_ms, "slow": slow_ms, "unit": "ms", "goal": 651 / 200, "also": {"loop over the classes": loop_ms}}
+    ours_ms, slow_ms, loop_ms = (
+        seconds / masks * 1e3 for seconds in (fast_time, slow_time, loop_time)
+    )
+    return {
+        "ours": ours_ms,
+        "slow": slow_ms,
+        "unit": "ms",
+        "goal": 651 / 200,
+        "also": {"loop over the classes": loop_ms},
+    }
 
 
-def run(parts: Sequence[str], dim: int = 2048, images: int = 128, masks: int = 4) -> dict[str, dict]:
+def run(
+    parts: Sequence[str], dim: int = 2048, images: int = 128, masks: int = 4
+) -> dict[str, dict]:
     """part -> {ours, slow, unit, goal}; ConfigError on an unknown part or a size that is not positive.
 
     goal: what `ours` should not exceed on two CPU cores: a fifth, a half and a 200th of the authors' scripts' time.
@@ -156,7 +189,9 @@ def run(parts: Sequence[str], dim: int = 2048, images: int = 128, masks: int = 4
     """
     for name, value in (("dim", dim), ("images", images), ("masks", masks)):
         if value < 1 or (name == "images" and value < 2):
-            raise ConfigError(f"--{name} must be at least {2 if name == 'images' else 1}, not {value}")
+            raise ConfigError(
+                f"--{name} must be at least {2 if name == 'images' else 1}, not {value}"
+            )
     timers = {
         "evaluator": lambda: time_evaluator(dim, images),
         "frechet": lambda: time_frechet(dim),

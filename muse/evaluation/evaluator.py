@@ -5,9 +5,9 @@ from pathlib import Path
 
 import torch
 
-from muse.evaluation.image_quality import check_pair
-from muse.evaluation.metrics import Options, build_metrics
-from muse.evaluation.reduce import all_sum
+from muse.evaluation.metric_table import Options, build_metrics
+from muse.evaluation.metrics.psnr_ssim import check_pair
+from muse.utils.distributed import all_sum
 
 
 def _clamped(images: torch.Tensor) -> torch.Tensor:
@@ -45,7 +45,9 @@ class Evaluator:
         names = [metrics] if isinstance(metrics, str) else list(metrics)
         if feature_network is not None and not isinstance(feature_network, str):
             if not any(name.startswith("fd_") for name in names):
-                names.append(f"fd_{getattr(feature_network, 'name', type(feature_network).__name__.lower())}")
+                names.append(
+                    f"fd_{getattr(feature_network, 'name', type(feature_network).__name__.lower())}"
+                )
         elif feature_network is not None:
             names.append(f"fd_{feature_network}")
         options = Options(
@@ -61,7 +63,9 @@ class Evaluator:
         self.metrics = build_metrics(names, options)
 
     @torch.no_grad()
-    def update(self, real: torch.Tensor, fake: torch.Tensor, indices: torch.Tensor | None = None) -> None:
+    def update(
+        self, real: torch.Tensor, fake: torch.Tensor, indices: torch.Tensor | None = None
+    ) -> None:
         """Add (B,3,H,W) pairs. indices (B,): places in the data set, needed by `is` in several processes.
 
         ValueError when the shapes differ, or a value is NaN or outside [-0.01, 1.01] (the range seen is named).
@@ -87,7 +91,11 @@ class Evaluator:
 
     def protocol(self) -> dict:
         """After `compute`: the number of images, and the networks behind the metrics with their weights' SHA-256."""
-        networks = {getattr(m, "name", None) or "+".join(m.names): m.protocol for m in self.metrics if m.protocol}
+        networks = {
+            getattr(m, "name", None) or "+".join(m.names): m.protocol
+            for m in self.metrics
+            if m.protocol
+        }
         return {"images": self.total, "feature_networks": networks}
 
 

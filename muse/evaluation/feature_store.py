@@ -14,11 +14,11 @@ import shutil
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-import numpy as np
+import numpy
 import torch.distributed as dist
 
 from muse.errors import DataError
-from muse.evaluation.reduce import all_objects, is_main
+from muse.utils.distributed import all_objects, is_main
 
 logger = logging.getLogger(__name__)
 COPY_ROWS = 8192
@@ -42,9 +42,9 @@ def source_facts(source) -> list:
 def stored_features(
     folder: str | Path,
     facts: dict,
-    extract: Callable[[], Iterable[dict[str, np.ndarray]]],
+    extract: Callable[[], Iterable[dict[str, numpy.ndarray]]],
     notes: Callable[[], dict] = dict,
-) -> tuple[dict[str, np.ndarray], dict]:
+) -> tuple[dict[str, numpy.ndarray], dict]:
     """The store of `facts`, or a new one from `extract()`: name -> memory-mapped array in data-set order, and notes.
 
     extract: yields this process's batches, name -> array with one row a sample, `indices` among them. notes: asked
@@ -55,7 +55,7 @@ def stored_features(
         logger.info("features from %s", target)
     else:
         _fill(target, facts, extract, notes)
-    arrays = {path.stem: np.load(path, mmap_mode="r") for path in sorted(target.glob("*.npy"))}
+    arrays = {path.stem: numpy.load(path, mmap_mode="r") for path in sorted(target.glob("*.npy"))}
     return arrays, json.loads((target / "facts.json").read_text())["notes"]
 
 
@@ -73,7 +73,9 @@ def _fill(target: Path, facts: dict, extract: Callable, notes: Callable[[], dict
             if not parts:
                 raise DataError("no samples to extract features from")
             _merge(partial, parts)
-            (partial / "facts.json").write_text(json.dumps({"facts": facts, "notes": noted}, default=str))
+            (partial / "facts.json").write_text(
+                json.dumps({"facts": facts, "notes": noted}, default=str)
+            )
             shutil.rmtree(target, ignore_errors=True)
             partial.rename(target)
         all_objects(None)
@@ -82,7 +84,7 @@ def _fill(target: Path, facts: dict, extract: Callable, notes: Callable[[], dict
         raise
 
 
-def _write_rows(folder: Path, rank: int, batches: Iterable[dict[str, np.ndarray]]) -> dict:
+def _write_rows(folder: Path, rank: int, batches: Iterable[dict[str, numpy.ndarray]]) -> dict:
     """Append every array of every batch to its own raw file; returns name -> (file, dtype, shape of a row, rows)."""
     described: dict[str, tuple] = {}
     with contextlib.ExitStack() as stack:
@@ -95,28 +97,34 @@ def _write_rows(folder: Path, rank: int, batches: Iterable[dict[str, np.ndarray]
                     described[name] = (str(path), rows.dtype.str, rows.shape[1:], 0)
                 _, dtype, shape, count = described[name]
                 if rows.dtype.str != dtype or rows.shape[1:] != tuple(shape):
-                    raise DataError(f"{name}: a batch of {rows.dtype} {rows.shape[1:]} after {np.dtype(dtype)} {shape}")
-                files[name].write(np.ascontiguousarray(rows).tobytes())
+                    raise DataError(
+                        f"{name}: a batch of {rows.dtype} {rows.shape[1:]} after {numpy.dtype(dtype)} {shape}"
+                    )
+                files[name].write(numpy.ascontiguousarray(rows).tobytes())
                 described[name] = (str(path), dtype, shape, count + len(rows))
     return described
 
 
 def _merge(folder: Path, parts: list[dict]) -> None:
     """Raw files of all processes -> one .npy an array, rows by ascending index; the raw files go."""
-    indices = np.concatenate([np.fromfile(part["indices"][0], dtype=part["indices"][1]) for part in parts])
-    places = np.empty(len(indices), dtype=np.int64)
-    places[np.argsort(indices, kind="stable")] = np.arange(len(indices))
-    if len(np.unique(indices)) != len(indices):
+    indices = numpy.concatenate(
+        [numpy.fromfile(part["indices"][0], dtype=part["indices"][1]) for part in parts]
+    )
+    places = numpy.empty(len(indices), dtype=numpy.int64)
+    places[numpy.argsort(indices, kind="stable")] = numpy.arange(len(indices))
+    if len(numpy.unique(indices)) != len(indices):
         raise DataError("a sample was read twice: its index occurs more than once")
     for name in parts[0]:
         if name == "indices":
             continue
         _, dtype, shape, _ = parts[0][name]
-        merged = np.lib.format.open_memmap(folder / f"{name}.npy", mode="w+", dtype=dtype, shape=(len(indices), *shape))
+        merged = numpy.lib.format.open_memmap(
+            folder / f"{name}.npy", mode="w+", dtype=dtype, shape=(len(indices), *shape)
+        )
         start = 0
         for part in parts:
             path, _, _, count = part[name]
-            rows = np.memmap(path, dtype=dtype, mode="r", shape=(count, *shape))
+            rows = numpy.memmap(path, dtype=dtype, mode="r", shape=(count, *shape))
             for first in range(0, count, COPY_ROWS):
                 block = rows[first : first + COPY_ROWS]
                 merged[places[start + first : start + first + len(block)]] = block

@@ -8,7 +8,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-import numpy as np
+import numpy
 import torch
 import torch.nn.functional as F
 
@@ -53,10 +53,14 @@ def accuracy(predictions: torch.Tensor, labels: torch.Tensor, num_classes: int) 
     right = torch.bincount(labels[predictions == labels], minlength=num_classes).double()
     total = torch.bincount(labels, minlength=num_classes).double()
     present = total > 0
-    return Accuracy(float(right.sum() / total.sum()), float((right[present] / total[present]).mean()))
+    return Accuracy(
+        float(right.sum() / total.sum()), float((right[present] / total[present]).mean())
+    )
 
 
-def majority_accuracy(train_labels: torch.Tensor, val_labels: torch.Tensor, num_classes: int) -> Accuracy:
+def majority_accuracy(
+    train_labels: torch.Tensor, val_labels: torch.Tensor, num_classes: int
+) -> Accuracy:
     """What always answering the training set's most frequent class scores."""
     common = torch.bincount(train_labels, minlength=num_classes).argmax()
     return accuracy(common.expand_as(val_labels), val_labels, num_classes)
@@ -68,7 +72,9 @@ def check_labels(labels: torch.Tensor, num_classes: int | None, what: str) -> in
         raise ValueError(f"{what}: no labelled samples")
     low, high = int(labels.min()), int(labels.max())
     if low < 0 or (num_classes is not None and high >= num_classes):
-        raise ValueError(f"{what}: labels {low}..{high} do not fit {num_classes or high + 1} classes")
+        raise ValueError(
+            f"{what}: labels {low}..{high} do not fit {num_classes or high + 1} classes"
+        )
     return num_classes or high + 1
 
 
@@ -77,7 +83,7 @@ def _rows(features, index) -> torch.Tensor:
     if isinstance(features, torch.Tensor):
         return features[index].float()
     index = index.numpy() if isinstance(index, torch.Tensor) else index
-    return torch.from_numpy(np.array(features[index], dtype=np.float32))
+    return torch.from_numpy(numpy.array(features[index], dtype=numpy.float32))
 
 
 class LinearProbe:
@@ -88,7 +94,14 @@ class LinearProbe:
 
     momentum = 0.9
 
-    def __init__(self, channels: int, num_classes: int, rates: Sequence[float], seed: int, device: str | torch.device):
+    def __init__(
+        self,
+        channels: int,
+        num_classes: int,
+        rates: Sequence[float],
+        seed: int,
+        device: str | torch.device,
+    ):
         generator = torch.Generator().manual_seed(seed)
         self.norm = torch.nn.BatchNorm1d(channels, affine=False, device=device)
         start = torch.randn(channels, 1, num_classes, generator=generator) * 0.01
@@ -112,7 +125,10 @@ class LinearProbe:
         # mean over samples, sum over heads: the heads' gradients do not touch each other
         loss = F.cross_entropy(logits.flatten(0, 1), targets, reduction="sum") / len(features)
         for value, gradient, velocity in zip(
-            (self.weight, self.bias), torch.autograd.grad(loss, (self.weight, self.bias)), self._velocity, strict=True
+            (self.weight, self.bias),
+            torch.autograd.grad(loss, (self.weight, self.bias)),
+            self._velocity,
+            strict=True,
         ):
             velocity.mul_(self.momentum).add_(gradient)
             with torch.no_grad():
@@ -124,7 +140,11 @@ class LinearProbe:
         self.norm.eval()
         blocks = [slice(i, i + EVAL_BLOCK) for i in range(0, len(features), EVAL_BLOCK)]
         guesses = torch.cat(
-            [self.logits(_rows(features, block).to(self.device)).argmax(-1).T.cpu() for block in blocks], dim=1
+            [
+                self.logits(_rows(features, block).to(self.device)).argmax(-1).T.cpu()
+                for block in blocks
+            ],
+            dim=1,
         )
         guesses[~self.weight.isfinite().all(2).all(0).cpu()] = -1
         return guesses
@@ -158,7 +178,9 @@ def train_linear_probe(
     if len(train_features) != len(train_labels) or len(val_features) != len(val_labels):
         raise ValueError("features and labels differ in number")
     if train_features.shape[1] != val_features.shape[1]:
-        raise ValueError(f"features of two widths: {train_features.shape[1]} and {val_features.shape[1]}")
+        raise ValueError(
+            f"features of two widths: {train_features.shape[1]} and {val_features.shape[1]}"
+        )
     count = len(train_labels)
     if count < 2:
         raise ValueError("a probe needs at least two training samples")
@@ -175,7 +197,11 @@ def train_linear_probe(
             batch_size
         ):  # the odd rest waits for another epoch
             index = batch.sort().values  # reads of a mapped file in file order
-            probe.step(_rows(train_features, index), train_labels[index], 0.5 * (1 + math.cos(math.pi * step / steps)))
+            probe.step(
+                _rows(train_features, index),
+                train_labels[index],
+                0.5 * (1 + math.cos(math.pi * step / steps)),
+            )
             step += 1
         if epoch % evaluate_every == 0 or epoch == epochs:
             scores = [accuracy(row, val_labels, num_classes) for row in probe.predict(val_features)]
@@ -189,7 +215,8 @@ def _result(history, rates, train_labels, val_labels, num_classes) -> ProbeResul
     last = history[-1][1]
     chosen = max(range(len(rates)), key=lambda i: last[i].micro)
     best_epoch, best = max(
-        ((epoch, score) for epoch, scores in history for score in scores), key=lambda pair: pair[1].micro
+        ((epoch, score) for epoch, scores in history for score in scores),
+        key=lambda pair: pair[1].micro,
     )
     return ProbeResult(
         last=last[chosen],
@@ -212,20 +239,25 @@ def pixel_features(images: torch.Tensor, side: int = 16) -> torch.Tensor:
 
 def run_linear_probe(args, cfg) -> tuple[ProbeResult, dict] | None:
     """The measurement behind scripts/linear_probe.py; None in the processes that only extract features."""
-    from muse.evaluation import frozen, runs
+    from muse.evaluation import command, frozen_features
 
-    runs.check_numbers(args, num_classes=2, epochs=1, probe_batch_size=2, learning_rates=0.0)
-    runs.start(args)
-    network, network_facts = frozen.feature_network(args, cfg)
+    command.check_numbers(args, num_classes=2, epochs=1, probe_batch_size=2, learning_rates=0.0)
+    command.start(args)
+    network, network_facts = frozen_features.feature_network(args, cfg)
     sets = [
-        frozen.frozen_features(args, cfg, network, network_facts, source, default, "labels", pooled=True)
-        for source, default in ((args.train_url, "train_shards_path_or_url"), (args.val_url, "eval_shards_path_or_url"))
+        frozen_features.frozen_features(
+            args, cfg, network, network_facts, source, default, "labels", pooled=True
+        )
+        for source, default in (
+            (args.train_url, "train_shards_path_or_url"),
+            (args.val_url, "eval_shards_path_or_url"),
+        )
     ]
-    if not runs.finish():
+    if not command.finish():
         return None
     (train, train_labels, train_facts), (val, val_labels, val_facts) = sets
-    runs.check_classes(train_facts, val_facts)
-    with runs.one_line_errors("linear probe"):
+    command.check_classes(train_facts, val_facts)
+    with command.one_line_errors("linear probe"):
         result = train_linear_probe(
             train,
             torch.tensor(train_labels),
@@ -238,5 +270,14 @@ def run_linear_probe(args, cfg) -> tuple[ProbeResult, dict] | None:
             cfg.training.seed,
             args.device,
         )
-    probe = {"epochs": args.epochs, "batch_size": args.probe_batch_size, "learning_rates": args.learning_rates}
-    return result, {"network": network_facts, "probe": probe, "train": train_facts, "val": val_facts}
+    probe = {
+        "epochs": args.epochs,
+        "batch_size": args.probe_batch_size,
+        "learning_rates": args.learning_rates,
+    }
+    return result, {
+        "network": network_facts,
+        "probe": probe,
+        "train": train_facts,
+        "val": val_facts,
+    }

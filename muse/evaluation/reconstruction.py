@@ -4,21 +4,23 @@ import argparse
 
 import torch
 
-from muse.evaluation import runs
+from muse import cli
+from muse.evaluation import command
 from muse.evaluation.evaluator import Evaluator, reconstruct_batches
-from muse.evaluation.pictures import comparison_sheet
-from muse.evaluation.reduce import is_main
-from muse.utils import cli
+from muse.utils.distributed import is_main
+from muse.utils.viz_utils import comparison_sheet
 
 
-def measure_reconstruction(args: argparse.Namespace, cfg) -> tuple[dict[str, float], dict, torch.Tensor | None]:
+def measure_reconstruction(
+    args: argparse.Namespace, cfg
+) -> tuple[dict[str, float], dict, torch.Tensor | None]:
     """Metrics, facts for the protocol, and the sheet of the first pictures (of process 0).
 
     Data and metrics are opened before the model, so that a wrong path or a missing weights file is told of at once.
     """
-    runs.check_numbers(args, num_pictures=0)
-    runs.start(args)
-    loader = runs.eval_data(args, cfg, args.val_url, "eval_shards_path_or_url", ("images",))
+    command.check_numbers(args, num_pictures=0)
+    command.start(args)
+    loader = command.eval_data(args, cfg, args.val_url, "eval_shards_path_or_url", ("images",))
     evaluator = Evaluator(
         [name.strip() for name in args.metrics.split(",") if name.strip()],
         args.feature_network,
@@ -30,14 +32,16 @@ def measure_reconstruction(args: argparse.Namespace, cfg) -> tuple[dict[str, flo
     )
     model = cli.load_model(args, cfg)
     first: list[tuple[torch.Tensor, torch.Tensor]] = []
-    with runs.one_line_errors("evaluation"):
+    with command.one_line_errors("evaluation"):
         for real, fake in reconstruct_batches(model, loader, evaluator):
             missing = args.num_pictures - sum(len(pair[0]) for pair in first)
             if missing > 0:
                 first.append((real[:missing].cpu(), fake[:missing].cpu()))
-        facts = runs.data_facts(loader, cfg)
+        facts = command.data_facts(loader, cfg)
         if loader.num_samples is not None:
             evaluator.expect = loader.num_samples - facts["samples"]["skipped"]
         values = evaluator.compute()
-    sheet = comparison_sheet(*map(torch.cat, zip(*first, strict=True))) if first and is_main() else None
+    sheet = (
+        comparison_sheet(*map(torch.cat, zip(*first, strict=True))) if first and is_main() else None
+    )
     return values, evaluator.protocol() | facts, sheet

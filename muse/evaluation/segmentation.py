@@ -3,13 +3,13 @@
 import math
 from dataclasses import dataclass
 
-import numpy as np
+import numpy
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from muse.data.segmentation import IGNORE_INDEX
-from muse.evaluation.reduce import all_sum
+from muse.data.masks import IGNORE_INDEX
+from muse.utils.distributed import all_sum
 
 IGNORE = IGNORE_INDEX
 
@@ -24,7 +24,9 @@ class ConfusionMatrix:
     def update(self, predictions: torch.Tensor, masks: torch.Tensor) -> None:
         """Class indices of one shape, any number of dimensions. ValueError on another shape or a label out of range."""
         if predictions.shape != masks.shape:
-            raise ValueError(f"prediction {tuple(predictions.shape)} and mask {tuple(masks.shape)} differ in size")
+            raise ValueError(
+                f"prediction {tuple(predictions.shape)} and mask {tuple(masks.shape)} differ in size"
+            )
         if not masks.numel():
             return
         truth, guess = masks.to(torch.int32), predictions.to(torch.int32)  # half the memory traffic
@@ -32,7 +34,12 @@ class ConfusionMatrix:
         self._check("mask", truth.masked_fill(ignored, 0))
         self._check("prediction", guess)
         # A last row for the ignored label, dropped again: cheaper than picking its pixels out.
-        cells = truth.masked_fill(ignored, self.num_classes).mul_(self.num_classes).add_(guess).flatten()
+        cells = (
+            truth.masked_fill(ignored, self.num_classes)
+            .mul_(self.num_classes)
+            .add_(guess)
+            .flatten()
+        )
         counts = torch.bincount(cells, minlength=(self.num_classes + 1) * self.num_classes)
         self.counts += counts.view(-1, self.num_classes)[:-1].cpu()
 
@@ -44,13 +51,22 @@ class ConfusionMatrix:
     def compute(self) -> "IoU":
         """Intersection over union of every class."""
         counts = all_sum(self.counts)
-        hits, truth, guess = counts.diagonal().double(), counts.sum(1).double(), counts.sum(0).double()
+        hits, truth, guess = (
+            counts.diagonal().double(),
+            counts.sum(1).double(),
+            counts.sum(0).double(),
+        )
         union = truth + guess - hits
         present = union > 0
         per_class = torch.where(present, hits / union.clamp_min(1), torch.nan)
         if not present.any():
             raise ValueError("no labelled pixel was given")
-        return IoU(float(per_class[present].mean()), per_class, int((~present).sum()), float(hits.sum() / counts.sum()))
+        return IoU(
+            float(per_class[present].mean()),
+            per_class,
+            int((~present).sum()),
+            float(hits.sum() / counts.sum()),
+        )
 
 
 @dataclass(frozen=True)
@@ -63,7 +79,9 @@ class IoU:
     pixel_accuracy: float
 
 
-def cell_targets(masks: torch.Tensor, grid: tuple[int, int], num_classes: int, ignore: int = IGNORE) -> torch.Tensor:
+def cell_targets(
+    masks: torch.Tensor, grid: tuple[int, int], num_classes: int, ignore: int = IGNORE
+) -> torch.Tensor:
     """(B,H,W) labels -> (B,h*w,K) share of every class among the pixels of each cell; ignored pixels count nothing.
 
     Cross-entropy against these shares, summed, equals pixel-wise cross-entropy on logits repeated over the cell's
@@ -77,14 +95,22 @@ def cell_targets(masks: torch.Tensor, grid: tuple[int, int], num_classes: int, i
         size = (rows * grid[0], columns * grid[1])
         masks = F.interpolate(masks[:, None].float(), size, mode="nearest")[:, 0].long()
     ignored = masks == ignore
-    labels = masks.masked_fill(ignored, num_classes)  # a class of its own, dropped below: far cheaper than picking the others out
+    labels = masks.masked_fill(
+        ignored, num_classes
+    )  # a class of its own, dropped below: far cheaper than picking the others out
     low, high = (int(bound) for bound in torch.aminmax(masks.masked_fill(ignored, 0)))
     if low < 0 or high >= num_classes:
         raise ValueError(f"mask labels {low}..{high} do not fit {num_classes} classes")
     batch, cells = len(masks), grid[0] * grid[1]
-    tiles = labels.view(batch, grid[0], rows, grid[1], columns).permute(0, 1, 3, 2, 4).reshape(batch * cells, rows * columns)
+    tiles = (
+        labels.view(batch, grid[0], rows, grid[1], columns)
+        .permute(0, 1, 3, 2, 4)
+        .reshape(batch * cells, rows * columns)
+    )
     places = torch.arange(batch * cells, device=masks.device)[:, None] * (num_classes + 1) + tiles
-    counts = torch.bincount(places.flatten(), minlength=batch * cells * (num_classes + 1)).view(-1, num_classes + 1)
+    counts = torch.bincount(places.flatten(), minlength=batch * cells * (num_classes + 1)).view(
+        -1, num_classes + 1
+    )
     shares = counts[:, :num_classes].float()
     return (shares / (rows * columns)).view(batch, cells, num_classes)
 
@@ -112,7 +138,7 @@ class SegmentationProbe(nn.Module):
 def _rows(array, index) -> torch.Tensor:
     """Rows of a tensor or of a memory-mapped array, as a tensor."""
     rows = array[index]
-    return rows if isinstance(rows, torch.Tensor) else torch.from_numpy(np.array(rows))
+    return rows if isinstance(rows, torch.Tensor) else torch.from_numpy(numpy.array(rows))
 
 
 def train_segmentation_probe(
@@ -136,20 +162,26 @@ def train_segmentation_probe(
         torch.manual_seed(seed)
         probe = SegmentationProbe(features.shape[1], num_classes).to(device)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=learning_rate, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps)))
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps))
+    )
     generator = torch.Generator().manual_seed(seed)
     probe.train()
     for _ in range(steps):
         index = torch.randperm(len(features), generator=generator)[:batch_size].sort().values
         target = cell_targets(_rows(masks, index).to(device), features.shape[-2:], num_classes)
-        log_shares = probe(_rows(features, index).to(device)).log_softmax(1).flatten(2).transpose(1, 2)
+        log_shares = (
+            probe(_rows(features, index).to(device)).log_softmax(1).flatten(2).transpose(1, 2)
+        )
         loss = -(target * log_shares).sum() / target.sum().clamp_min(1e-6)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
         schedule.step()
     if not probe.classify.weight.isfinite().all():
-        raise ValueError(f"the probe diverged at learning rate {learning_rate:g}: give a smaller one")
+        raise ValueError(
+            f"the probe diverged at learning rate {learning_rate:g}: give a smaller one"
+        )
     return probe.eval()
 
 
@@ -161,7 +193,9 @@ def evaluate_segmentation(probe: SegmentationProbe, features, masks, batch_size:
     for start in range(0, len(features), batch_size):
         block = slice(start, start + batch_size)
         truth = _rows(masks, block)
-        confusion.update(probe.predict(_rows(features, block).to(device), truth.shape[-2:]).cpu(), truth)
+        confusion.update(
+            probe.predict(_rows(features, block).to(device), truth.shape[-2:]).cpu(), truth
+        )
     return confusion.compute()
 
 
@@ -179,4 +213,6 @@ def foreground_iou(
 ) -> float:
     """IoU of the foreground under a linear probe: features (N,C,h,w), object masks (N,H,W) with 0 as background."""
     probe = train_segmentation_probe(train_features, foreground_masks(train_masks), 2, **options)
-    return float(evaluate_segmentation(probe, val_features, foreground_masks(val_masks)).per_class[1])
+    return float(
+        evaluate_segmentation(probe, val_features, foreground_masks(val_masks)).per_class[1]
+    )

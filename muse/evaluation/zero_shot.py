@@ -7,7 +7,8 @@ import torch
 
 from muse.errors import DataError
 from muse.evaluation.linear_probe import Accuracy, check_labels
-from muse.models.teachers.prompts import Template, imagenet_templates
+from muse.teachers.prompts import Template, imagenet_templates
+
 
 def imagenet_prompts() -> tuple[list[str], list[Template]]:
     """open_clip's 1000 class names and 80 templates, the field's default."""
@@ -19,7 +20,11 @@ def imagenet_prompts() -> tuple[list[str], list[Template]]:
 def read_lines(path: str | Path, what: str) -> list[str]:
     """The non-empty lines of a UTF-8 text file; DataError when it is missing, unreadable or empty."""
     try:
-        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = [
+            line.strip()
+            for line in Path(path).read_text(encoding="utf-8").splitlines()
+            if line.strip()
+        ]
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{what} file {path} cannot be read: {error}") from error
     if not lines:
@@ -39,7 +44,9 @@ def hit_probability(scores: torch.Tensor, targets: torch.Tensor, k: int) -> torc
     return ((k - above).double() / level).clamp(0, 1)
 
 
-def zero_shot(image_embeds: torch.Tensor, labels: torch.Tensor, class_embeds: torch.Tensor) -> dict[str, float]:
+def zero_shot(
+    image_embeds: torch.Tensor, labels: torch.Tensor, class_embeds: torch.Tensor
+) -> dict[str, float]:
     """Top-1 and top-5 (micro and macro) of (N, E) images against (K, E) classes, beside chance and the majority class.
 
     The majority class is that of `labels` themselves, the best that a constant answer can do.
@@ -63,7 +70,11 @@ def zero_shot(image_embeds: torch.Tensor, labels: torch.Tensor, class_embeds: to
         result[f"top{k}_chance"] = min(k / classes, 1.0)
     result["majority"] = float(counts.max() / counts.sum())
     result["majority_macro"] = 1 / int(present.sum())
-    return result | {"classes": classes, "classes_present": int(present.sum()), "images": len(labels)}
+    return result | {
+        "classes": classes,
+        "classes_present": int(present.sum()),
+        "images": len(labels),
+    }
 
 
 def retrieval(
@@ -87,11 +98,20 @@ def retrieval(
         raise ValueError(f"retrieval needs at least two distinct captions, got {len(distinct)}")
     caption_of = torch.tensor([distinct[caption] for caption in captions])
     group = min(group, len(distinct))
-    members = _draw_groups(caption_of, len(distinct), group, groups, torch.Generator().manual_seed(seed))
+    members = _draw_groups(
+        caption_of, len(distinct), group, groups, torch.Generator().manual_seed(seed)
+    )
     similarity = image_embeds.float() @ text_embeds.float().T
-    scores = similarity[members[:, :, None], members[:, None, :]]  # (groups, group images, group texts)
+    scores = similarity[
+        members[:, :, None], members[:, None, :]
+    ]  # (groups, group images, group texts)
     targets = torch.arange(group).repeat(groups)
-    result: dict[str, float] = {"group": group, "groups": groups, "captions": len(distinct), "images": len(captions)}
+    result: dict[str, float] = {
+        "group": group,
+        "groups": groups,
+        "captions": len(distinct),
+        "images": len(captions),
+    }
     for name, matrix in (("image_to_text", scores), ("text_to_image", scores.transpose(1, 2))):
         for k in (1, 5):
             result[f"{name}_r{k}"] = float(hit_probability(matrix.flatten(0, 1), targets, k).mean())

@@ -11,15 +11,15 @@ from typing import Any
 
 import torch
 
+from muse import cli
 from muse.config import plain
 from muse.errors import ConfigError
-from muse.evaluation import runs
+from muse.evaluation import command
 from muse.evaluation.feature_store import store_key
-from muse.evaluation.features import state_sha256
-from muse.evaluation.reduce import all_objects, all_rows, is_main
+from muse.evaluation.metrics.networks import state_sha256
 from muse.evaluation.zero_shot import imagenet_prompts, read_lines, retrieval, zero_shot
-from muse.models.teachers.prompts import Template, class_embeddings, imagenet_templates, prompts
-from muse.utils import cli
+from muse.teachers.prompts import Template, class_embeddings, imagenet_templates, prompts
+from muse.utils.distributed import all_objects, all_rows, is_main
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,9 @@ def class_names(args: argparse.Namespace, loader) -> tuple[list[str], str]:
     if args.classnames:
         return read_lines(args.classnames, "class name"), args.classnames
     source = loader.stream.source
-    beside = (Path(source.root) if hasattr(source, "root") else Path(source.shards[0]).parent) / "classes.txt"
+    beside = (
+        Path(source.root) if hasattr(source, "root") else Path(source.shards[0]).parent
+    ) / "classes.txt"
     if beside.is_file():
         return read_lines(beside, "class name"), str(beside)
     folders = list(loader.classes)
@@ -41,7 +43,11 @@ def class_names(args: argparse.Namespace, loader) -> tuple[list[str], str]:
 
 
 def text_weights(
-    encode: Callable, teacher_facts: dict, names: Sequence[str], templates: Sequence[Template], folder: str | Path
+    encode: Callable,
+    teacher_facts: dict,
+    names: Sequence[str],
+    templates: Sequence[Template],
+    folder: str | Path,
 ) -> torch.Tensor:
     """`class_embeddings`, kept in `folder` under the hash of the text tower and of every prompt."""
     texts = [prompts(name, templates) for name in names]
@@ -80,13 +86,15 @@ def embed_data(model, loader, device, fields: Sequence[str]) -> dict[str, Any]:
 
 def run_zero_shot(args: argparse.Namespace, cfg) -> tuple[dict, dict] | None:
     """Values and facts for the protocol; None in the processes that only embed."""
-    from muse.models.teachers import build_text_teacher
+    from muse.teachers import build_text_teacher
 
     if args.retrieval < 0 or args.retrieval == 1:
-        raise ConfigError(f"--retrieval must be 0 (none) or at least 2 candidates, not {args.retrieval}")
-    runs.start(args)
+        raise ConfigError(
+            f"--retrieval must be 0 (none) or at least 2 candidates, not {args.retrieval}"
+        )
+    command.start(args)
     fields = ("images", "labels") + (("text",) if args.retrieval else ())
-    loader = runs.eval_data(args, cfg, args.val_url, "eval_shards_path_or_url", fields)
+    loader = command.eval_data(args, cfg, args.val_url, "eval_shards_path_or_url", fields)
     names, names_from = class_names(args, loader)
     if is_main():
         logger.info("%d class names: %s", len(names), names_from)
@@ -97,17 +105,23 @@ def run_zero_shot(args: argparse.Namespace, cfg) -> tuple[dict, dict] | None:
         raise ConfigError("zero-shot needs a text tower: teacher.text.kind is none")
     teacher = teacher.to(args.device)
     if teacher.dim != cfg.model.semantic_dim:
-        raise ConfigError(f"the text tower gives width {teacher.dim}, model.semantic_dim is {cfg.model.semantic_dim}")
-    tower = {"kind": cfg.teacher.text.kind, "source": cfg.teacher.text.source, "weights_sha256": state_sha256(teacher)}
-    with runs.one_line_errors("zero-shot"):
+        raise ConfigError(
+            f"the text tower gives width {teacher.dim}, model.semantic_dim is {cfg.model.semantic_dim}"
+        )
+    tower = {
+        "kind": cfg.teacher.text.kind,
+        "source": cfg.teacher.text.source,
+        "weights_sha256": state_sha256(teacher),
+    }
+    with command.one_line_errors("zero-shot"):
         weights = text_weights(teacher.encode, tower, names, templates, f"{args.output_dir}/text")
         own = embed_data(model, loader, args.device, fields)
-        data = runs.data_facts(loader, cfg)
+        data = command.data_facts(loader, cfg)
         order = all_rows(own["indices"]).argsort()
-        runs.check_count(loader, data, len(order))
+        command.check_count(loader, data, len(order))
         images, labels = all_rows(own["images"])[order], all_rows(own["labels"])[order]
         captions = [text for part in all_objects(own["text"]) for text in part]
-        if not runs.finish():
+        if not command.finish():
             return None
         values = zero_shot(images, labels, weights)
         if args.retrieval:
@@ -116,7 +130,11 @@ def run_zero_shot(args: argparse.Namespace, cfg) -> tuple[dict, dict] | None:
             texts = teacher.encode(distinct).float().cpu()
             row = {caption: i for i, caption in enumerate(distinct)}
             found = retrieval(
-                images, texts[[row[c] for c in captions]], captions, args.retrieval, seed=cfg.training.seed
+                images,
+                texts[[row[c] for c in captions]],
+                captions,
+                args.retrieval,
+                seed=cfg.training.seed,
             )
             values |= {f"retrieval_{name}": value for name, value in found.items()}
     text = json.dumps([prompts("{}", templates), names])

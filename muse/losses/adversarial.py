@@ -1,4 +1,5 @@
 """Adversarial terms: hinge losses and the LeCam regulariser (Tseng et al., 2021), with a delayed start."""
+
 from typing import NamedTuple
 
 import torch
@@ -17,7 +18,9 @@ def hinge_generator_loss(logits_fake: Tensor) -> Tensor:
     return -logits_fake.float().mean()
 
 
-def lecam_penalty(logits_real: Tensor, logits_fake: Tensor, ema_real: Tensor, ema_fake: Tensor) -> Tensor:
+def lecam_penalty(
+    logits_real: Tensor, logits_fake: Tensor, ema_real: Tensor, ema_fake: Tensor
+) -> Tensor:
     """relu(mean real - ema_fake)^2 + relu(ema_real - mean fake)^2, a float32 scalar.
 
     As in the release it acts on the batch's mean logits, not on every logit as in LeCam's own paper: it keeps the two
@@ -29,6 +32,7 @@ def lecam_penalty(logits_real: Tensor, logits_fake: Tensor, ema_real: Tensor, em
 
 class DiscriminatorTerms(NamedTuple):
     """`total` is what the discriminator descends: hinge + lecam_weight * lecam; all scalars."""
+
     total: Tensor
     hinge: Tensor
     lecam: Tensor
@@ -55,7 +59,9 @@ class AdversarialLoss(nn.Module):
         """The generator's term for logits (B,1,h,w) of reconstructions that carry gradient; 0 before the start."""
         return hinge_generator_loss(logits_fake) * float(self.active(step))
 
-    def discriminator(self, logits_real: Tensor, logits_fake: Tensor, step: int) -> DiscriminatorTerms:
+    def discriminator(
+        self, logits_real: Tensor, logits_fake: Tensor, step: int
+    ) -> DiscriminatorTerms:
         """The discriminator's terms for logits (B,1,h,w) of images and of detached reconstructions; 0 before the start.
 
         In training mode, and once started, the moving means take these logits in, after they served the penalty.
@@ -65,7 +71,9 @@ class AdversarialLoss(nn.Module):
         lecam = hinge.new_zeros(())
         if self.lecam_weight > 0:
             # Copies: the means move in place below, while the penalty still waits for its backward pass.
-            lecam = factor * lecam_penalty(logits_real, logits_fake, self.ema_real.clone(), self.ema_fake.clone())
+            lecam = factor * lecam_penalty(
+                logits_real, logits_fake, self.ema_real.clone(), self.ema_fake.clone()
+            )
             if self.training and factor:
                 self._update(logits_real, logits_fake)
         return DiscriminatorTerms(hinge + self.lecam_weight * lecam, hinge.detach(), lecam.detach())

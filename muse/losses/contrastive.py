@@ -3,13 +3,21 @@
 Symmetric InfoNCE over the global batch. The release contrasts within one rank's batch; here the embeddings of all ranks
 are gathered with their gradients (`gather`). Equal captions of a batch are positives of each other, not negatives.
 """
+
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from torch import Tensor
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from muse.losses.term import Needs, Term
+from muse.losses.topology import select_blocks
+from muse.models.muse_vit import MUSE_ViT, StudentOutput
+from muse.teachers.build import shared_text_teacher
 
 
 class _AllGather(torch.autograd.Function):
@@ -42,7 +50,9 @@ def gather_batch(local: Tensor) -> Tensor:
     return _AllGather.apply(local) if _many_ranks() else local
 
 
-def caption_positives(captions: Sequence[str], gather: bool = True, device: torch.device | str = "cpu") -> Tensor:
+def caption_positives(
+    captions: Sequence[str], gather: bool = True, device: torch.device | str = "cpu"
+) -> Tensor:
     """Which captions are equal: a boolean (B,B), or (world*B,world*B) with `gather` on several ranks."""
     digests = [hashlib.sha256(caption.encode()).digest()[:8] for caption in captions]
     ids = torch.tensor([int.from_bytes(digest, "big", signed=True) for digest in digests])
@@ -54,8 +64,13 @@ def caption_positives(captions: Sequence[str], gather: bool = True, device: torc
     return ids[:, None] == ids[None, :]
 
 
-def itc_loss(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor, positives: Tensor | None = None,
-             gather: bool = True) -> Tensor:
+def itc_loss(
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    logit_scale: Tensor,
+    positives: Tensor | None = None,
+    gather: bool = True,
+) -> Tensor:
     """Symmetric InfoNCE, averaged over blocks; a float32 scalar.
 
     image_embeds (L,B,E) or (B,E) and text_embeds (B,E), both L2-normalised; logit_scale: the factor itself (exp taken).
@@ -67,14 +82,19 @@ def itc_loss(image_embeds: Tensor, text_embeds: Tensor, logit_scale: Tensor, pos
         image_embeds = image_embeds[None]
     _check_pair(image_embeds, text_embeds)
     with torch.autocast(image_embeds.device.type, enabled=False):
-        images, texts = image_embeds.float().transpose(0, 1), text_embeds.detach().float()     # (B,L,E), (B,E)
+        images, texts = (
+            image_embeds.float().transpose(0, 1),
+            text_embeds.detach().float(),
+        )  # (B,L,E), (B,E)
         if gather:
             images, texts = gather_batch(images), gather_batch(texts)
         count = texts.shape[0]
         if positives is not None and positives.shape != (count, count):
             raise ValueError(f"positives {tuple(positives.shape)} do not fit a batch of {count}")
-        targets = torch.eye(count, device=texts.device) if positives is None else positives.to(texts)
-        logits = logit_scale.float() * torch.einsum("ile,je->lij", images, texts)              # (L,B,B)
+        targets = (
+            torch.eye(count, device=texts.device) if positives is None else positives.to(texts)
+        )
+        logits = logit_scale.float() * torch.einsum("ile,je->lij", images, texts)  # (L,B,B)
         image_to_text = _soft_cross_entropy(logits, targets)
         text_to_image = _soft_cross_entropy(logits.transpose(1, 2), targets.T)
         return (image_to_text + text_to_image) / 2
@@ -92,11 +112,50 @@ def passive_distillation_loss(image_embeds: Tensor, text_embeds: Tensor) -> Tens
     image_embeds (L,B,E) or (B,E), text_embeds (B,E). No negatives, no temperature; no gradient reaches the text.
     """
     _check_pair(image_embeds, text_embeds)
-    cosine = F.cosine_similarity(image_embeds.float(), text_embeds.detach().float().expand_as(image_embeds), dim=-1)
+    cosine = F.cosine_similarity(
+        image_embeds.float(), text_embeds.detach().float().expand_as(image_embeds), dim=-1
+    )
     return (1 - cosine).mean()
 
 
 def _check_pair(image_embeds: Tensor, text_embeds: Tensor) -> None:
-    if image_embeds.ndim not in (2, 3) or text_embeds.ndim != 2 or image_embeds.shape[-2:] != text_embeds.shape:
-        raise ValueError(f"image embeddings {tuple(image_embeds.shape)} do not fit text embeddings "
-                         f"{tuple(text_embeds.shape)}: (L,B,E) or (B,E) against (B,E) was expected")
+    if (
+        image_embeds.ndim not in (2, 3)
+        or text_embeds.ndim != 2
+        or image_embeds.shape[-2:] != text_embeds.shape
+    ):
+        raise ValueError(
+            f"image embeddings {tuple(image_embeds.shape)} do not fit text embeddings "
+            f"{tuple(text_embeds.shape)}: (L,B,E) or (B,E) against (B,E) was expected"
+        )
+
+
+class ITCTerm(Term):
+    """Semantics: contrast of each block's mean S, through the one projector, with the caption's embedding."""
+
+    name, needs = "itc", Needs(semantics=True)
+
+    def __init__(
+        self, weight: float, teacher: nn.Module, blocks: str, gather: bool, objective: str
+    ):
+        super().__init__(weight)
+        self.teacher, self.blocks, self.gather, self.objective = teacher, blocks, gather, objective
+
+    def forward(
+        self, out: StudentOutput, batch: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        text = self.teacher(batch["text"]).to(out.image_embeds.device)
+        images = select_blocks(out.image_embeds, self.blocks)
+        if self.objective == "distillation":
+            # The scale has no part in a regression; a zero keeps its gradient defined, so no rank waits for it.
+            return passive_distillation_loss(images, text) + 0 * out.logit_scale, {}
+        positives = caption_positives(batch["text"], self.gather, images.device)
+        loss = itc_loss(images, text, out.logit_scale, positives, self.gather)
+        return loss, {"logit_scale": out.logit_scale.detach()}
+
+
+def build_itc_term(cfg: DictConfig, student: MUSE_ViT, grid: tuple[int, int]) -> Term:
+    section = cfg.losses.itc
+    return ITCTerm(
+        section.weight, shared_text_teacher(cfg), section.blocks, section.gather, section.objective
+    )

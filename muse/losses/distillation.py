@@ -3,9 +3,18 @@
 The small encoder learns to predict a frozen network's features (cosine) and, through a linear head, its own patch's
 pixels, so that stages 1 and 2 can keep it frozen as the paper does. The heads live here and are thrown away afterwards.
 """
+
+from typing import Any
+
 import torch
 import torch.nn.functional as F
+from omegaconf import DictConfig
 from torch import Tensor, nn
+
+from muse.config import plain
+from muse.losses.term import Term, ask
+from muse.models.muse_vit import MUSE_ViT, StudentOutput
+from muse.teachers.build import build_feature_teacher
 
 
 class FeatureDistillation(nn.Module):
@@ -23,8 +32,13 @@ class FeatureDistillation(nn.Module):
         with torch.autocast(tokens.device.type, enabled=False):
             features = features.detach().float()
             if features.shape[-2:] != tokens.shape[-2:]:
-                features = F.interpolate(features, size=tokens.shape[-2:], mode="bilinear", align_corners=False,
-                                         antialias=True)
+                features = F.interpolate(
+                    features,
+                    size=tokens.shape[-2:],
+                    mode="bilinear",
+                    align_corners=False,
+                    antialias=True,
+                )
             return (1 - F.cosine_similarity(self.head(tokens.float()), features, dim=1)).mean()
 
 
@@ -45,6 +59,41 @@ class PixelHead(nn.Module):
         """images (B,3,H,W) in [0,1]; a float32 scalar. Raises ValueError when (H,W) is not (h,w) times the patch."""
         predicted = self.predict(tokens)
         if predicted.shape != images.shape:
-            raise ValueError(f"pixel head: tokens give pixels {tuple(predicted.shape)}, "
-                             f"images are {tuple(images.shape)}")
+            raise ValueError(
+                f"pixel head: tokens give pixels {tuple(predicted.shape)}, "
+                f"images are {tuple(images.shape)}"
+            )
         return F.mse_loss(predicted, images.detach().float())
+
+
+class DistillationTerm(Term):
+    """Stand-in for a pretrained encoder where none can be had: a frozen network's features, and the pixels, from its tokens."""
+
+    name = "distillation"
+
+    def __init__(self, weight: float, teacher: nn.Module, pixel_weight: float, student: MUSE_ViT):
+        super().__init__(weight)
+        width = student.encoder.config.hidden_size
+        self.teacher, self.pixel_weight = teacher, pixel_weight
+        self.features = FeatureDistillation(width, teacher.dim)
+        self.pixels = PixelHead(width, student.patch_size)
+
+    def forward(
+        self, out: StudentOutput, batch: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        features = self.features(out.encoder_tokens, ask(self.teacher, batch))
+        pixels = self.pixels(out.encoder_tokens, batch["images"])
+        return features + self.pixel_weight * pixels, {
+            "distillation_cosine": features.detach(),
+            "distillation_pixels": pixels.detach(),
+        }
+
+
+def build_distillation_term(cfg: DictConfig, student: MUSE_ViT, grid: tuple[int, int]) -> Term:
+    section = cfg.losses.distillation
+    return DistillationTerm(
+        section.weight,
+        build_feature_teacher(plain(cfg.teacher.feature)),
+        section.pixel_weight,
+        student,
+    )

@@ -5,21 +5,29 @@ to the student's grid. The release: the last block alone, and heads averaged on 
 
 Shapes: L blocks, B images, H heads, N = h*w tokens. Rows (dimension -2) are queries, columns (-1) keys. All in float32.
 """
+
 import math
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from muse.errors import ConfigError
+from muse.losses.term import Needs, Term, ask
+from muse.models.muse_vit import MUSE_ViT, StudentOutput
+from muse.teachers.build import shared_topology_teacher
 
 ROW_EPSILON = 1e-6
 LOG_EPSILON = 1e-8
 Blocks = TypeVar("Blocks", Tensor, Sequence[Tensor])
 
 
-def resize_attention(maps: Tensor, from_grid: tuple[int, int], to_grid: tuple[int, int],
-                     transpose: bool = False) -> Tensor:
+def resize_attention(
+    maps: Tensor, from_grid: tuple[int, int], to_grid: tuple[int, int], transpose: bool = False
+) -> Tensor:
     """Psi: attention (B,H,Nt,Nt) on a grid (ht,wt) -> (B,H,N,N) on (h,w), float32, rows summing to 1.
 
     Bilinear over the keys, then over the queries, then rows re-normalised. Equal grids return the maps unchanged.
@@ -29,13 +37,17 @@ def resize_attention(maps: Tensor, from_grid: tuple[int, int], to_grid: tuple[in
     """
     count = from_grid[0] * from_grid[1]
     if maps.ndim != 4 or maps.shape[-2:] != (count, count):
-        raise ValueError(f"attention {tuple(maps.shape)} does not fit the grid {from_grid}: "
-                         f"(B,H,{count},{count}) was expected")
+        raise ValueError(
+            f"attention {tuple(maps.shape)} does not fit the grid {from_grid}: "
+            f"(B,H,{count},{count}) was expected"
+        )
     maps = maps.float()
     if tuple(from_grid) == tuple(to_grid) and not transpose:
         return maps
-    by_keys = _resize_last(maps, from_grid, to_grid)                                       # (B,H,Nt,N)
-    keys_queries = _resize_last(by_keys.transpose(-1, -2), from_grid, to_grid)             # (B,H,N keys,N queries)
+    by_keys = _resize_last(maps, from_grid, to_grid)  # (B,H,Nt,N)
+    keys_queries = _resize_last(
+        by_keys.transpose(-1, -2), from_grid, to_grid
+    )  # (B,H,N keys,N queries)
     resized = keys_queries if transpose else keys_queries.transpose(-1, -2)
     return resized / (resized.sum(dim=-1, keepdim=True) + ROW_EPSILON)
 
@@ -67,7 +79,9 @@ def attention_kl(target: Tensor, log_student: Tensor) -> Tensor:
     return divergence.sum(dim=-1).mean(dim=-1)
 
 
-def topology_kl(log_topology: Sequence[Tensor], targets: Sequence[Tensor], heads: str = "mean") -> Tensor:
+def topology_kl(
+    log_topology: Sequence[Tensor], targets: Sequence[Tensor], heads: str = "mean"
+) -> Tensor:
     """The divergence of every block, (L,) in nats: mean over images, queries and (`per_head`) heads.
 
     log_topology: L tensors (B,H,N,N) of log-probabilities. targets: L tensors (B,1 or H,N,N) whose rows sum to 1.
@@ -77,16 +91,26 @@ def topology_kl(log_topology: Sequence[Tensor], targets: Sequence[Tensor], heads
     if heads not in ("mean", "per_head"):
         raise ValueError(f"topology heads must be 'mean' or 'per_head', got {heads!r}")
     if not log_topology or len(log_topology) != len(targets):
-        raise ValueError(f"{len(targets)} topology targets for {len(log_topology)} blocks: as many were expected")
-    return torch.stack([_block_kl(log_student, target, heads) for log_student, target in zip(log_topology, targets)])
+        raise ValueError(
+            f"{len(targets)} topology targets for {len(log_topology)} blocks: as many were expected"
+        )
+    return torch.stack(
+        [
+            _block_kl(log_student, target, heads)
+            for log_student, target in zip(log_topology, targets)
+        ]
+    )
 
 
 def _block_kl(log_student: Tensor, target: Tensor, heads: str) -> Tensor:
     student_heads = log_student.shape[1]
     if (log_student.shape[0], *log_student.shape[2:]) != (target.shape[0], *target.shape[2:]) or (
-            heads == "per_head" and target.shape[1] not in (1, student_heads)):
-        raise ValueError(f"topology target {tuple(target.shape)} does not fit attention {tuple(log_student.shape)} "
-                         f"(heads={heads})")
+        heads == "per_head" and target.shape[1] not in (1, student_heads)
+    ):
+        raise ValueError(
+            f"topology target {tuple(target.shape)} does not fit attention {tuple(log_student.shape)} "
+            f"(heads={heads})"
+        )
     log_student = log_student.float()
     if heads == "mean":
         target = target.float().mean(dim=1, keepdim=True)
@@ -94,13 +118,16 @@ def _block_kl(log_student: Tensor, target: Tensor, heads: str) -> Tensor:
     return attention_kl(target, log_student).mean()
 
 
-def topology_loss(log_topology: Sequence[Tensor], targets: Sequence[Tensor], heads: str = "mean") -> Tensor:
+def topology_loss(
+    log_topology: Sequence[Tensor], targets: Sequence[Tensor], heads: str = "mean"
+) -> Tensor:
     """L_topo: mean over the blocks given of `topology_kl`; a float32 scalar."""
     return topology_kl(log_topology, targets, heads).mean()
 
 
 class TopologyPrior(NamedTuple):
     """What a student that ignores the image would score, in nats: `position` the mean map, `uniform` equal weights."""
+
     position: Tensor
     uniform: Tensor
 
@@ -115,3 +142,56 @@ def positional_prior(targets: Tensor, mean_map: Tensor) -> TopologyPrior:
     position = attention_kl(targets, mean_map.clamp_min(LOG_EPSILON).log())
     uniform = attention_kl(targets, torch.full_like(mean_map, -math.log(mean_map.shape[-1])))
     return TopologyPrior(position.mean(), uniform.mean())
+
+
+class TopologyTerm(Term):
+    """Structure: 1/(L·H) Σ KL(Ψ(A_T) ‖ A_S); the teacher is an attribute of the term, never of the student."""
+
+    name, needs = "topology", Needs(topology=True)
+
+    def __init__(
+        self, weight: float, teacher: nn.Module, blocks: str, heads: str, transpose: bool = False
+    ):
+        super().__init__(weight)
+        self.teacher, self.blocks, self.heads, self.transpose = teacher, blocks, heads, transpose
+
+    def targets(self, batch: dict[str, Any], grid: tuple[int, int]) -> tuple[Tensor, ...]:
+        """The teacher's maps on the student's grid: L tensors (B, 1 or heads, N, N). Equal maps are resized once."""
+        target = ask(self.teacher, batch)
+        resized: dict[int, Tensor] = {}
+        for maps in target.maps:
+            if id(maps) not in resized:
+                resized[id(maps)] = resize_attention(maps, target.grid, grid, self.transpose)
+        return tuple(resized[id(maps)] for maps in target.maps)
+
+    def forward(
+        self, out: StudentOutput, batch: dict[str, Any]
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        targets = self.targets(batch, out.grid)
+        if self.heads == "per_head" and targets[0].shape[1] not in (
+            1,
+            out.log_topology[0].shape[1],
+        ):
+            raise ConfigError(
+                f"losses.topology.heads=per_head: the teacher has {targets[0].shape[1]} heads, the student "
+                f"{out.log_topology[0].shape[1]}; use heads=mean"
+            )
+        each = topology_kl(
+            select_blocks(out.log_topology, self.blocks),
+            select_blocks(targets, self.blocks),
+            self.heads,
+        )
+        return each.mean(), {
+            f"topology_block{i}": value.detach() for i, value in enumerate(each)
+        } if len(each) > 1 else {}
+
+
+def build_topology_term(cfg: DictConfig, student: MUSE_ViT, grid: tuple[int, int]) -> Term:
+    section = cfg.losses.topology
+    return TopologyTerm(
+        section.weight,
+        shared_topology_teacher(cfg, grid),
+        section.blocks,
+        section.heads,
+        section.transpose,
+    )

@@ -4,6 +4,7 @@
 max-pooled to a fixed grid, so that every image size gives the same number of patch logits. Blurring before sampling
 (Zhang, 2019) keeps the adversary from reading aliases.
 """
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,13 +18,17 @@ class BlurDownsample(nn.Module):
     def __init__(self):
         super().__init__()
         taps = torch.tensor(BLUR)
-        self.register_buffer("kernel", (torch.outer(taps, taps) / taps.sum() ** 2)[None, None], persistent=False)
+        self.register_buffer(
+            "kernel", (torch.outer(taps, taps) / taps.sum() ** 2)[None, None], persistent=False
+        )
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[-2:]
         x = F.pad(x, (1, 1 + width % 2, 1, 1 + height % 2))
         channels = x.shape[1]
-        return F.conv2d(x, self.kernel.to(x.dtype).expand(channels, 1, -1, -1), stride=2, groups=channels)
+        return F.conv2d(
+            x, self.kernel.to(x.dtype).expand(channels, 1, -1, -1), stride=2, groups=channels
+        )
 
 
 class PatchDiscriminator(nn.Module):
@@ -33,21 +38,38 @@ class PatchDiscriminator(nn.Module):
     of the logit map. The release uses 128, 3, 32, 16. `width` must be a multiple of `groups` (ValueError otherwise).
     """
 
-    def __init__(self, width: int = 128, stages: int = 3, groups: int = 32, pool: int = 16, slope: float = 0.1):
+    def __init__(
+        self,
+        width: int = 128,
+        stages: int = 3,
+        groups: int = 32,
+        pool: int = 16,
+        slope: float = 0.1,
+    ):
         super().__init__()
         if stages < 1 or width % groups:
-            raise ValueError(f"discriminator: width {width} must be a multiple of groups {groups}, "
-                             f"and stages {stages} at least 1")
+            raise ValueError(
+                f"discriminator: width {width} must be a multiple of groups {groups}, "
+                f"and stages {stages} at least 1"
+            )
         self.block_in = nn.Sequential(nn.Conv2d(3, width, 5, padding=2), nn.LeakyReLU(slope))
-        outputs = [width * 2 ** stage for stage in range(stages)]
+        outputs = [width * 2**stage for stage in range(stages)]
         inputs = [width, *outputs[:-1]]
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.Conv2d(fan_in, fan_out, 3, padding=1), BlurDownsample(), nn.GroupNorm(groups, fan_out),
-                          nn.LeakyReLU(slope))
-            for fan_in, fan_out in zip(inputs, outputs))
+            nn.Sequential(
+                nn.Conv2d(fan_in, fan_out, 3, padding=1),
+                BlurDownsample(),
+                nn.GroupNorm(groups, fan_out),
+                nn.LeakyReLU(slope),
+            )
+            for fan_in, fan_out in zip(inputs, outputs)
+        )
         self.pool = nn.AdaptiveMaxPool2d(pool)
-        self.to_logits = nn.Sequential(nn.Conv2d(outputs[-1], outputs[-1], 1), nn.LeakyReLU(slope),
-                                       nn.Conv2d(outputs[-1], 1, 5, padding=2))
+        self.to_logits = nn.Sequential(
+            nn.Conv2d(outputs[-1], outputs[-1], 1),
+            nn.LeakyReLU(slope),
+            nn.Conv2d(outputs[-1], 1, 5, padding=2),
+        )
 
     def forward(self, images: Tensor) -> Tensor:
         """Images (B,3,H,W) in [0,1], used as they are -> logits (B,1,pool,pool), high where the patch looks real."""

@@ -1,4 +1,5 @@
 """Exponential moving average of the trainable tensors (FIDELITY row 23: decay 0.999, trainable tensors only)."""
+
 from collections.abc import Iterator
 from contextlib import contextmanager
 

@@ -1,4 +1,5 @@
 """Small parts shared by the model: the pixel contract, pixel-unshuffle, rotary positions, RMSNorm, SwiGLU, gradient scale."""
+
 import math
 
 import torch
@@ -27,7 +28,9 @@ def check_images(images: Tensor, what: str = "images", wait: bool = True) -> Non
         raise ValueError(f"{what} must be RGB in [0, 1], got values in [{low:.4g}, {high:.4g}]")
 
 
-def pixel_unshuffle(tokens: Tensor, grid: tuple[int, int], side: int) -> tuple[Tensor, tuple[int, int]]:
+def pixel_unshuffle(
+    tokens: Tensor, grid: tuple[int, int], side: int
+) -> tuple[Tensor, tuple[int, int]]:
     """Fold each side×side cell of tokens into one: (B, h*w, C) -> (B, h*w/side², C*side²), and the new grid.
 
     Within a cell the tokens follow each other row by row, each with its C channels (the order the released weights expect).
@@ -36,8 +39,12 @@ def pixel_unshuffle(tokens: Tensor, grid: tuple[int, int], side: int) -> tuple[T
         return tokens, grid
     h, w = grid
     if h % side or w % side:
-        raise ValueError(f"a token grid of {h}x{w} cannot be folded by {side}: both sides must be multiples of it")
-    cells = tokens.unflatten(1, (h // side, side, w // side, side)).transpose(2, 3)  # (B, h/s, w/s, s, s, C)
+        raise ValueError(
+            f"a token grid of {h}x{w} cannot be folded by {side}: both sides must be multiples of it"
+        )
+    cells = tokens.unflatten(1, (h // side, side, w // side, side)).transpose(
+        2, 3
+    )  # (B, h/s, w/s, s, s, C)
     return cells.flatten(3).flatten(1, 2), (h // side, w // side)
 
 
@@ -53,7 +60,9 @@ class RotaryEmbedding(nn.Module):
     def forward(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Cosine and sine, each (length, head_dim), float32."""
         # On the CPU a power of ten thousand is the same to the last bit everywhere; the table is a few hundred KB.
-        frequencies = self.base ** (-torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device) / self.head_dim)
+        frequencies = self.base ** (
+            -torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device) / self.head_dim
+        )
         angles = torch.arange(length, dtype=torch.float32, device=device)[:, None] * frequencies
         angles = torch.cat([angles, angles], dim=-1)
         return angles.cos(), angles.sin()

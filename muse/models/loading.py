@@ -1,4 +1,5 @@
 """One function that opens whatever a user calls a checkpoint."""
+
 import logging
 from collections import Counter
 from pathlib import Path
@@ -9,8 +10,14 @@ from omegaconf import DictConfig
 
 from muse.config import model_config, plain
 from muse.errors import CheckpointError
-from muse.models.base_model import CONFIG_FILE, WEIGHTS_FILE, load_weights, read_model_config, read_weights
 from muse.models.muse_vit import MUSE_ViT
+from muse.models.pretrained import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    load_weights,
+    read_model_config,
+    read_weights,
+)
 from muse.models.release_weights import load_release_checkpoint
 
 log = logging.getLogger(__name__)
@@ -28,7 +35,9 @@ def weights_file(checkpoint: str | Path) -> Path:
     for name in (EMA_FILE, WEIGHTS_FILE):
         if (path / name).is_file():
             return path / name
-    raise CheckpointError(f"{path}: holds neither {WEIGHTS_FILE} nor {EMA_FILE}, so it is no checkpoint of MUSE")
+    raise CheckpointError(
+        f"{path}: holds neither {WEIGHTS_FILE} nor {EMA_FILE}, so it is no checkpoint of MUSE"
+    )
 
 
 def load_model(checkpoint: str | Path, config: Any, device: str | torch.device = "cpu") -> MUSE_ViT:
@@ -41,8 +50,10 @@ def load_model(checkpoint: str | Path, config: Any, device: str | torch.device =
     if own is not None:
         for key in ("routing", "join_semantics"):
             if own[key] != model.config[key]:
-                raise CheckpointError(f"{checkpoint}: was trained with model.{key}={own[key]}, the configuration says "
-                                      f"{model.config[key]}, which changes its outputs; pass model.{key}={own[key]}")
+                raise CheckpointError(
+                    f"{checkpoint}: was trained with model.{key}={own[key]}, the configuration says "
+                    f"{model.config[key]}, which changes its outputs; pass model.{key}={own[key]}"
+                )
     return model.to(device).eval()
 
 
@@ -58,15 +69,21 @@ def initial_model(cfg: DictConfig) -> MUSE_ViT:
     if (path / "final").is_dir():
         path = path / "final"
     elif path.is_dir() and not (path / WEIGHTS_FILE).is_file():
-        from muse.training.checkpoint import latest
+        from muse.training.checkpointer import latest
 
         path = latest(path) or path
     if not path.exists():
-        raise CheckpointError(f"experiment.init_from={source}: no such checkpoint; run the stage before this one, or set "
-                              "experiment.init_from to its output directory")
+        raise CheckpointError(
+            f"experiment.init_from={source}: no such checkpoint; run the stage before this one, or set "
+            "experiment.init_from to its output directory"
+        )
     model, _ = _open(path, cfg.model)
     modules = Counter(name.split(".")[0] for name in model.state_dict())
-    log.info("starting from %s: %s", path, ", ".join(f"{name} {count}/{count}" for name, count in modules.items()))
+    log.info(
+        "starting from %s: %s",
+        path,
+        ", ".join(f"{name} {count}/{count}" for name, count in modules.items()),
+    )
     return model
 
 
@@ -76,15 +93,19 @@ def _open(checkpoint: str | Path, config: Any) -> tuple[MUSE_ViT, dict[str, Any]
     state = read_weights(file) if file.suffix == ".safetensors" else {}
     if not state or any(name.endswith("encoder.embeddings.class_embedding") for name in state):
         return load_release_checkpoint(file, config), None
-    if file.name == EMA_FILE:  # only what a stage trains has a running mean; the rest is the model's own
+    if (
+        file.name == EMA_FILE
+    ):  # only what a stage trains has a running mean; the rest is the model's own
         state = {**read_weights(file.parent / WEIGHTS_FILE), **state}
     config, own = model_config(config), None
     if (file.parent / CONFIG_FILE).is_file():
         own = read_model_config(file.parent)
         _check_sizes(own, config, file.parent)
         if (own["routing"] == "shared") != (config.routing == "shared"):
-            raise CheckpointError(f"{checkpoint}: was trained with model.routing={own['routing']}, whose blocks hold other tensors than "
-                                  f"those of model.routing={config.routing}; pass model.routing={own['routing']}")
+            raise CheckpointError(
+                f"{checkpoint}: was trained with model.routing={own['routing']}, whose blocks hold other tensors than "
+                f"those of model.routing={config.routing}; pass model.routing={own['routing']}"
+            )
         # Encoder and decoder as they were built, so that their sources need not be read again.
         config = {**plain(config), "encoder": own["encoder"], "decoder": own["decoder"]}
     model = MUSE_ViT(config, load_backbones=False)
@@ -95,14 +116,22 @@ def _open(checkpoint: str | Path, config: Any) -> tuple[MUSE_ViT, dict[str, Any]
 def _check_sizes(own: dict[str, Any], config: DictConfig, where: Path) -> None:
     for key in ("dim", "num_heads", "num_blocks", "unshuffle", "latent_dim", "semantic_dim"):
         if own.get(key) != config[key]:
-            raise CheckpointError(f"{where}: a checkpoint of another size: its model.{key} is {own.get(key)}, the configuration "
-                                  f"says {config[key]}")
+            raise CheckpointError(
+                f"{where}: a checkpoint of another size: its model.{key} is {own.get(key)}, the configuration "
+                f"says {config[key]}"
+            )
     for part in ("encoder", "decoder"):
         for key, value in plain(config[part].config).items():
             mine = own[part]["config"].get(key, value)
-            if isinstance(value, (int, list)) and not isinstance(value, bool) and _sides(mine) != _sides(value):
-                raise CheckpointError(f"{where}: a checkpoint of another size: its model.{part}.config.{key} is {mine}, the "
-                                      f"configuration says {value}")
+            if (
+                isinstance(value, (int, list))
+                and not isinstance(value, bool)
+                and _sides(mine) != _sides(value)
+            ):
+                raise CheckpointError(
+                    f"{where}: a checkpoint of another size: its model.{part}.config.{key} is {mine}, the "
+                    f"configuration says {value}"
+                )
 
 
 def _sides(value: Any) -> Any:

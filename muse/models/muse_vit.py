@@ -3,6 +3,7 @@
 Legend: B images, H W pixels, (h, w) latent grid, N = h*w tokens, D block width, E joint image-text width, L blocks.
 Pixels are RGB in [0, 1] at every public boundary; each network normalises its own input inside.
 """
+
 from typing import Any, NamedTuple
 
 import torch
@@ -12,9 +13,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from muse.config import STREAM_KEYS, model_config, plain
-from muse.models.backbones import build_decoder, build_encoder
-from muse.models.base_model import PretrainedMixin
-from muse.models.layers import (RMSNorm, RotaryEmbedding, check_images, padding_to_multiple, pixel_unshuffle, scale_gradient)
+from muse.models.dc_ae import build_decoder
+from muse.models.internvit import build_encoder
+from muse.models.layers import (
+    RMSNorm,
+    RotaryEmbedding,
+    check_images,
+    padding_to_multiple,
+    pixel_unshuffle,
+    scale_gradient,
+)
+from muse.models.pretrained import PretrainedMixin
 from muse.models.synergistic_block import SynergisticBlock
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -25,34 +34,34 @@ FEATURES = ("semantic", "block", "latent", "encoder")
 class Encoding(NamedTuple):
     """What `encode` gives."""
 
-    latent: Tensor                # (B, latent_dim, h, w)
+    latent: Tensor  # (B, latent_dim, h, w)
     topology: tuple[Tensor, ...]  # L tensors (B, heads, N, N), rows sum to 1; () unless asked for
-    semantic: Tensor              # (B, N, D): the semantic value stream of the last block
-    grid: tuple[int, int]         # (h, w)
-    anchors: Tensor               # (B, L, D): mean semantic token of every block
+    semantic: Tensor  # (B, N, D): the semantic value stream of the last block
+    grid: tuple[int, int]  # (h, w)
+    anchors: Tensor  # (B, L, D): mean semantic token of every block
 
 
 class StudentOutput(NamedTuple):
     """What a training step reads. A part that was not asked for is None (or an empty tuple)."""
 
-    latent: Tensor | None                # (B, latent_dim, h, w)
-    grid: tuple[int, int]                # (h, w)
-    log_topology: tuple[Tensor, ...]     # L tensors (B, heads, N, N) of log-probabilities, float32
-    anchors: Tensor | None               # (B, L, D)
-    image_embeds: Tensor | None          # (L, B, E), L2-normalised: every block through the one projector
-    reconstruction: Tensor | None        # (B, 3, H, W), nominal [0, 1], not clamped
-    encoder_tokens: Tensor               # (B, C, he, we): encoder tokens before the pixel-unshuffle
-    tokens: Tensor | None                # (B, D, h, w): tokens after the last block
-    logit_scale: Tensor                  # scalar, exp already taken
+    latent: Tensor | None  # (B, latent_dim, h, w)
+    grid: tuple[int, int]  # (h, w)
+    log_topology: tuple[Tensor, ...]  # L tensors (B, heads, N, N) of log-probabilities, float32
+    anchors: Tensor | None  # (B, L, D)
+    image_embeds: Tensor | None  # (L, B, E), L2-normalised: every block through the one projector
+    reconstruction: Tensor | None  # (B, 3, H, W), nominal [0, 1], not clamped
+    encoder_tokens: Tensor  # (B, C, he, we): encoder tokens before the pixel-unshuffle
+    tokens: Tensor | None  # (B, D, h, w): tokens after the last block
+    logit_scale: Tensor  # scalar, exp already taken
 
 
 class _Trunk(NamedTuple):
-    encoder_tokens: Tensor               # (B, he*we, C)
+    encoder_tokens: Tensor  # (B, he*we, C)
     encoder_grid: tuple[int, int]
-    tokens: Tensor                       # (B, N, D) after the last block
+    tokens: Tensor  # (B, N, D) after the last block
     grid: tuple[int, int]
-    semantic: Tensor                     # (B, N, D)
-    anchors: Tensor                      # (B, L, D)
+    semantic: Tensor  # (B, N, D)
+    anchors: Tensor  # (B, L, D)
     log_topology: tuple[Tensor, ...]
 
 
@@ -72,22 +81,34 @@ class MUSE_ViT(PretrainedMixin, nn.Module):
         self.cell = self.patch_size * cfg.unshuffle  # pixels of one latent cell, on the input side
 
         folded = self.encoder.config.hidden_size * cfg.unshuffle**2
-        self.adapter_mlp = nn.Sequential(RMSNorm(folded), nn.Linear(folded, cfg.dim, bias=False), nn.GELU())
+        self.adapter_mlp = nn.Sequential(
+            RMSNorm(folded), nn.Linear(folded, cfg.dim, bias=False), nn.GELU()
+        )
         self.rotary = RotaryEmbedding(cfg.dim // cfg.num_heads)
         streams = {name: cfg[name] for name in STREAM_KEYS}
         self.muse_blocks = nn.ModuleList(
             SynergisticBlock(cfg.dim, cfg.num_heads, shared=cfg.routing == "shared", **streams)
-            for _ in range(cfg.num_blocks))
+            for _ in range(cfg.num_blocks)
+        )
         self.to_latent = nn.Linear(cfg.dim, cfg.latent_dim)
-        self.semantic_projector = nn.Sequential(nn.Linear(cfg.dim, cfg.dim, bias=False), nn.GELU(),
-                                                nn.Linear(cfg.dim, cfg.semantic_dim, bias=False))
+        self.semantic_projector = nn.Sequential(
+            nn.Linear(cfg.dim, cfg.dim, bias=False),
+            nn.GELU(),
+            nn.Linear(cfg.dim, cfg.semantic_dim, bias=False),
+        )
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
 
-        self.decoder, self.decoder_fields = build_decoder(cfg.decoder.source, plain(cfg.decoder.config), load_backbones)
+        self.decoder, self.decoder_fields = build_decoder(
+            cfg.decoder.source, plain(cfg.decoder.config), load_backbones
+        )
         channels = self.decoder_fields["latent_channels"]
-        self.decoder_adapter = nn.Identity() if channels == cfg.latent_dim else nn.Conv2d(cfg.latent_dim, channels, 1)
+        self.decoder_adapter = (
+            nn.Identity() if channels == cfg.latent_dim else nn.Conv2d(cfg.latent_dim, channels, 1)
+        )
         self._init_weights()
-        mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        mean, std = (
+            torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)
+        )
         self.register_buffer("pixel_mean", mean, persistent=False)
         self.register_buffer("pixel_std", std, persistent=False)
 
@@ -108,12 +129,20 @@ class MUSE_ViT(PretrainedMixin, nn.Module):
         check_images(images)
         trunk = self._trunk(images, return_attention)
         topology = tuple(log.exp() for log in trunk.log_topology)
-        return Encoding(self._latent(trunk.tokens, trunk.grid), topology, trunk.semantic, trunk.grid, trunk.anchors)
+        return Encoding(
+            self._latent(trunk.tokens, trunk.grid),
+            topology,
+            trunk.semantic,
+            trunk.grid,
+            trunk.anchors,
+        )
 
     def decode(self, latent: Tensor, size: tuple[int, int] | None = None) -> Tensor:
         """latent (B, latent_dim, h, w) -> (B, 3, H, W), nominal [0, 1], not clamped; size defaults to (h, w) * cell."""
         if latent.ndim != 4 or latent.shape[1] != self.config.latent_dim:
-            raise ValueError(f"latent must have shape (B, {self.config.latent_dim}, h, w), got {tuple(latent.shape)}")
+            raise ValueError(
+                f"latent must have shape (B, {self.config.latent_dim}, h, w), got {tuple(latent.shape)}"
+            )
         size = size or (latent.shape[-2] * self.cell, latent.shape[-1] * self.cell)
         pixels = (self.decoder(self.decoder_adapter(latent)) + 1) / 2  # DC-AE paints in [-1, 1]
         if pixels.shape[-2:] != tuple(size):
@@ -152,31 +181,54 @@ class MUSE_ViT(PretrainedMixin, nn.Module):
         """images (B, 3, H, W) in [0, 1] -> InternViT tokens on their own grid, (B, C, H/patch, W/patch)."""
         return self._to_map(*self._encode_tokens(self._pad(images)))
 
-    def forward(self, images: Tensor, *, topology: bool = True, semantics: bool = True, reconstruction: bool = True,
-                encoder_only: bool = False) -> StudentOutput:
+    def forward(
+        self,
+        images: Tensor,
+        *,
+        topology: bool = True,
+        semantics: bool = True,
+        reconstruction: bool = True,
+        encoder_only: bool = False,
+    ) -> StudentOutput:
         """One pass for training; each part is computed only when it is asked for (see `StudentOutput`)."""
         scale = self.logit_scale.exp()
         if encoder_only:
             tokens, grid = self._encode_tokens(images)
-            return StudentOutput(None, grid, (), None, None, None, self._to_map(tokens, grid), None, scale)
+            return StudentOutput(
+                None, grid, (), None, None, None, self._to_map(tokens, grid), None, scale
+            )
         trunk = self._trunk(images, topology)
         embeds = latent = recon = None
         if semantics:
-            embeds = F.normalize(self.semantic_projector(trunk.anchors.transpose(0, 1)).float(), dim=-1)
+            embeds = F.normalize(
+                self.semantic_projector(trunk.anchors.transpose(0, 1)).float(), dim=-1
+            )
         if reconstruction:
             latent = self._latent(scale_gradient(trunk.tokens, self.config.grad_scale), trunk.grid)
             recon = self.decode(latent, size=images.shape[-2:])
         encoder_map = self._to_map(trunk.encoder_tokens, trunk.encoder_grid)
         tokens = self._to_map(trunk.tokens, trunk.grid)
-        return StudentOutput(latent, trunk.grid, trunk.log_topology, trunk.anchors, embeds, recon, encoder_map, tokens, scale)
+        return StudentOutput(
+            latent,
+            trunk.grid,
+            trunk.log_topology,
+            trunk.anchors,
+            embeds,
+            recon,
+            encoder_map,
+            tokens,
+            scale,
+        )
 
     # ------------------------------------------------------------------------------------------------ inside
     def _encode_tokens(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """images -> InternViT tokens without the class token (B, he*we, C), and (he, we)."""
         height, width = images.shape[-2:]
         if height % self.cell or width % self.cell:
-            raise ValueError(f"image sides must be multiples of {self.cell} (patch {self.patch_size} x unshuffle "
-                             f"{self.config.unshuffle}), got {height}x{width}; reconstruct() takes any size")
+            raise ValueError(
+                f"image sides must be multiples of {self.cell} (patch {self.patch_size} x unshuffle "
+                f"{self.config.unshuffle}), got {height}x{width}; reconstruct() takes any size"
+            )
         pixels = (images - self.pixel_mean) / self.pixel_std
         trained = torch.is_grad_enabled() and next(self.encoder.parameters()).requires_grad
         with torch.set_grad_enabled(trained):  # a frozen encoder keeps no graph
@@ -191,13 +243,17 @@ class MUSE_ViT(PretrainedMixin, nn.Module):
         anchors, maps = [], []
         for block in self.muse_blocks:
             if self.config.gradient_checkpointing and self.training and torch.is_grad_enabled():
-                x, semantic, log_attention = checkpoint(block, x, rotary, return_attention, use_reentrant=False)
+                x, semantic, log_attention = checkpoint(
+                    block, x, rotary, return_attention, use_reentrant=False
+                )
             else:
                 x, semantic, log_attention = block(x, rotary, return_attention)
             anchors.append(semantic.mean(dim=1))
             maps.append(log_attention)
         maps = tuple(maps) if return_attention else ()
-        return _Trunk(encoder_tokens, encoder_grid, x, grid, semantic, torch.stack(anchors, dim=1), maps)
+        return _Trunk(
+            encoder_tokens, encoder_grid, x, grid, semantic, torch.stack(anchors, dim=1), maps
+        )
 
     def _latent(self, tokens: Tensor, grid: tuple[int, int]) -> Tensor:
         return self._to_map(self.to_latent(tokens), grid)

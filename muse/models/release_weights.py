@@ -1,4 +1,5 @@
 """The authors' checkpoint file: its layout in this project's names, and a key report by module (FIDELITY rows 21, 22)."""
+
 import logging
 import re
 from collections import Counter
@@ -10,9 +11,9 @@ import torch
 from torch import Tensor
 
 from muse.errors import CheckpointError
-from muse.models.backbones import convert_internvit, is_original_layout
+from muse.models.internvit import convert_internvit, is_original_layout
 from muse.models.muse_vit import IMAGENET_MEAN, IMAGENET_STD
-from muse.models.weight_files import UNREADABLE, reason
+from muse.utils.weights import UNREADABLE, reason
 
 log = logging.getLogger(__name__)
 
@@ -21,7 +22,10 @@ PREFIXES = ("module.", "_orig_mod.")
 # What the file may hold beside the student, and why it is left out.
 SKIPPED = [
     (r"^dino_teacher\.", "the topology teacher lives with the trainer"),
-    (r"^dino_(mean|std)$", "the teacher's pixel statistics; every network here normalises its own input"),
+    (
+        r"^dino_(mean|std)$",
+        "the teacher's pixel statistics; every network here normalises its own input",
+    ),
 ]
 # Transformers' words for InternViT (left) in the release's: the way back of `backbones.internvit_to_transformers`.
 _TO_INTERNVIT = [
@@ -48,18 +52,27 @@ class KeyReport:
 
     def lines(self) -> list[str]:
         """One line a module, then one line a reason for what was skipped."""
-        rows = {kind: Counter(name.split(".")[0] for name in getattr(self, kind))
-                for kind in ("loaded", "skipped", "missing", "unexpected")}
+        rows = {
+            kind: Counter(name.split(".")[0] for name in getattr(self, kind))
+            for kind in ("loaded", "skipped", "missing", "unexpected")
+        }
         modules = sorted(set().union(*rows.values()))
-        text = [f"{module:<20} " + "  ".join(f"{kind} {rows[kind][module]:>4}" for kind in rows) for module in modules]
+        text = [
+            f"{module:<20} " + "  ".join(f"{kind} {rows[kind][module]:>4}" for kind in rows)
+            for module in modules
+        ]
         return text + [f"skipped: {reason}" for reason in sorted(set(self.skipped.values()))]
 
     def raise_if_unfit(self, where: str) -> None:
         """`CheckpointError` naming the first tensor that is missing or has no place."""
         if self.missing or self.unexpected:
-            first = f"missing {self.missing[0]}" if self.missing else f"unexpected {self.unexpected[0]}"
-            raise CheckpointError(f"{where}: {len(self.missing)} tensors missing and {len(self.unexpected)} unexpected "
-                                  f"for this configuration ({first})")
+            first = (
+                f"missing {self.missing[0]}" if self.missing else f"unexpected {self.unexpected[0]}"
+            )
+            raise CheckpointError(
+                f"{where}: {len(self.missing)} tensors missing and {len(self.unexpected)} unexpected "
+                f"for this configuration ({first})"
+            )
 
 
 def read_release_file(path: str | Path) -> dict[str, Tensor]:
@@ -68,25 +81,33 @@ def read_release_file(path: str | Path) -> dict[str, Tensor]:
     if not file.is_file():
         raise CheckpointError(f"{file}: no such checkpoint file")
     if file.suffix == ".safetensors":
-        from muse.models.base_model import read_weights
+        from muse.models.pretrained import read_weights
 
         state: Any = read_weights(file)
     else:
         try:
             state = torch.load(file, map_location="cpu", weights_only=True)
         except UNREADABLE as error:
-            raise CheckpointError(f"{file}: not a checkpoint that loads with weights_only=True "
-                                  f"({reason(error)[:160]})") from None
+            raise CheckpointError(
+                f"{file}: not a checkpoint that loads with weights_only=True "
+                f"({reason(error)[:160]})"
+            ) from None
     for wrapper in WRAPPERS:
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()) or not state:
+    if (
+        not isinstance(state, dict)
+        or not all(isinstance(value, Tensor) for value in state.values())
+        or not state
+    ):
         raise CheckpointError(f"{file}: holds no mapping of names to tensors")
     pattern = re.compile("^(" + "|".join(map(re.escape, PREFIXES)) + ")+")
     return {pattern.sub("", name): tensor for name, tensor in state.items()}
 
 
-def from_release(state: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple[dict[str, Tensor], KeyReport]:
+def from_release(
+    state: dict[str, Tensor], expected: dict[str, Tensor]
+) -> tuple[dict[str, Tensor], KeyReport]:
     """The release's tensors in this project's names, with the report against the tensors that a model expects."""
     report, converted = KeyReport(), {}
     encoder = [name.removeprefix("encoder.") for name in state if name.startswith("encoder.")]
@@ -98,7 +119,10 @@ def from_release(state: dict[str, Tensor], expected: dict[str, Tensor]) -> tuple
             continue
         renamed = {name: tensor}
         if original and name.startswith("encoder."):
-            renamed = {f"encoder.{new}": part for new, part in convert_internvit(name.removeprefix("encoder."), tensor).items()}
+            renamed = {
+                f"encoder.{new}": part
+                for new, part in convert_internvit(name.removeprefix("encoder."), tensor).items()
+            }
         if all(new in expected for new in renamed):
             report.loaded.append(name)
             converted.update(renamed)
@@ -122,7 +146,9 @@ def to_release(state: dict[str, Tensor]) -> dict[str, Tensor]:
             continue
         if ".attention.q_proj." in short:
             fused = torch.cat([state[name.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"])
-            converted["encoder." + _internvit_name(short).replace(".attention.q_proj.", ".attn.qkv.")] = fused
+            converted[
+                "encoder." + _internvit_name(short).replace(".attention.q_proj.", ".attn.qkv.")
+            ] = fused
         elif not re.search(r"\.attention\.[kv]_proj\.", short):
             converted["encoder." + _internvit_name(short)] = tensor
     return converted
@@ -160,13 +186,16 @@ def load_release_checkpoint(path: str | Path, config: Any, device: str | torch.d
 
     Use `model.routing=release` for the authors' outputs. Raises `CheckpointError` on a tensor that is missing or has no place.
     """
-    from muse.models.base_model import load_weights
     from muse.models.muse_vit import MUSE_ViT
+    from muse.models.pretrained import load_weights
 
     model = MUSE_ViT(config, load_backbones=False)
     if model.config.join_semantics or model.config.routing == "shared":
-        log.warning("%s: with model.routing=%s the outputs differ from the authors'; theirs are model.routing=release", path,
-                    model.config.routing)
+        log.warning(
+            "%s: with model.routing=%s the outputs differ from the authors'; theirs are model.routing=release",
+            path,
+            model.config.routing,
+        )
     state, report = from_release(read_release_file(path), model.state_dict())
     for line in report.lines():
         log.info("%s", line)

@@ -20,6 +20,7 @@ Gradient contract, per routing ([stop] is a detach; FIDELITY rows in docs/fideli
 
 Shapes: B images, N tokens, D width, heads x d = D.
 """
+
 from typing import NamedTuple
 
 import torch
@@ -40,28 +41,45 @@ class BlockOutput(NamedTuple):
 class SynergisticBlock(nn.Module):
     """The paper's block. `shared=True` is the baseline of Fig. 3: one set of values serves pixels and semantics."""
 
-    def __init__(self, dim: int, num_heads: int, *, isolate_streams: bool = True, shield_attention: bool = True,
-                 join_semantics: bool = True, shield_semantics: bool = True, shared: bool = False):
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        *,
+        isolate_streams: bool = True,
+        shield_attention: bool = True,
+        join_semantics: bool = True,
+        shield_semantics: bool = True,
+        shared: bool = False,
+    ):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"dim {dim} is not a multiple of num_heads {num_heads}")
         self.num_heads, self.head_dim = num_heads, dim // num_heads
         self.isolate_streams, self.shield_attention = isolate_streams, shield_attention
-        self.join_semantics, self.shield_semantics, self.shared = join_semantics and not shared, shield_semantics, shared
+        self.join_semantics, self.shield_semantics, self.shared = (
+            join_semantics and not shared,
+            shield_semantics,
+            shared,
+        )
 
         self.norm1 = RMSNorm(dim)
-        self.q_topo = nn.Linear(dim, dim, bias=False)   # W_Q
-        self.k_topo = nn.Linear(dim, dim, bias=False)   # W_K
+        self.q_topo = nn.Linear(dim, dim, bias=False)  # W_Q
+        self.k_topo = nn.Linear(dim, dim, bias=False)  # W_K
         self.q_norm = RMSNorm(self.head_dim)
         self.k_norm = RMSNorm(self.head_dim)
-        self.v_sem = nn.Linear(dim, dim, bias=False)    # W_V; the release's name, though it carries texture
+        self.v_sem = nn.Linear(
+            dim, dim, bias=False
+        )  # W_V; the release's name, though it carries texture
         if not shared:
             self.v_itc = nn.Linear(dim, dim, bias=False)  # W_ITC, the semantic values
-        self.proj = nn.Linear(dim, dim, bias=False)     # W_O
+        self.proj = nn.Linear(dim, dim, bias=False)  # W_O
         self.norm2 = RMSNorm(dim)
         self.mlp = SwiGLU(dim)
 
-    def forward(self, x: Tensor, rotary: tuple[Tensor, Tensor], return_attention: bool = False) -> BlockOutput:
+    def forward(
+        self, x: Tensor, rotary: tuple[Tensor, Tensor], return_attention: bool = False
+    ) -> BlockOutput:
         """x (B, N, D), rotary tables (N, d) each -> `BlockOutput`; without `return_attention` A is never materialised."""
         u = self.norm1(x)
         query, key = self._topology_stream(u.detach() if self.isolate_streams else u, rotary)

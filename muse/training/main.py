@@ -1,9 +1,10 @@
 """The command line of the stage scripts."""
+
 import logging
 from collections.abc import Sequence
 
+from muse import cli
 from muse.errors import ConfigError
-from muse.utils import cli
 
 log = logging.getLogger(__name__)
 
@@ -13,7 +14,9 @@ def stage_main(stage: str, argv: Sequence[str] | None) -> int:
     args = cli.parse(cli.parser(f"Train one stage of MUSE ({stage})."), argv)
     cfg = cli.load_cfg(args)
     if cfg.training.stage != stage:
-        raise ConfigError(f"{args.config} has training.stage={cfg.training.stage}, this script trains {stage}")
+        raise ConfigError(
+            f"{args.config} has training.stage={cfg.training.stage}, this script trains {stage}"
+        )
     cli.choose_training_device(args.device)
     from muse.training.trainer import train
 

@@ -2,6 +2,7 @@
 
 What a stage trains stands in `stages.py`, what it costs and how fast it learns in the configuration.
 """
+
 import contextlib
 import logging
 import time
@@ -21,15 +22,22 @@ from muse.losses.muse_loss import MuseLoss
 from muse.models.ema_model import EMAModel
 from muse.models.loading import initial_model
 from muse.models.muse_vit import MUSE_ViT
-from muse.training import sharding
+from muse.stages import STAGES, select_trainable
+from muse.training import fsdp
+from muse.training.accelerator import build_accelerator
 from muse.training.adversary import Adversary
-from muse.training.finite import FiniteGuard, take_step
-from muse.training.lr_schedulers import lr_at
-from muse.training.optim import build_adamw, gradient_norms, load_optimizer, parameter_groups, select_trainable, set_lr
+from muse.training.logger import RunLog
+from muse.training.nonfinite import FiniteGuard, take_step
+from muse.training.optim import (
+    build_adamw,
+    gradient_norms,
+    load_optimizer,
+    lr_at,
+    parameter_groups,
+    set_lr,
+)
 from muse.training.run_directory import prepare, resume, save_checkpoint, write_final
-from muse.training.stages import STAGES
-from muse.utils.distributed import StopSignal, build_accelerator
-from muse.utils.logger import RunLog
+from muse.training.signals import StopSignal
 
 log = logging.getLogger(__name__)
 
@@ -51,30 +59,44 @@ class Trainer:
         set_seed(cfg.training.seed)  # the same start on every process
 
         self.model = initial_model(cfg)
-        trainable = cfg.training.trainable if cfg.training.trainable is not None else STAGES[cfg.training.stage].trainable
+        trainable = (
+            cfg.training.trainable
+            if cfg.training.trainable is not None
+            else STAGES[cfg.training.stage].trainable
+        )
         names = select_trainable(self.model, trainable)
         self.loss = MuseLoss.from_config(cfg, self.model)
         self.model.to(self.accelerator.device)
         self.loss.to(self.accelerator.device)
-        log.info("stage %s trains %d tensors, %.2fM parameters; losses %s", cfg.training.stage, len(names),
-                 sum(p.numel() for p in self.model.parameters() if p.requires_grad) / 1e6,
-                 {name: term.weight for name, term in self.loss.terms.items()})
+        log.info(
+            "stage %s trains %d tensors, %.2fM parameters; losses %s",
+            cfg.training.stage,
+            len(names),
+            sum(p.numel() for p in self.model.parameters() if p.requires_grad) / 1e6,
+            {name: term.weight for name, term in self.loss.terms.items()},
+        )
 
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         named += [(f"loss.{name}", p) for name, p in self.loss.heads().items()]
         options = cfg.optimizer.params
         groups = parameter_groups(named, options.weight_decay, plain(cfg.optimizer.lr_multipliers))
         adamw = build_adamw(groups, options.learning_rate, (options.beta1, options.beta2))
-        self.student, self.optimizer = sharding.prepare_student(self.accelerator, self.model, adamw, bool(self.loss.heads()))
+        self.student, self.optimizer = fsdp.prepare_student(
+            self.accelerator, self.model, adamw, bool(self.loss.heads())
+        )
         if self.loss.heads():
             self.loss = self.accelerator.prepare(self.loss)
         self.raw_loss: MuseLoss = self.accelerator.unwrap_model(self.loss)
-        self.adversary = Adversary(cfg, self.accelerator) if cfg.losses.adversarial.weight > 0 else None
+        self.adversary = (
+            Adversary(cfg, self.accelerator) if cfg.losses.adversarial.weight > 0 else None
+        )
         self.ema = EMAModel(self.model, cfg.training.ema_decay) if cfg.training.use_ema else None
-        from muse.training.data import build_train_loader
+        from muse.data.dataloader import build_train_loader
 
         self.loader = build_train_loader(cfg, self.accelerator)
-        self.guard = FiniteGuard(cfg.training.max_skipped_steps, self.accelerator, self.output, adamw.defaults["fused"])
+        self.guard = FiniteGuard(
+            cfg.training.max_skipped_steps, self.accelerator, self.output, adamw.defaults["fused"]
+        )
         self.step, self.images_seen = 0, 0
 
     # ------------------------------------------------------------------------------------------------ the loop
@@ -83,7 +105,10 @@ class Trainer:
         cfg, every = self.cfg, self.cfg.experiment
         prepare(self)
         resume(self)
-        with RunLog(cfg, self.accelerator, self.output, self.step) as run_log, StopSignal(self.accelerator) as stop:
+        with (
+            RunLog(cfg, self.accelerator, self.output, self.step) as run_log,
+            StopSignal(self.accelerator) as stop,
+        ):
             batches = self._batches()
             while self.step < cfg.training.max_train_steps:
                 waited = time.perf_counter()
@@ -102,7 +127,10 @@ class Trainer:
                     self.draw(run_log)
                 if stopped:
                     self.save()
-                    log.warning("stopped at step %d on a signal; the same command goes on from there", self.step)
+                    log.warning(
+                        "stopped at step %d on a signal; the same command goes on from there",
+                        self.step,
+                    )
                     raise SystemExit(0)
                 if self._due(every.save_every) and self.step < cfg.training.max_train_steps:
                     self.save()
@@ -138,7 +166,7 @@ class Trainer:
             rate = self._lr(self.step, cfg.optimizer.params.discriminator_learning_rate)
             sums["discriminator_grad_norm"] = self.adversary.clip(rate)
             optimizers.append(self.adversary.optimizer)
-        numbers = {name: sharding.number(value) for name, value in sums.items()}
+        numbers = {name: fsdp.number(value) for name, value in sums.items()}
         refused = self.guard.judge(self.step + 1, numbers, micro)
         if refused is not True:  # False, or a flag that the optimizers read
             set_lr(self.optimizer, self._lr(self.step))
@@ -151,7 +179,9 @@ class Trainer:
             optimizer.zero_grad(set_to_none=True)
         self.step += 1
         if refused is not True:
-            self.images_seen += sum(len(batch["images"]) for batch in micro) * self.accelerator.num_processes
+            self.images_seen += (
+                sum(len(batch["images"]) for batch in micro) * self.accelerator.num_processes
+            )
         return numbers
 
     # ------------------------------------------------------------------------------------------------ parts of a step
@@ -167,13 +197,20 @@ class Trainer:
     def _clip(self) -> Tensor:
         parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         limit = self.cfg.training.max_grad_norm or float("inf")
-        return sharding.clip_gradients(self.accelerator, parameters, limit)
+        return fsdp.clip_gradients(self.accelerator, parameters, limit)
 
     def _lr(self, step: int, base: float | None = None) -> float:
         params, schedule = self.cfg.lr_scheduler.params, self.cfg.lr_scheduler.scheduler
         base = self.cfg.optimizer.params.learning_rate if base is None else base
-        return lr_at(step, base=base, end=min(params.end_lr, base), warmup=params.warmup_steps,
-                     total=self.cfg.training.max_train_steps, hold_fraction=params.hold_fraction, schedule=schedule)
+        return lr_at(
+            step,
+            base=base,
+            end=min(params.end_lr, base),
+            warmup=params.warmup_steps,
+            total=self.cfg.training.max_train_steps,
+            hold_fraction=params.hold_fraction,
+            schedule=schedule,
+        )
 
     def _due(self, every: int) -> bool:
         return bool(every) and self.step % every == 0
@@ -182,7 +219,9 @@ class Trainer:
         """Whether this step reads something from the device anyway: to log, look, save or finish."""
         every = self.cfg.experiment
         return self.step == self.cfg.training.max_train_steps or any(
-            self._due(n) for n in (every.log_every, every.eval_every, every.generate_every, every.save_every))
+            self._due(n)
+            for n in (every.log_every, every.eval_every, every.generate_every, every.save_every)
+        )
 
     def settle(self) -> None:
         """Hear of steps that the device refused to take; their images do not count as seen."""
@@ -194,34 +233,42 @@ class Trainer:
         """The student with its running means (or its own weights, without EMA), in eval mode."""
         self.model.eval()
         with self.ema.swapped_in() if self.ema else contextlib.nullcontext():
-            yield sharding.plain_copy(self.model, self.accelerator)
+            yield fsdp.plain_copy(self.model, self.accelerator)
         self.model.train()
 
     def evaluate(self) -> dict[str, float]:
         """PSNR and SSIM of the averaged weights on the evaluation set."""
         if self.raw_loss.needs["encoder_only"]:
             return {}
+        from muse.data.dataloader import build_eval_loader
         from muse.evaluation import evaluate_reconstruction
-        from muse.training.data import build_eval_loader
 
         with self.averaged() as model:
-            return evaluate_reconstruction(model, build_eval_loader(self.cfg, self.accelerator), ("psnr", "ssim"),
-                                           device=self.accelerator.device)
+            return evaluate_reconstruction(
+                model,
+                build_eval_loader(self.cfg, self.accelerator),
+                ("psnr", "ssim"),
+                device=self.accelerator.device,
+            )
 
     def draw(self, run_log: RunLog | None = None) -> None:
         """Reconstructions and attention of a few evaluation pictures, under OUTPUT/images and in the tracker."""
-        alone = not sharding.is_sharded(self.accelerator)  # else the weights come from every process
+        alone = not fsdp.is_sharded(self.accelerator)  # else the weights come from every process
         if self.raw_loss.needs["encoder_only"] or (alone and not self.accelerator.is_main_process):
             return
-        from muse.training.data import sample_images
+        from muse.data.dataloader import sample_images
         from muse.utils.viz_utils import attention_sheet, reconstruction_sheet, save_image
 
-        images = sample_images(self.cfg, self.cfg.experiment.num_pictures).to(self.accelerator.device)
+        images = sample_images(self.cfg, self.cfg.experiment.num_pictures).to(
+            self.accelerator.device
+        )
         with self.averaged() as model, torch.no_grad():
             if not self.accelerator.is_main_process:
                 return
-            sheets = {"reconstruction": reconstruction_sheet(images, model.reconstruct(images)),
-                      "attention": attention_sheet(images, model.encode(images, return_attention=True))}
+            sheets = {
+                "reconstruction": reconstruction_sheet(images, model.reconstruct(images)),
+                "attention": attention_sheet(images, model.encode(images, return_attention=True)),
+            }
         for name, sheet in sheets.items():
             save_image(sheet, self.output / "images" / f"{name}-{self.step}.png")
             if run_log is not None:
@@ -237,12 +284,18 @@ class Trainer:
 
         All processes call it together: shared-out tensors (FSDP) are made whole.
         """
-        return {"step": self.step, "images_seen": self.images_seen, "skipped": self.guard.skipped,
-                "ema_step": self.ema.step if self.ema else 0, "optimizer": sharding.whole(self.optimizer.state_dict()),
-                "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
-                "heads": {name: p.detach() for name, p in self.raw_loss.heads().items()},
-                "adversary": self.adversary.state_dict() if self.adversary else None,
-                "processes": self.accelerator.num_processes, "config": resolved(self.cfg)}
+        return {
+            "step": self.step,
+            "images_seen": self.images_seen,
+            "skipped": self.guard.skipped,
+            "ema_step": self.ema.step if self.ema else 0,
+            "optimizer": fsdp.whole(self.optimizer.state_dict()),
+            "scaler": self.accelerator.scaler.state_dict() if self.accelerator.scaler else None,
+            "heads": {name: p.detach() for name, p in self.raw_loss.heads().items()},
+            "adversary": self.adversary.state_dict() if self.adversary else None,
+            "processes": self.accelerator.num_processes,
+            "config": resolved(self.cfg),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave, but for the model's and the averages' own tensors."""
@@ -254,17 +307,31 @@ class Trainer:
         with torch.no_grad():
             for name, parameter in self.raw_loss.heads().items():
                 parameter.copy_(state["heads"][name])
-        self.step, self.images_seen, self.guard.skipped = state["step"], state["images_seen"], state["skipped"]
+        self.step, self.images_seen, self.guard.skipped = (
+            state["step"],
+            state["images_seen"],
+            state["skipped"],
+        )
 
     def _check_global_batch(self) -> None:
         """A recipe is images as much as steps: what the configuration promises must be what these processes do."""
         training, processes = self.cfg.training, self.accelerator.num_processes
         actual = training.per_gpu_batch_size * training.gradient_accumulation_steps * processes
         if training.global_batch_size not in (None, actual):
-            raise ConfigError(f"training.global_batch_size={training.global_batch_size} but {training.per_gpu_batch_size} per "
-                              f"process x {training.gradient_accumulation_steps} accumulated x {processes} processes = {actual}")
+            raise ConfigError(
+                f"training.global_batch_size={training.global_batch_size} but {training.per_gpu_batch_size} per "
+                f"process x {training.gradient_accumulation_steps} accumulated x {processes} processes = {actual}"
+            )
         images = actual * training.max_train_steps
         if training.total_images not in (None, images):
-            raise ConfigError(f"training.total_images={training.total_images} but {actual} a step x {training.max_train_steps} steps = "
-                              f"{images}")
-        log.info("%d images a step over %d processes, %d in %d steps", actual, processes, images, training.max_train_steps)
+            raise ConfigError(
+                f"training.total_images={training.total_images} but {actual} a step x {training.max_train_steps} steps = "
+                f"{images}"
+            )
+        log.info(
+            "%d images a step over %d processes, %d in %d steps",
+            actual,
+            processes,
+            images,
+            training.max_train_steps,
+        )

@@ -1,4 +1,5 @@
 """Curves out of `metrics.jsonl`: the numbers of one or more runs over optimizer steps, one axis a number."""
+
 import json
 import math
 from collections.abc import Sequence
@@ -7,7 +8,16 @@ from typing import Any, NamedTuple
 
 from muse.errors import DataError
 
-LOSSES = ("loss", "distillation_cosine", "reconstruction", "perceptual", "topology", "itc", "generator", "discriminator")
+LOSSES = (
+    "loss",
+    "distillation_cosine",
+    "reconstruction",
+    "perceptual",
+    "topology",
+    "itc",
+    "generator",
+    "discriminator",
+)
 METRICS = "metrics.jsonl"
 
 
@@ -56,8 +66,14 @@ def points(run: Run, name: str, offset: int = 0) -> list[tuple[int, float]]:
     return found
 
 
-def draw_curves(runs: Sequence[Run], path: str | Path, names: Sequence[str] | None = None, *, one_after_another: bool = True,
-                columns: int = 5) -> Path:
+def draw_curves(
+    runs: Sequence[Run],
+    path: str | Path,
+    names: Sequence[str] | None = None,
+    *,
+    one_after_another: bool = True,
+    columns: int = 5,
+) -> Path:
     """Write a picture with one axis a number and one line a run; `DataError` when none of `names` was recorded.
 
     one_after_another: a run's steps go on where the run before it ended (stages), else all begin at 0 (repetitions).
@@ -71,13 +87,15 @@ def draw_curves(runs: Sequence[Run], path: str | Path, names: Sequence[str] | No
     columns = -(-len(names) // lines)  # as even as can be
     figure = Figure(figsize=(2.8 * columns, 3 * lines), layout="constrained")
     axes = figure.subplots(lines, columns, squeeze=False).flatten()
-    for axis in axes[len(names):]:
+    for axis in axes[len(names) :]:
         axis.set_visible(False)
     offset = 0
     for index, run in enumerate(runs):
         for name, axis in zip(names, axes):
             if line := points(run, name, offset):
-                axis.plot(*zip(*line), label=run.name, linewidth=1, color=f"C{index % 10}")  # one colour on all axes
+                axis.plot(
+                    *zip(*line), label=run.name, linewidth=1, color=f"C{index % 10}"
+                )  # one colour on all axes
         offset += run.records[-1]["step"] if one_after_another else 0
     for name, axis in zip(names, axes):
         _finish(axis, name)
@@ -99,6 +117,8 @@ def _finish(axis: Any, name: str) -> None:
     axis.set_xlabel("optimizer step", fontsize=8)
     axis.tick_params(labelsize=7, which="both")
     if axis.lines:
-        if all(value > 0 for line in axis.lines for value in line.get_ydata()) and not name.endswith("psnr"):
+        if all(
+            value > 0 for line in axis.lines for value in line.get_ydata()
+        ) and not name.endswith("psnr"):
             axis.set_yscale("log")
         axis.legend(fontsize=7)

@@ -1,92 +1,38 @@
-"""What a run needs of the machine: the accelerator as configured, and stop signals heard by every process."""
-import os
-import signal
-from importlib.util import find_spec
-from types import FrameType, TracebackType
-from typing import Any, Self
+"""Sums over processes. With no process group every function returns its input, so one process needs no set-up."""
 
 import torch
 import torch.distributed as dist
-from omegaconf import DictConfig
-
-from muse.errors import ConfigError
 
 
-def build_accelerator(cfg: DictConfig) -> Any:
-    """accelerate's `Accelerator`: one process, DDP or FSDP, as the launcher says; precision from the configuration."""
-    from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs
-
-    unused = cfg.training.find_unused_parameters
-    if unused is None:
-        unused = leaves_tensors_unused(cfg)
-    handler = DistributedDataParallelKwargs(find_unused_parameters=unused, broadcast_buffers=False)
-    tracker = cfg.experiment.tracker
-    if tracker != "none" and find_spec(tracker) is None:
-        raise ConfigError(f"experiment.tracker={tracker} needs the package {tracker}: pip install {tracker}")
-    accelerator = Accelerator(mixed_precision=cfg.training.mixed_precision, kwargs_handlers=[handler],
-                              log_with=None if tracker == "none" else tracker, project_dir=cfg.experiment.output_dir)
-    if os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true" and accelerator.num_processes > 1:
-        _shard(accelerator)
-    return accelerator
+def world_size() -> int:
+    """Number of processes, 1 without a process group."""
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def _shard(accelerator: Any) -> None:
-    """What FSDP needs beyond accelerate: version 2, and processes on CPUs too, which accelerate would silently give DDP."""
-    from accelerate import PartialState
-    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
-
-    state = accelerator.state
-    if accelerator.device.type == "cpu":  # torch shards over gloo as well; this is how the tests try it
-        state.fsdp_plugin = FullyShardedDataParallelPlugin()
-        state.distributed_type = PartialState().distributed_type = DistributedType.FSDP  # the one is refreshed from the other
-    if state.fsdp_plugin.fsdp_version != 2:
-        raise ConfigError("FSDP of version 1 cannot mix frozen and trained tensors here: set fsdp_version: 2, as in "
-                          "configs/accelerate/fsdp.yaml")
+def is_main() -> bool:
+    """True in the one process that speaks and writes."""
+    return world_size() == 1 or dist.get_rank() == 0
 
 
-def leaves_tensors_unused(cfg: DictConfig) -> bool:
-    """Whether some tensor that learns may get no gradient, which DDP must be told of.
-
-    A loss that reads the last block alone leaves W_Q, W_K or W_ITC of the others without one (docs/fidelity.md, row 1); so does
-    a stage whose owner of a stream is switched off, or tensors that the user chose.
-    """
-    last = "last" in (cfg.losses.topology.blocks, cfg.losses.itc.blocks)
-    structure = cfg.losses.topology.weight == 0 and cfg.model.shield_attention
-    semantics = cfg.losses.itc.weight == 0 and cfg.training.stage != "topology_warmup"
-    blocks_learn = cfg.training.stage != "encoder_distillation"
-    return cfg.training.trainable is not None or (blocks_learn and (last or structure or semantics))
+def all_sum(tensor: torch.Tensor) -> torch.Tensor:
+    """The element-wise sum of `tensor` over all processes, on the tensor's own device; the input is left as it was."""
+    if world_size() == 1:
+        return tensor
+    on_backend = tensor.cuda() if dist.get_backend() == "nccl" else tensor.cpu()
+    on_backend = on_backend.clone()
+    dist.all_reduce(on_backend)
+    return on_backend.to(tensor.device)
 
 
-class StopSignal:
-    """Within the block SIGTERM and SIGUSR1 (a cluster's warning) set a flag instead of ending the process."""
+def all_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """(n_rank, ...) of every process -> (sum of n_rank, ...) on the CPU, ranks in order; n_rank may differ."""
+    return torch.cat(all_objects(tensor.cpu()))
 
-    SIGNALS = tuple(getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name))
 
-    def __init__(self, accelerator: Any) -> None:
-        self.accelerator, self._heard, self._group = accelerator, False, None
-        self._before: dict[int, Any] = {}
-
-    def _hear(self, number: int, frame: FrameType | None) -> None:
-        self._heard = True
-
-    def __enter__(self) -> Self:
-        try:
-            self._before = {number: signal.signal(number, self._hear) for number in self.SIGNALS}
-        except ValueError:  # not the main thread: the caller handles signals
-            self._before = {}
-        if self.accelerator.num_processes > 1:
-            self._group = dist.new_group(backend="gloo")  # between the hosts: nobody waits for a device
-        return self
-
-    def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def requested(self) -> bool:
-        """Whether any process heard a signal; all processes get the same answer at the same step."""
-        if self._group is None:
-            return self._heard
-        flag = torch.tensor(float(self._heard))
-        dist.all_reduce(flag, group=self._group)
-        return bool(flag > 0)
+def all_objects(value) -> list:
+    """The picklable `value` of every process, ranks in order."""
+    if world_size() == 1:
+        return [value]
+    values: list = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values

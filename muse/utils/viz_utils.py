@@ -1,4 +1,5 @@
 """Pictures of what the model does: rows of originals and reconstructions, attention over the image."""
+
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -7,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
+
+from muse.data.masks import IGNORE_INDEX
 
 GAP = 4
 
@@ -20,7 +23,12 @@ def read_image(path: str | Path) -> Tensor:
     """The picture of a file, (3, H, W) in [0, 1]."""
     with Image.open(path) as picture:
         rgb = picture.convert("RGB")
-    return torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8).view(rgb.height, rgb.width, 3).permute(2, 0, 1) / 255
+    return (
+        torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
+        .view(rgb.height, rgb.width, 3)
+        .permute(2, 0, 1)
+        / 255
+    )
 
 
 def save_image(image: Tensor, path: str | Path) -> None:
@@ -32,16 +40,22 @@ def save_image(image: Tensor, path: str | Path) -> None:
     partial.replace(target)
 
 
-def tile(rows: Sequence[Sequence[Tensor]], labels: Sequence[str] = (), background: float = 1.0) -> Tensor:
+def tile(
+    rows: Sequence[Sequence[Tensor]], labels: Sequence[str] = (), background: float = 1.0
+) -> Tensor:
     """Rows of equally large (3, H, W) pictures as one picture; a label, if given, stands left of its row."""
     height, width = rows[0][0].shape[-2:]
     columns = max(len(row) for row in rows)
     margin = 110 if labels else 0
-    sheet = torch.full((3, len(rows) * (height + GAP) + GAP, margin + columns * (width + GAP) + GAP), background)
+    sheet = torch.full(
+        (3, len(rows) * (height + GAP) + GAP, margin + columns * (width + GAP) + GAP), background
+    )
     for i, row in enumerate(rows):
         for j, picture in enumerate(row):
             top, left = GAP + i * (height + GAP), margin + GAP + j * (width + GAP)
-            sheet[:, top:top + height, left:left + width] = picture.detach().float().cpu().clamp(0, 1)
+            sheet[:, top : top + height, left : left + width] = (
+                picture.detach().float().cpu().clamp(0, 1)
+            )
     return _write_labels(sheet, labels, height) if labels else sheet
 
 
@@ -49,11 +63,20 @@ def _write_labels(sheet: Tensor, labels: Sequence[str], height: int) -> Tensor:
     canvas = Image.fromarray(to_uint8(sheet).permute(1, 2, 0).numpy())
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=14)
     for i, label in enumerate(labels):
-        draw.multiline_text((6, GAP + i * (height + GAP) + height // 2), label, fill=(30, 30, 30), font=font, anchor="lm")
+        draw.multiline_text(
+            (6, GAP + i * (height + GAP) + height // 2),
+            label,
+            fill=(30, 30, 30),
+            font=font,
+            anchor="lm",
+        )
     from muse.data.transforms import to_float
 
-    return to_float(torch.frombuffer(bytearray(canvas.tobytes()), dtype=torch.uint8).view(canvas.height, canvas.width, 3)
-                    .permute(2, 0, 1))
+    return to_float(
+        torch.frombuffer(bytearray(canvas.tobytes()), dtype=torch.uint8)
+        .view(canvas.height, canvas.width, 3)
+        .permute(2, 0, 1)
+    )
 
 
 def reconstruction_sheet(images: Tensor, recon: Tensor) -> Tensor:
@@ -65,17 +88,25 @@ def heat(values: Tensor) -> Tensor:
     """(H, W) in [0, 1] -> (3, H, W) colours from dark blue over red to yellow."""
     from matplotlib import colormaps
 
-    return torch.from_numpy(colormaps["inferno"](values.detach().float().cpu().numpy())[..., :3]).permute(2, 0, 1).float()
+    return (
+        torch.from_numpy(colormaps["inferno"](values.detach().float().cpu().numpy())[..., :3])
+        .permute(2, 0, 1)
+        .float()
+    )
 
 
-def attention_overlay(image: Tensor, attention: Tensor, grid: tuple[int, int], query: int) -> Tensor:
+def attention_overlay(
+    image: Tensor, attention: Tensor, grid: tuple[int, int], query: int
+) -> Tensor:
     """One row of attention over its picture: image (3, H, W), attention (N, N), the query's cell marked by a white frame."""
     height, width = image.shape[-2:]
     # Its own weight would hide the others, and its place is marked anyway.
     row = attention[query].detach().float().cpu().clone()
     row[query] = 0
     heatmap = (row / row.max().clamp_min(1e-12)).view(1, 1, *grid)
-    heatmap = F.interpolate(heatmap, size=(height, width), mode="bilinear", align_corners=False)[0, 0]
+    heatmap = F.interpolate(heatmap, size=(height, width), mode="bilinear", align_corners=False)[
+        0, 0
+    ]
     grey = image.detach().float().cpu().mean(0, keepdim=True).expand(3, -1, -1)
     picture = 0.35 * grey + 0.65 * heat(heatmap)
     return _frame(picture, grid, query)
@@ -87,12 +118,17 @@ def _frame(picture: Tensor, grid: tuple[int, int], query: int) -> Tensor:
     top, bottom = round(row * height / grid[0]), round((row + 1) * height / grid[0]) - 1
     left, right = round(column * width / grid[1]), round((column + 1) * width / grid[1]) - 1
     picture = picture.clone()
-    picture[:, [top, bottom], left:right + 1] = 1
-    picture[:, top:bottom + 1, [left, right]] = 1
+    picture[:, [top, bottom], left : right + 1] = 1
+    picture[:, top : bottom + 1, [left, right]] = 1
     return picture
 
 
-def attention_sheet(images: Tensor, encoding, queries: Sequence[int] | None = None, teacher: Sequence[Tensor] | None = None) -> Tensor:
+def attention_sheet(
+    images: Tensor,
+    encoding,
+    queries: Sequence[int] | None = None,
+    teacher: Sequence[Tensor] | None = None,
+) -> Tensor:
     """Rows: the picture, the head-mean attention of its query in every block, and the teacher's map if given.
 
     images (B, 3, H, W) in [0, 1]; encoding with `topology` and `grid`; queries: a cell for each picture (default: the middle);
@@ -103,11 +139,20 @@ def attention_sheet(images: Tensor, encoding, queries: Sequence[int] | None = No
     rows = [[_frame(image.cpu(), encoding.grid, query) for image, query in zip(images, queries)]]
     labels = ["query"]
     for index, maps in enumerate(encoding.topology):
-        rows.append([attention_overlay(image, one.mean(0), encoding.grid, query)
-                     for image, one, query in zip(images, maps, queries)])
+        rows.append(
+            [
+                attention_overlay(image, one.mean(0), encoding.grid, query)
+                for image, one, query in zip(images, maps, queries)
+            ]
+        )
         labels.append(f"block {index + 1}")
     if teacher is not None:
-        rows.append([attention_overlay(image, one, encoding.grid, query) for image, one, query in zip(images, teacher, queries)])
+        rows.append(
+            [
+                attention_overlay(image, one, encoding.grid, query)
+                for image, one, query in zip(images, teacher, queries)
+            ]
+        )
         labels.append("teacher")
     return tile(rows, labels)
 
@@ -119,3 +164,37 @@ def fit_side(image: Tensor, limit: int) -> Tensor:
         return image
     size = [max(1, math.floor(side * scale)) for side in image.shape[-2:]]
     return F.interpolate(image[None], size=size, mode="bilinear", antialias=True)[0].clamp(0, 1)
+
+
+def comparison_sheet(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+    """(B,3,H,W) pairs -> (3,h,w): originals, reconstructions, and three times their absolute difference."""
+    difference = (3 * (real - fake).abs()).clamp(0, 1)
+    return tile(
+        [list(real), list(fake), list(difference)], ["original", "reconstruction", "difference x3"]
+    )
+
+
+def palette(num_classes: int) -> torch.Tensor:
+    """(K,3) colours in [0,1]: class 0 black, the others bright, hues a golden angle apart so that neighbours differ."""
+    turns = torch.arange(num_classes) * 0.618034
+    value = 1 - 0.35 * ((torch.arange(num_classes) // 5) % 2)[:, None]
+    hue = (turns[:, None] + torch.tensor([0.0, 2 / 3, 1 / 3])) % 1
+    colours = ((6 * hue - 3).abs() - 1).clamp(0, 1) * value
+    colours[:1] = 0
+    return colours
+
+
+def colour_labels(labels: torch.Tensor, num_classes: int) -> torch.Tensor:
+    """(B,H,W) class indices -> (B,3,H,W) colours; ignored pixels are white."""
+    colours = torch.cat([palette(num_classes), torch.ones(1, 3)])
+    return colours[labels.masked_fill(labels == IGNORE_INDEX, num_classes)].permute(0, 3, 1, 2)
+
+
+def segmentation_sheet(
+    images: torch.Tensor, masks: torch.Tensor, predictions: torch.Tensor, num_classes: int
+) -> torch.Tensor:
+    """Pictures, true labels and predicted labels laid half over them, as one (3,h,w) picture."""
+    rows = [
+        0.4 * images + 0.6 * colour_labels(labels, num_classes) for labels in (masks, predictions)
+    ]
+    return tile([list(images), *(list(row) for row in rows)], ["picture", "truth", "prediction"])

@@ -1,4 +1,5 @@
 """The cost of a run: counts against closed formulas, torch's own counter on real tensors, public figures, and a real run's state."""
+
 import json
 import math
 import socket
@@ -25,13 +26,19 @@ GIGA = 1e9
 def full_size():
     """One step of MUSE-1B, stage 3, without weights and without a socket."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(socket.socket, "connect", lambda *_: pytest.fail("the cost of a run asked the network"))
+        patch.setattr(
+            socket.socket, "connect", lambda *_: pytest.fail("the cost of a run asked the network")
+        )
         return count_step(load_config(STAGE3), batch=2)
 
 
 def transformer(tokens, width, hidden, depth, matrices):
     """FLOPs of `depth` layers: four projections, `matrices` of the MLP, attention."""
-    return depth * (4 * 2 * tokens * width**2 + matrices * 2 * tokens * width * hidden + 2 * 2 * tokens**2 * width)
+    return depth * (
+        4 * 2 * tokens * width**2
+        + matrices * 2 * tokens * width * hidden
+        + 2 * 2 * tokens**2 * width
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- MUSE-1B
@@ -40,17 +47,29 @@ def test_full_size_parameters_by_module(full_size):
     block = 5 * 512**2 + 3 * 512 * 1365 + 2 * 512 + 2 * 64
     assert student["total"] == full_size["parameters"]["learning"]["total"] == 486_459_556
     assert sum(count for name, count in student.items() if name != "total") == student["total"]
-    assert student["adapter"] == 4096 + 4096 * 512 and student["blocks"] == 6 * block and student["latent"] == 512 * 32 + 32
+    assert (
+        student["adapter"] == 4096 + 4096 * 512
+        and student["blocks"] == 6 * block
+        and student["latent"] == 512 * 32 + 32
+    )
     assert student["projector"] == 512 * 512 + 512 * 768 + 1
 
 
 def test_full_size_forward_by_module_is_the_closed_formula(full_size):
     forward = full_size["flops_forward"]
     block = 5 * 2 * 64 * 512**2 + 3 * 2 * 64 * 512 * 1365 + 2 * 2 * 64**2 * 512
-    assert forward["encoder"] == 2 * 256 * (3 * 14 * 14) * 1024 + transformer(257, 1024, 4096, 24, 2)
-    assert forward["adapter"] == 2 * 64 * 4096 * 512 and forward["blocks"] == 6 * block and forward["latent"] == 2 * 64 * 512 * 32
+    assert forward["encoder"] == 2 * 256 * (3 * 14 * 14) * 1024 + transformer(
+        257, 1024, 4096, 24, 2
+    )
+    assert (
+        forward["adapter"] == 2 * 64 * 4096 * 512
+        and forward["blocks"] == 6 * block
+        and forward["latent"] == 2 * 64 * 512 * 32
+    )
     assert forward["projector"] == 6 * 2 * (512 * 512 + 512 * 768)
-    assert forward["total"] == pytest.approx(sum(count for name, count in forward.items() if name != "total"), rel=1e-9)
+    assert forward["total"] == pytest.approx(
+        sum(count for name, count in forward.items() if name != "total"), rel=1e-9
+    )
 
 
 def test_full_size_decoder_is_the_sum_over_its_layers(full_size):
@@ -60,8 +79,13 @@ def test_full_size_decoder_is_the_sum_over_its_layers(full_size):
 
     def count(module, inputs, output):
         nonlocal total
-        places = output.numel() // module.weight.shape[0] if isinstance(module, nn.Conv2d) else output.numel() // module.out_features
+        places = (
+            output.numel() // module.weight.shape[0]
+            if isinstance(module, nn.Conv2d)
+            else output.numel() // module.out_features
+        )
         total += 2 * places * module.weight.numel()
+
     for module in decoder.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             module.register_forward_hook(count)
@@ -78,14 +102,26 @@ def test_full_size_backward_is_twice_the_forward(full_size):
 
 def test_frozen_and_detached_parts_have_no_backward():
     """Stage 1: nothing for the encoder and W_ITC, weights alone for W_Q and W_K, values alone through A."""
-    step = count_step(load_config(ROOT / "configs/muse_tiny/stage1.yaml", ["teacher.topology.kind=random"]), batch=1)
+    step = count_step(
+        load_config(ROOT / "configs/muse_tiny/stage1.yaml", ["teacher.topology.kind=random"]),
+        batch=1,
+    )
     forward, tokens, width, hidden = step["flops_forward"], 64, 192, 512
     square, attention = 2 * tokens * width**2, 2 * tokens**2 * width
-    block = 2 * square + 2 * 2 * square + 3 * 2 * 2 * tokens * width * hidden + 2 * attention + attention
+    block = (
+        2 * square
+        + 2 * 2 * square
+        + 3 * 2 * 2 * tokens * width * hidden
+        + 2 * attention
+        + attention
+    )
     wanted = 4 * block + 2 * (forward["adapter"] + forward["latent"] + forward["decoder"])
     assert step["flops_training"]["student backward"] == pytest.approx(wanted, rel=0.01)
     learning = step["parameters"]["learning"]
-    assert learning["encoder"] == learning["projector"] == 0 and step["memory"]["optimizer"] == 8 * learning["total"]
+    assert (
+        learning["encoder"] == learning["projector"] == 0
+        and step["memory"]["optimizer"] == 8 * learning["total"]
+    )
 
 
 def test_teachers_and_perceptual_networks_against_public_definitions(full_size):
@@ -94,28 +130,51 @@ def test_teachers_and_perceptual_networks_against_public_definitions(full_size):
 
     beside, training = full_size["parameters"]["beside"], full_size["flops_training"]
     with torch.device("meta"):
-        public = timm.create_model("vit_huge_plus_patch16_dinov3_qkvb", pretrained=False, num_classes=0)
+        public = timm.create_model(
+            "vit_huge_plus_patch16_dinov3_qkvb", pretrained=False, num_classes=0
+        )
     fields = next(iter(DINOV3.values()))
     # transformers has a token for masked patches beside what timm has.
     assert beside["topology teacher"] == sum(p.numel() for p in public.parameters()) + 1280
-    assert (len(public.blocks), public.embed_dim) == (fields["num_hidden_layers"], fields["hidden_size"])
+    assert (len(public.blocks), public.embed_dim) == (
+        fields["num_hidden_layers"],
+        fields["hidden_size"],
+    )
     assert public.num_prefix_tokens == 1 + fields["num_register_tokens"]
     patches = 2 * 196 * (3 * 16 * 16) * 1280
-    assert training["topology teacher"] == pytest.approx(patches + transformer(201, 1280, 5120, 32, 3), rel=0.01)
+    assert training["topology teacher"] == pytest.approx(
+        patches + transformer(201, 1280, 5120, 32, 3), rel=0.01
+    )
     assert training["text teacher"] == pytest.approx(transformer(77, 768, 3072, 12, 2), rel=0.01)
     # torchvision states multiply-adds in 10^9; LPIPS stops before VGG's three linear layers. Two pictures forward, one back to its pixels.
     classifier = (25088 * 4096 + 4096 * 4096 + 4096 * 1000) / GIGA
-    network = 2 * GIGA * (VGG16_Weights.IMAGENET1K_V1.meta["_ops"] - classifier + ConvNeXt_Small_Weights.IMAGENET1K_V1.meta["_ops"])
+    network = (
+        2
+        * GIGA
+        * (
+            VGG16_Weights.IMAGENET1K_V1.meta["_ops"]
+            - classifier
+            + ConvNeXt_Small_Weights.IMAGENET1K_V1.meta["_ops"]
+        )
+    )
     assert training["losses forward"] == pytest.approx(2 * network, rel=0.01)
     assert training["losses backward"] == pytest.approx(network, rel=0.01)
 
 
 def test_discriminator_is_run_three_times_and_pulled_back_three_times(full_size):
     """Generator's term: forward, back to the pixels. Its own: forward and weights' gradients of two pictures (but no pixels')."""
+
     def conv(side, before, after, kernel):
         return 2 * side**2 * before * after * kernel**2
+
     first = conv(224, 3, 128, 5)
-    inner = conv(224, 128, 128, 3) + conv(112, 128, 256, 3) + conv(56, 256, 512, 3) + conv(16, 512, 512, 1) + conv(16, 512, 1, 5)
+    inner = (
+        conv(224, 128, 128, 3)
+        + conv(112, 128, 256, 3)
+        + conv(56, 256, 512, 3)
+        + conv(16, 512, 512, 1)
+        + conv(16, 512, 1, 5)
+    )
     blur = sum(2 * side**2 * width * 16 for side, width in ((112, 128), (56, 256), (28, 512)))
     once = first + inner + blur
     wanted = 3 * once + once + 2 * (2 * inner + first + blur)
@@ -124,7 +183,11 @@ def test_discriminator_is_run_three_times_and_pulled_back_three_times(full_size)
 
 # ---------------------------------------------------------------------------------------------------- the counter
 def test_grouped_convolutions_are_counted_once():
-    for layer in (nn.Conv2d(16, 32, 3, padding=1, groups=16), nn.Conv2d(16, 32, 3, padding=1), nn.ConvTranspose2d(16, 32, 2, 2, groups=4)):
+    for layer in (
+        nn.Conv2d(16, 32, 3, padding=1, groups=16),
+        nn.Conv2d(16, 32, 3, padding=1),
+        nn.ConvTranspose2d(16, 32, 2, 2, groups=4),
+    ):
         x = torch.rand(2, 16, 8, 8, requires_grad=True)
         once = 2 * 2 * 64 * layer.weight.numel()
         with FlopCounter() as forward:
@@ -159,9 +222,13 @@ def test_activations_of_a_block_by_hand():
     assert saved.bytes() == by_hand
     with SavedTensors() as everything:
         again = layer(tokens)
-    assert everything.bytes() == by_hand + 4 * 48 * hidden  # w3 alone has an input that learns, and needs its weight
+    assert (
+        everything.bytes() == by_hand + 4 * 48 * hidden
+    )  # w3 alone has an input that learns, and needs its weight
     del out, again
-    assert saved.bytes() == 4 * 10 * 48  # what is let go no longer counts; the input is the caller's
+    assert (
+        saved.bytes() == 4 * 10 * 48
+    )  # what is let go no longer counts; the input is the caller's
 
 
 def test_activations_follow_the_batch_the_precision_and_checkpointing(shapes_data, tmp_path):
@@ -170,11 +237,20 @@ def test_activations_follow_the_batch_the_precision_and_checkpointing(shapes_dat
     light = load_config(tmp_path / "c.yaml", ["model.gradient_checkpointing=true"])
     base = count_step(cfg, batch=8)
     weights = 2 * base["parameters"]["student"]["total"]
-    assert base["memory"]["activations"] == pytest.approx(2 * count_step(cfg, batch=4)["memory"]["activations"], rel=0.01)
-    assert base["memory"]["activations"] / 2 < count_step(half, batch=8)["memory"]["activations"] < base["memory"]["activations"] + weights
+    assert base["memory"]["activations"] == pytest.approx(
+        2 * count_step(cfg, batch=4)["memory"]["activations"], rel=0.01
+    )
+    assert (
+        base["memory"]["activations"] / 2
+        < count_step(half, batch=8)["memory"]["activations"]
+        < base["memory"]["activations"] + weights
+    )
     recomputed = count_step(light, batch=8)
     assert recomputed["memory"]["activations"] < base["memory"]["activations"]
-    extra = recomputed["flops_training"]["student backward"] - base["flops_training"]["student backward"]
+    extra = (
+        recomputed["flops_training"]["student backward"]
+        - base["flops_training"]["student backward"]
+    )
     last = 2 * 2 * 16 * 85 * 32  # w3 of both blocks: nothing behind it is needed again
     assert extra == pytest.approx(base["flops_forward"]["blocks"] - last, rel=0.01)
 
@@ -182,46 +258,97 @@ def test_activations_follow_the_batch_the_precision_and_checkpointing(shapes_dat
 def test_sizes_are_those_of_a_real_run(shapes_data, tmp_path):
     from muse.training.trainer import Trainer
 
-    cfg = load_config(run_config(tmp_path / "c.yaml", shapes_data, tmp_path / "run", "synergistic_tuning"))
+    cfg = load_config(
+        run_config(tmp_path / "c.yaml", shapes_data, tmp_path / "run", "synergistic_tuning")
+    )
     one = Trainer(cfg)
-    one.train_step([{"images": random_images(4, 32, 32), "text": list("abcd"), "keys": list("abcd")}])
+    one.train_step(
+        [{"images": random_images(4, 32, 32), "text": list("abcd"), "keys": list("abcd")}]
+    )
 
     def size(tensors):
         return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-    moments = [value for optimizer in (one.optimizer, one.adversary.optimizer) for state in optimizer.state.values()
-               for name, value in state.items() if name != "step"]
+
+    moments = [
+        value
+        for optimizer in (one.optimizer, one.adversary.optimizer)
+        for state in optimizer.state.values()
+        for name, value in state.items()
+        if name != "step"
+    ]
     discriminator = list(one.accelerator.unwrap_model(one.adversary.discriminator).parameters())
     learning = [p for p in one.model.parameters() if p.requires_grad]
     memory = count_step(cfg, batch=4)["memory"]
-    assert memory["optimizer"] == size(moments) and memory["ema"] == size(one.ema.state_dict().values())
+    assert memory["optimizer"] == size(moments) and memory["ema"] == size(
+        one.ema.state_dict().values()
+    )
     assert memory["weights"] == size(one.model.parameters()) + size(discriminator)
     assert memory["gradients"] == size(learning) + size(discriminator)
     assert memory["teachers"] == size(one.raw_loss.parameters())
-    assert memory["total"] == sum(value for name, value in memory.items() if name not in ("total", "buckets"))
+    assert memory["total"] == sum(
+        value for name, value in memory.items() if name not in ("total", "buckets")
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- hours and the command
 def test_hours_of_a_stage_by_hand(shapes_data, tmp_path):
-    path = run_config(tmp_path / "c.yaml", shapes_data, tmp_path / "run", "topology_warmup", {"training": {"max_train_steps": 500}})
-    found = run_cost(load_config(path, ["training.mixed_precision=bf16"]), gpus=3, utilisation=0.5, peak=2e-3, peak_float32=1e-3)
+    path = run_config(
+        tmp_path / "c.yaml",
+        shapes_data,
+        tmp_path / "run",
+        "topology_warmup",
+        {"training": {"max_train_steps": 500}},
+    )
+    found = run_cost(
+        load_config(path, ["training.mixed_precision=bf16"]),
+        gpus=3,
+        utilisation=0.5,
+        peak=2e-3,
+        peak_float32=1e-3,
+    )
     flops = found["flops_training"]
     single = sum(flops[name] for name in ("topology teacher", "losses forward", "losses backward"))
     mixed = flops["student forward"] + flops["student backward"]
     seconds = 500 * 4 * 3 * (mixed / (0.5 * 2e9) + single / (0.5 * 1e9))
-    assert found["recipe"]["images"] == 500 * 4 * 3 and found["recipe"]["gpu_hours"] == pytest.approx(seconds / 3600)
+    assert found["recipe"]["images"] == 500 * 4 * 3 and found["recipe"][
+        "gpu_hours"
+    ] == pytest.approx(seconds / 3600)
     assert found["recipe"]["hours"] == pytest.approx(seconds / 3600 / 3)
-    fixed = run_cost(load_config(path, ["training.global_batch_size=8"]), gpus=2, batch=64)  # the batch is for the memory alone
+    fixed = run_cost(
+        load_config(path, ["training.global_batch_size=8"]), gpus=2, batch=64
+    )  # the batch is for the memory alone
     assert fixed["recipe"]["images"] == 500 * 8 and fixed["batch"] == 64
 
 
 def test_the_command_prints_and_writes_the_recipe(shapes_data, tmp_path, capsys):
     for number, stage in ((1, "topology_warmup"), (2, "semantic_injection")):
-        run_config(tmp_path / f"stage{number}.yaml", shapes_data, tmp_path / "run", stage, {"training": {"max_train_steps": 10**number}})
-    words = ["--recipe", str(tmp_path), "--gpus", "2", "--json", str(tmp_path / "cost.json"), "training.per_gpu_batch_size=6"]
+        run_config(
+            tmp_path / f"stage{number}.yaml",
+            shapes_data,
+            tmp_path / "run",
+            stage,
+            {"training": {"max_train_steps": 10**number}},
+        )
+    words = [
+        "--recipe",
+        str(tmp_path),
+        "--gpus",
+        "2",
+        "--json",
+        str(tmp_path / "cost.json"),
+        "training.per_gpu_batch_size=6",
+    ]
     assert cost.main(words) == 0
-    shown, stages = capsys.readouterr().out, json.loads((tmp_path / "cost.json").read_text())["stages"]
+    shown, stages = (
+        capsys.readouterr().out,
+        json.loads((tmp_path / "cost.json").read_text())["stages"],
+    )
     assert [stage["recipe"]["images"] for stage in stages] == [10 * 12, 100 * 12]
-    assert "all 2 stages: 1,320 images" in shown and "computed, not measured" in shown and f"{tmp_path.name}/stage2" in shown
+    assert (
+        "all 2 stages: 1,320 images" in shown
+        and "computed, not measured" in shown
+        and f"{tmp_path.name}/stage2" in shown
+    )
     total = sum(p.numel() for p in helpers.tiny_model(unshuffle=1).parameters())
     assert f"{total:,} parameters" in shown and stages[0]["parameters"]["student"]["total"] == total
     assert cost.main(["--config", str(tmp_path / "stage1.yaml"), "--markdown"]) == 0
@@ -238,8 +365,19 @@ MISTAKES = {
     "too good": (["--config", "x", "--utilisation", "1.5"], "at most 1"),
     "not a number": (["--config", "x", "--gpus", "many"], "--gpus"),
     "unknown key": (["--config", str(STAGE3), "model.dimm=3"], "unknown key model.dimm"),
-    "unknown teacher": (["--config", str(STAGE3), "teacher.topology.source=someone/thing"], "timm:NAME"),
-    "unknown decoder": (["--config", str(STAGE3), "model.decoder.source=nowhere/at-all", "model.decoder.config=null"], "model.decoder"),
+    "unknown teacher": (
+        ["--config", str(STAGE3), "teacher.topology.source=someone/thing"],
+        "timm:NAME",
+    ),
+    "unknown decoder": (
+        [
+            "--config",
+            str(STAGE3),
+            "model.decoder.source=nowhere/at-all",
+            "model.decoder.config=null",
+        ],
+        "model.decoder",
+    ),
 }
 
 
@@ -251,7 +389,19 @@ def test_a_mistake_is_one_line(mistake, tmp_path, capsys):
 
 def test_math_of_two_teachers_named_by_timm(tmp_path):
     """The same backbone under transformers' and timm's name costs the same within 1%."""
-    ours = count_step(load_config(STAGE3, ["teacher.topology.source=timm:vit_huge_plus_patch16_dinov3.lvd1689m", "losses.itc.weight=0",
-                                           "losses.adversarial.weight=0", "losses.perceptual.weight=0"]), batch=1)
-    assert ours["flops_training"]["topology teacher"] == pytest.approx(2 * 196 * 768 * 1280 + transformer(201, 1280, 5120, 32, 3), rel=0.01)
+    ours = count_step(
+        load_config(
+            STAGE3,
+            [
+                "teacher.topology.source=timm:vit_huge_plus_patch16_dinov3.lvd1689m",
+                "losses.itc.weight=0",
+                "losses.adversarial.weight=0",
+                "losses.perceptual.weight=0",
+            ],
+        ),
+        batch=1,
+    )
+    assert ours["flops_training"]["topology teacher"] == pytest.approx(
+        2 * 196 * 768 * 1280 + transformer(201, 1280, 5120, 32, 3), rel=0.01
+    )
     assert math.isclose(ours["flops_training"]["losses forward"], 0, abs_tol=1e6)

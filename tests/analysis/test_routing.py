@@ -1,10 +1,18 @@
 """The routing table of docs/fidelity.md, written out by hand here, against the rules and against autograd."""
+
 import json
 
 import pytest
 import torch
 
-from muse.analysis.routing import (LOSSES, all_trainable, measure_routing, owned_parameters, routing_report, routing_table)
+from muse.analysis.routing import (
+    LOSSES,
+    all_trainable,
+    measure_routing,
+    owned_parameters,
+    routing_report,
+    routing_table,
+)
 from tests.helpers import random_images, tiny_model
 
 BODY = {"W_V", "norm1", "W_O+MLP"}
@@ -12,24 +20,36 @@ PIXELS = {"encoder", "adapter"}
 NONE: set[str] = set()
 # (routing, isolate_streams): loss -> groups that learn (in the blocks before the last, in the last block, outside the blocks).
 TABLE = {
-    ("paper", True): {"reconstruction": (BODY, BODY, PIXELS | {"decoder"}),
-                      "topology": ({"W_QK"}, {"W_QK"}, NONE),
-                      "itc": ({"W_ITC"}, {"W_ITC"}, {"projector"})},
-    ("paper", False): {"reconstruction": (BODY, BODY, PIXELS | {"decoder"}),
-                       "topology": (BODY | {"W_QK"}, {"W_QK", "norm1"}, PIXELS),
-                       "itc": (BODY | {"W_ITC"}, {"W_ITC"}, PIXELS | {"projector"})},
-    ("release", False): {"reconstruction": (BODY, BODY, PIXELS | {"decoder"}),
-                         "topology": (BODY, {"W_QK", "norm1"}, PIXELS),
-                         "itc": (BODY, {"W_ITC"}, PIXELS | {"projector"})},
-    ("release", True): {"reconstruction": (BODY, BODY, PIXELS | {"decoder"}),
-                        "topology": (NONE, {"W_QK"}, NONE),
-                        "itc": (NONE, {"W_ITC"}, {"projector"})},
-    ("shared", False): {"reconstruction": (BODY | {"W_QK"}, BODY | {"W_QK"}, PIXELS | {"decoder"}),
-                        "topology": (BODY | {"W_QK"}, {"W_QK", "norm1"}, PIXELS),
-                        "itc": (BODY | {"W_QK"}, {"W_V", "norm1"}, PIXELS | {"projector"})},
-    ("shared", True): {"reconstruction": (BODY | {"W_QK"}, BODY | {"W_QK"}, PIXELS | {"decoder"}),
-                       "topology": ({"W_QK"}, {"W_QK"}, NONE),
-                       "itc": (BODY | {"W_QK"}, {"W_V", "norm1"}, PIXELS | {"projector"})},
+    ("paper", True): {
+        "reconstruction": (BODY, BODY, PIXELS | {"decoder"}),
+        "topology": ({"W_QK"}, {"W_QK"}, NONE),
+        "itc": ({"W_ITC"}, {"W_ITC"}, {"projector"}),
+    },
+    ("paper", False): {
+        "reconstruction": (BODY, BODY, PIXELS | {"decoder"}),
+        "topology": (BODY | {"W_QK"}, {"W_QK", "norm1"}, PIXELS),
+        "itc": (BODY | {"W_ITC"}, {"W_ITC"}, PIXELS | {"projector"}),
+    },
+    ("release", False): {
+        "reconstruction": (BODY, BODY, PIXELS | {"decoder"}),
+        "topology": (BODY, {"W_QK", "norm1"}, PIXELS),
+        "itc": (BODY, {"W_ITC"}, PIXELS | {"projector"}),
+    },
+    ("release", True): {
+        "reconstruction": (BODY, BODY, PIXELS | {"decoder"}),
+        "topology": (NONE, {"W_QK"}, NONE),
+        "itc": (NONE, {"W_ITC"}, {"projector"}),
+    },
+    ("shared", False): {
+        "reconstruction": (BODY | {"W_QK"}, BODY | {"W_QK"}, PIXELS | {"decoder"}),
+        "topology": (BODY | {"W_QK"}, {"W_QK", "norm1"}, PIXELS),
+        "itc": (BODY | {"W_QK"}, {"W_V", "norm1"}, PIXELS | {"projector"}),
+    },
+    ("shared", True): {
+        "reconstruction": (BODY | {"W_QK"}, BODY | {"W_QK"}, PIXELS | {"decoder"}),
+        "topology": ({"W_QK"}, {"W_QK"}, NONE),
+        "itc": (BODY | {"W_QK"}, {"W_V", "norm1"}, PIXELS | {"projector"}),
+    },
 }
 
 
@@ -37,9 +57,14 @@ def by_hand(routing: str, isolate: bool, num_blocks: int) -> dict[str, dict[str,
     table = {}
     for loss, (before, last, outside) in TABLE[routing, isolate].items():
         inner = BODY | {"W_QK"} | (NONE if routing == "shared" else {"W_ITC"})
-        table[loss] = {f"muse_blocks.{index}.{group}": group in (last if index == num_blocks - 1 else before)
-                       for index in range(num_blocks) for group in inner}
-        table[loss].update({group: group in outside for group in ("encoder", "adapter", "projector", "decoder")})
+        table[loss] = {
+            f"muse_blocks.{index}.{group}": group in (last if index == num_blocks - 1 else before)
+            for index in range(num_blocks)
+            for group in inner
+        }
+        table[loss].update(
+            {group: group in outside for group in ("encoder", "adapter", "projector", "decoder")}
+        )
     return table
 
 
@@ -56,7 +81,11 @@ def test_every_loss_reaches_what_the_table_says_and_nothing_else(routing, isolat
             # All or nothing: each tensor of a group learns where the group does, and none of them where it does not. (A key's bias in
             # the encoder's two layers moves no softmax; its gradient is zero but for rounding.)
             learns = expected[loss][group]
-            assert entry["tensors"] - 2 * (group == "encoder") <= entry["reached"] if learns else entry["reached"] == 0, (loss, group)
+            assert (
+                entry["tensors"] - 2 * (group == "encoder") <= entry["reached"]
+                if learns
+                else entry["reached"] == 0
+            ), (loss, group)
     assert report["agrees"] and not report["differing"]
 
 
@@ -69,15 +98,53 @@ def test_dead_block_tensors_on_six_blocks(routing, dead):
     assert len(report["dead"]) == dead and set(report["dead"]) == set(expected if dead else [])
 
 
-@pytest.mark.parametrize(("changes", "cells", "loss", "group", "reached"), [
-    ({"shield_attention": False}, {"shield": False}, "reconstruction", "muse_blocks.0.W_QK", True),
-    ({"join_semantics": False}, {"join": False}, "reconstruction", "muse_blocks.1.W_ITC", False),
-    ({"routing": "release", "join_semantics": True}, {"join": True}, "reconstruction", "muse_blocks.1.W_ITC", False),
-    ({"routing": "release", "isolate_streams": True}, {}, "topology", "muse_blocks.0.norm1", False),
-    ({"shield_semantics": False}, {"shield_semantics": False}, "reconstruction", "muse_blocks.0.W_ITC", True),
-    ({"shield_semantics": False, "join_semantics": False}, {"shield_semantics": False, "join": False}, "reconstruction",
-     "muse_blocks.0.W_ITC", False),
-])
+@pytest.mark.parametrize(
+    ("changes", "cells", "loss", "group", "reached"),
+    [
+        (
+            {"shield_attention": False},
+            {"shield": False},
+            "reconstruction",
+            "muse_blocks.0.W_QK",
+            True,
+        ),
+        (
+            {"join_semantics": False},
+            {"join": False},
+            "reconstruction",
+            "muse_blocks.1.W_ITC",
+            False,
+        ),
+        (
+            {"routing": "release", "join_semantics": True},
+            {"join": True},
+            "reconstruction",
+            "muse_blocks.1.W_ITC",
+            False,
+        ),
+        (
+            {"routing": "release", "isolate_streams": True},
+            {},
+            "topology",
+            "muse_blocks.0.norm1",
+            False,
+        ),
+        (
+            {"shield_semantics": False},
+            {"shield_semantics": False},
+            "reconstruction",
+            "muse_blocks.0.W_ITC",
+            True,
+        ),
+        (
+            {"shield_semantics": False, "join_semantics": False},
+            {"shield_semantics": False, "join": False},
+            "reconstruction",
+            "muse_blocks.0.W_ITC",
+            False,
+        ),
+    ],
+)
 def test_each_switch_alone(changes, cells, loss, group, reached):
     model = tiny_model(**changes)
     report = routing_report(model, random_images(2))
@@ -105,7 +172,9 @@ def test_a_broken_stop_is_seen(monkeypatch):
 def test_groups_partition_the_parameters_and_requires_grad_is_restored():
     model = tiny_model()
     groups = owned_parameters(model)
-    assert sorted(name for names in groups.values() for name in names) == sorted(name for name, _ in model.named_parameters())
+    assert sorted(name for names in groups.values() for name in names) == sorted(
+        name for name, _ in model.named_parameters()
+    )
     model.encoder.requires_grad_(False)
     before = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     with all_trainable(model):
@@ -116,10 +185,14 @@ def test_groups_partition_the_parameters_and_requires_grad_is_restored():
 def test_given_targets_are_used_and_the_report_is_json():
     model, images = tiny_model(), random_images(2)
     own = [maps.detach() for maps in model.encode(images, return_attention=True).topology]
-    at_rest = measure_routing(model, images, topology_targets=[maps.mean(1, keepdim=True) for maps in own])
+    at_rest = measure_routing(
+        model, images, topology_targets=[maps.mean(1, keepdim=True) for maps in own]
+    )
     moved = measure_routing(model, images)
     name = "muse_blocks.1.q_topo.weight"
-    assert at_rest["topology"][name] < 1e-6 < 1e-3 < moved["topology"][name]  # the KL from itself is at its minimum
+    assert (
+        at_rest["topology"][name] < 1e-6 < 1e-3 < moved["topology"][name]
+    )  # the KL from itself is at its minimum
     text = torch.randn(2, 16)
     report = json.loads(json.dumps(routing_report(model, images, text)))
     assert set(report["losses"]) == set(LOSSES) and report["agrees"] is True

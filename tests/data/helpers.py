@@ -18,17 +18,26 @@ def encode(image: Image.Image, fmt: str = "PNG", **options) -> bytes:
 
 
 def picture(seed: int, width: int = 20, height: int = 16) -> Image.Image:
-    return Image.fromarray(np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8))
+    return Image.fromarray(
+        np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    )
 
 
 def png_header(width: int, height: int) -> bytes:
     """A PNG that claims a size and holds next to nothing."""
 
     def chunk(name, data):
-        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        return (
+            struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+        )
 
     ihdr = struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", ihdr) + chunk(b"IDAT", zlib.compress(bytes(100))) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", ihdr)
+        + chunk(b"IDAT", zlib.compress(bytes(100)))
+        + chunk(b"IEND", b"")
+    )
 
 
 def sample(number: int) -> dict[str, bytes]:
@@ -83,7 +92,9 @@ def write_faulty(folder, good):
     members.update({f"bad_{kind}": parts for kind, parts in FAULTS.items()})
     write_tar(folder / "a-0.tar", members)
     path = write_tar(folder / "a-1.tar", {key(n): sample(n) for n in range(good, good + 4)})
-    path.write_bytes(path.read_bytes()[: -10_240 - 100])  # without the end and a part of the last member
+    path.write_bytes(
+        path.read_bytes()[: -10_240 - 100]
+    )  # without the end and a part of the last member
     return f"{folder}/a-{{0..1}}.tar"
 
 
@@ -100,7 +111,9 @@ def same(left, right) -> bool:
         return False
     for a, b in zip(left, right, strict=True):
         for name in a:
-            equal = torch.equal(a[name], b[name]) if torch.is_tensor(a[name]) else a[name] == b[name]
+            equal = (
+                torch.equal(a[name], b[name]) if torch.is_tensor(a[name]) else a[name] == b[name]
+            )
             if not equal:
                 return False
     return True

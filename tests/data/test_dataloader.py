@@ -5,7 +5,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from muse.data import samples, sources
+from muse.data import records, samples
 from muse.data.dataloader import train_loader
 from muse.errors import CheckpointError, ConfigError, DataError
 from tests.data.helpers import (
@@ -31,7 +31,10 @@ def test_a_batch_holds_what_the_shards_hold(tmp_path):
         assert 0 <= batch["images"].min() and batch["images"].max() <= 1
         numbers = [int(name) for name in batch["keys"]]
         assert batch["text"] == [f"picture {n}" for n in numbers]
-        assert batch["labels"].tolist() == [n % 5 for n in numbers] and batch["labels"].dtype == torch.int64
+        assert (
+            batch["labels"].tolist() == [n % 5 for n in numbers]
+            and batch["labels"].dtype == torch.int64
+        )
         assert [mask.unique().tolist() for mask in batch["masks"]] == [[n % 7] for n in numbers]
         assert set(batch) == {"images", "text", "keys", "labels", "masks"}
 
@@ -40,8 +43,12 @@ def test_an_epoch_over_all_ranks_and_workers_is_the_set(tmp_path):
     urls = write_shards(tmp_path, 8, 5)
     epochs = {0: [], 1: []}
     for rank in range(2):
-        loader = train_loader(urls, batch_size=1, num_workers=2, rank=rank, world=2, shuffle_buffer=7, **SIZE)
-        names = keys_of(take(loader, 40))  # 4 readers with 10 samples each an epoch: 20 of this rank
+        loader = train_loader(
+            urls, batch_size=1, num_workers=2, rank=rank, world=2, shuffle_buffer=7, **SIZE
+        )
+        names = keys_of(
+            take(loader, 40)
+        )  # 4 readers with 10 samples each an epoch: 20 of this rank
         epochs[0].append(names[:20])
         epochs[1].append(names[20:])
     everything = [key(n) for n in range(40)]
@@ -69,9 +76,14 @@ def test_resume_gives_the_batches_of_an_unbroken_run(tmp_path, workers, stop):
     """Through a mixture, epochs (35 and 10 samples of its sources), bad samples, random crops and flips."""
     first = write_shards(tmp_path / "a", 5, 7)
     second = write_shards(tmp_path / "b", 2, 5, first=100)
-    write_tar(tmp_path / "a" / "t-002.tar", {key(n): sample(n) if n != 16 else {"png": b""} for n in range(14, 21)})
+    write_tar(
+        tmp_path / "a" / "t-002.tar",
+        {key(n): sample(n) if n != 16 else {"png": b""} for n in range(14, 21)},
+    )
     mixture = [{"urls": first, "weight": 3}, {"urls": second, "weight": 1}]
-    options = dict(batch_size=4, num_workers=workers, shuffle_buffer=6, seed=3, max_bad_fraction=1.0, **SIZE)
+    options = dict(
+        batch_size=4, num_workers=workers, shuffle_buffer=6, seed=3, max_bad_fraction=1.0, **SIZE
+    )
     whole_loader = train_loader(mixture, **options)
     whole = take(whole_loader, 28)
     loader = train_loader(mixture, **options)
@@ -92,9 +104,9 @@ def test_what_is_skipped_is_neither_decoded_nor_read(tmp_path, monkeypatch):
     loader = train_loader(urls, **options)
     take(loader, 16)
     decoded, read = [], []
-    decode, read_span = samples.decode_image, sources._read_span
+    decode, read_span = samples.decode_image, records._read_span
     monkeypatch.setattr(samples, "decode_image", lambda *args: decoded.append(1) or decode(*args))
-    monkeypatch.setattr(sources, "_read_span", lambda span: read.append(span) or read_span(span))
+    monkeypatch.setattr(records, "_read_span", lambda span: read.append(span) or read_span(span))
     resumed = train_loader(urls, **options)
     resumed.load_state_dict(loader.state_dict())
     take(resumed, 2)
@@ -110,7 +122,9 @@ def test_resume_under_another_layout_is_approximate_and_says_so(tmp_path, caplog
     other.load_state_dict(loader.state_dict())
     assert "workers 2 -> 1" in caplog.text and other.epoch == 1
     take(other, 1)
-    bigger = train_loader(urls, batch_size=3, num_workers=2, **SIZE)  # another batch size is no other order
+    bigger = train_loader(
+        urls, batch_size=3, num_workers=2, **SIZE
+    )  # another batch size is no other order
     caplog.clear()
     bigger.load_state_dict(loader.state_dict())
     assert not caplog.text
@@ -144,9 +158,16 @@ def test_mixture_ratios_over_ten_thousand_samples(tmp_path, workers):
             if name == "b":
                 members["bad"] = {"txt": b"no picture"}
             write_tar(shard, members)
-    mixture = OmegaConf.create([{"urls": names[name], "weight": weight} for name, weight in weights.items()])
+    mixture = OmegaConf.create(
+        [{"urls": names[name], "weight": weight} for name, weight in weights.items()]
+    )
     loader = train_loader(
-        mixture, batch_size=100, num_workers=workers, cache_in_memory=True, max_bad_fraction=0.2, **SIZE
+        mixture,
+        batch_size=100,
+        num_workers=workers,
+        cache_in_memory=True,
+        max_bad_fraction=0.2,
+        **SIZE,
     )
     keys = keys_of(take(loader, 100))
     assert len(keys) == 10_000
@@ -162,7 +183,12 @@ def test_mixture_faults(tmp_path):
             train_loader([{"urls": urls, "weight": weight}], batch_size=1, **SIZE)
     with pytest.raises(ConfigError, match="all data sources have weight 0"):
         train_loader([{"urls": urls, "weight": 0}], batch_size=1, **SIZE)
-    for wrong in ({"batch_size": 0}, {"num_workers": -1}, {"rank": 2, "world": 2}, {"max_bad_fraction": 2}):
+    for wrong in (
+        {"batch_size": 0},
+        {"num_workers": -1},
+        {"rank": 2, "world": 2},
+        {"max_bad_fraction": 2},
+    ):
         with pytest.raises(ConfigError):
             train_loader(urls, **{"batch_size": 1, **SIZE, **wrong})
     with pytest.raises(ConfigError, match="unknown field 'label'"):
@@ -192,7 +218,10 @@ def test_every_fault_is_counted_and_skipped(tmp_path, workers):
             break
     assert seen == {key(n) for n in range(13)}
     assert set(loader.bad.counts) == {*FAULTS, "truncated_tar"}
-    assert loader.bad.keys["empty_file"][0] == "bad_empty_file" and "a-1.tar" in loader.bad.keys["truncated_tar"][0]
+    assert (
+        loader.bad.keys["empty_file"][0] == "bad_empty_file"
+        and "a-1.tar" in loader.bad.keys["truncated_tar"][0]
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -201,16 +230,30 @@ def test_too_many_faults_stop_training_with_one_line(tmp_path, workers):
     with pytest.raises(
         DataError, match="of [0-9]+ samples could not be used: .*empty_file .*max_bad_fraction=0.05"
     ) as caught:
-        take(train_loader(urls, batch_size=2, num_workers=workers, max_bad_fraction=0.05, **SIZE), 1000)
+        take(
+            train_loader(urls, batch_size=2, num_workers=workers, max_bad_fraction=0.05, **SIZE),
+            1000,
+        )
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_nothing_usable_is_an_error_not_a_hang(tmp_path, workers):
     for i in range(2):
-        write_tar(tmp_path / f"a-{i}.tar", {key(n): {"jpg": b"text", "txt": b"x"} for n in range(5)})
+        write_tar(
+            tmp_path / f"a-{i}.tar", {key(n): {"jpg": b"text", "txt": b"x"} for n in range(5)}
+        )
     with pytest.raises(DataError) as caught:
-        take(train_loader(f"{tmp_path}/a-*.tar", batch_size=2, num_workers=workers, max_bad_fraction=1.0, **SIZE), 1)
+        take(
+            train_loader(
+                f"{tmp_path}/a-*.tar",
+                batch_size=2,
+                num_workers=workers,
+                max_bad_fraction=1.0,
+                **SIZE,
+            ),
+            1,
+        )
     assert "not_an_image" in str(caught.value) and "\n" not in str(caught.value)
 
 

@@ -5,8 +5,15 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from muse.data.decode import BadSample, BadSamples, decode_captions, decode_image, decode_label, image_bytes
-from muse.data.segmentation import IGNORE_INDEX, decode_mask, reduce_zero_label
+from muse.data.decode import (
+    BadSample,
+    BadSamples,
+    decode_captions,
+    decode_image,
+    decode_label,
+    image_bytes,
+)
+from muse.data.masks import IGNORE_INDEX, decode_mask, reduce_zero_label
 from muse.errors import DataError
 from tests.data.helpers import encode, picture, png_header
 
@@ -29,7 +36,9 @@ def test_faults_have_their_kinds():
     assert kind_of(decode_image, png, max_pixels=64 * 64 - 1) == "decompression_bomb"
     assert kind_of(decode_image, encode(picture(0, 201, 4))) == "aspect_ratio"
     assert kind_of(decode_image, encode(Image.new("F", (4, 4)), "TIFF")) == "unsupported_mode"
-    assert kind_of(decode_image, encode(Image.new("I", (4, 4), 70_000), "TIFF")) == "unsupported_mode"
+    assert (
+        kind_of(decode_image, encode(Image.new("I", (4, 4), 70_000), "TIFF")) == "unsupported_mode"
+    )
 
 
 def test_a_jpeg_cut_at_any_place_never_passes_and_never_breaks():
@@ -54,7 +63,9 @@ def test_random_damage_is_either_decoded_or_named():
 
 def test_greyscale_and_cmyk():
     grey = picture(3).convert("L")
-    assert np.array_equal(np.asarray(decode_image(encode(grey))), np.repeat(np.asarray(grey)[..., None], 3, 2))
+    assert np.array_equal(
+        np.asarray(decode_image(encode(grey))), np.repeat(np.asarray(grey)[..., None], 3, 2)
+    )
     cmyk = Image.new("CMYK", (8, 8), (0, 255, 255, 0))  # full magenta and yellow: red
     got = np.asarray(decode_image(encode(cmyk, "JPEG"))).astype(int)
     assert np.abs(got - (255, 0, 0)).max() < 12
@@ -79,7 +90,11 @@ def test_transparency_lies_on_white():
     palette.putpixel((0, 0), 0)
     got = np.asarray(decode_image(encode(palette, transparency=1)))
     assert tuple(got[0, 0]) == (10, 20, 30) and tuple(got[1, 1]) == (255, 255, 255)
-    got = np.asarray(decode_image(encode(Image.merge("LA", [Image.new("L", (2, 2), 90), Image.new("L", (2, 2), 0)]))))
+    got = np.asarray(
+        decode_image(
+            encode(Image.merge("LA", [Image.new("L", (2, 2), 90), Image.new("L", (2, 2), 0)]))
+        )
+    )
     assert (got == 255).all()
 
 
@@ -131,11 +146,15 @@ def test_labels_and_members():
 def test_masks_keep_their_numbers():
     values = np.array([[0, 1, 150], [7, 255, 3]], np.uint8)
     in_memory = np.where(values == 255, IGNORE_INDEX, values.astype(np.int32))
-    assert np.array_equal(np.asarray(decode_mask({"seg.png": encode(Image.fromarray(values))})), in_memory)
+    assert np.array_equal(
+        np.asarray(decode_mask({"seg.png": encode(Image.fromarray(values))})), in_memory
+    )
     palette = Image.fromarray(values % 4).convert("P")
     palette.putdata((values % 4).ravel().tolist())
     assert np.array_equal(np.asarray(decode_mask({"seg.png": encode(palette)})), values % 4)
-    wide = np.array([[0, 255, 846], [30000, 65535, 3]], np.uint16)  # 255 is a class here, 65535 is ignored
+    wide = np.array(
+        [[0, 255, 846], [30000, 65535, 3]], np.uint16
+    )  # 255 is a class here, 65535 is ignored
     assert np.array_equal(np.asarray(decode_mask({"seg.png": encode(Image.fromarray(wide))})), wide)
     assert kind_of(decode_mask, {}) == "missing_mask"
     assert kind_of(decode_mask, {"seg.png": encode(picture(0))}) == "bad_mask"
@@ -151,13 +170,17 @@ def test_bad_samples_count_and_limit(caplog):
     bad = BadSamples(max_fraction=0.1, min_count=100)
     bad.add(90, [("empty_file", f"k{i}") for i in range(30)])
     bad.check()  # too early to judge
-    assert bad.counts == {"empty_file": 30} and bad.keys["empty_file"] == [f"k{i}" for i in range(10)]
+    assert bad.counts == {"empty_file": 30} and bad.keys["empty_file"] == [
+        f"k{i}" for i in range(10)
+    ]
     assert sum("skipped" in record.message for record in caplog.records) == 10
     again = BadSamples(max_fraction=0.1, min_count=100)
     again.load_state_dict(json.loads(json.dumps(bad.state_dict())))
     assert again.state_dict() == bad.state_dict()
     again.add(10, [("missing_caption", "m")])
-    with pytest.raises(DataError, match=r"31 of 100 samples .*empty_file 30 \(k0, k1.*missing_caption 1 \(m\)"):
+    with pytest.raises(
+        DataError, match=r"31 of 100 samples .*empty_file 30 \(k0, k1.*missing_caption 1 \(m\)"
+    ):
         again.check()
 
 

@@ -12,8 +12,17 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from muse.data.demo import captions, compose, debian, layers, make_demo_data, shapes, sources, stamps
 from muse.errors import ConfigError, DataError
+from muse.experiments.demo_data import (
+    captions,
+    catalogue,
+    compose,
+    debian,
+    library,
+    make_demo_data,
+    shapes,
+    stamps,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -36,23 +45,27 @@ def picture(content: bytes) -> np.ndarray:
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("demo") / "shapes"
-    make_demo_data(kind="shapes", output=folder, images=32, val_images=16, size=64, seed=3, workers=1)
+    make_demo_data(
+        kind="shapes", output=folder, images=32, val_images=16, size=64, seed=3, workers=1
+    )
     return folder
 
 
 @pytest.fixture(scope="module")
 def roots() -> dict[str, Path]:
-    if not (debian.cache_dir() / "debian" / sources.STAMPS_PACKAGE).is_dir() and not shutil.which("apt-get"):
+    if not (debian.cache_dir() / "debian" / catalogue.STAMPS_PACKAGE).is_dir() and not shutil.which(
+        "apt-get"
+    ):
         pytest.skip("no Debian package tools on this machine")
     try:
-        return debian.fetch(sources.PACKAGES)
+        return debian.fetch(catalogue.PACKAGES)
     except DataError as error:
         pytest.skip(f"packages not reachable: {error}")
 
 
 @pytest.fixture(scope="module")
-def cutouts(roots) -> list[sources.Cutout]:
-    return sources.find_cutouts(roots[sources.STAMPS_PACKAGE])
+def cutouts(roots) -> list[catalogue.Cutout]:
+    return catalogue.find_cutouts(roots[catalogue.STAMPS_PACKAGE])
 
 
 # --- shapes
@@ -66,7 +79,11 @@ def test_shapes_shards_hold_what_the_contract_says(drawn):
     for members in [*train.values(), *val.values()]:
         assert set(members) == {"jpg", "txt", "cls", "seg.png"}
         mask, label = picture(members["seg.png"]), int(members["cls"])
-        assert picture(members["jpg"]).shape == (64, 64, 3) and mask.shape == (64, 64) and mask.dtype == np.uint8
+        assert (
+            picture(members["jpg"]).shape == (64, 64, 3)
+            and mask.shape == (64, 64)
+            and mask.dtype == np.uint8
+        )
         assert 1 + label in mask and mask.max() <= len(classes)
         assert classes[label] in members["txt"].decode()
 
@@ -82,16 +99,28 @@ def test_shapes_masks_have_the_area_of_their_shape():
             continue
         y, x = np.where(sample.mask)
         share = (sample.mask > 0).sum() / (np.ptp(x) + 1) / (np.ptp(y) + 1)
-        assert share == pytest.approx(np.pi / 4 * (1 if name == "circle" else 1 - 0.55**2), abs=0.03)
+        assert share == pytest.approx(
+            np.pi / 4 * (1 if name == "circle" else 1 - 0.55**2), abs=0.03
+        )
         seen.add(name)
     assert seen == {"circle", "ring"}
 
 
 def test_shapes_val_pairs_and_backgrounds_are_unseen(drawn):
     records = [json.loads(line) for line in (drawn / "index.jsonl").read_text().splitlines()]
-    pairs = {split: {pair for record in records if record["split"] == split for pair in record["object"].split()}
-             for split in ("train", "val")}
-    grounds = {split: {record["background"] for record in records if record["split"] == split} for split in pairs}
+    pairs = {
+        split: {
+            pair
+            for record in records
+            if record["split"] == split
+            for pair in record["object"].split()
+        }
+        for split in ("train", "val")
+    }
+    grounds = {
+        split: {record["background"] for record in records if record["split"] == split}
+        for split in pairs
+    }
     assert pairs["val"] and not pairs["train"] & pairs["val"]
     assert not grounds["train"] & grounds["val"]
     colours = {split: {pair.split("-")[0] for pair in found} for split, found in pairs.items()}
@@ -102,7 +131,9 @@ def test_shapes_val_pairs_and_backgrounds_are_unseen(drawn):
 
 
 def test_bytes_do_not_depend_on_the_number_of_workers(drawn, tmp_path):
-    make_demo_data(kind="shapes", output=tmp_path / "two", images=32, val_images=16, size=64, seed=3, workers=2)
+    make_demo_data(
+        kind="shapes", output=tmp_path / "two", images=32, val_images=16, size=64, seed=3, workers=2
+    )
     for path in sorted(drawn.iterdir()):
         assert (tmp_path / "two" / path.name).read_bytes() == path.read_bytes(), path.name
 
@@ -129,18 +160,29 @@ def test_finished_folder_is_reused_and_other_arguments_are_refused(drawn, tmp_pa
 
 
 def test_failed_run_leaves_nothing(tmp_path, monkeypatch):
-    from muse.data.demo import build
+    from muse.experiments.demo_data import build
 
     def full_disk(*_args):
         raise OSError(28, "No space left on device")
+
     monkeypatch.setattr(build, "write_card", full_disk)
     with pytest.raises(DataError, match="No space left"):
         make_demo_data(kind="shapes", output=tmp_path / "data", images=8, size=32, workers=1)
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("wrong", [dict(kind="photos"), dict(objects="some"), dict(images=3), dict(size=8),
-                                   dict(seed=-1), dict(val_images=1), dict(output="")])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(kind="photos"),
+        dict(objects="some"),
+        dict(images=3),
+        dict(size=8),
+        dict(seed=-1),
+        dict(val_images=1),
+        dict(output=""),
+    ],
+)
 def test_wrong_arguments(tmp_path, wrong):
     with pytest.raises(ConfigError, match=next(iter(wrong))):
         make_demo_data(**{"kind": "shapes", "output": tmp_path / "data", **wrong})
@@ -157,7 +199,9 @@ def test_foreign_folder_is_never_touched(tmp_path):
 
 
 def load_script():
-    spec = importlib.util.spec_from_file_location("make_demo_data_script", ROOT / "tools/make_demo_data.py")
+    spec = importlib.util.spec_from_file_location(
+        "make_demo_data_script", ROOT / "tools/make_demo_data.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -165,7 +209,18 @@ def load_script():
 
 def test_command_prints_the_card_or_one_line(tmp_path, capsys):
     script = load_script()
-    flags = ["--kind", "shapes", "--output", str(tmp_path / "data"), "--images", "8", "--size", "32", "--workers", "1"]
+    flags = [
+        "--kind",
+        "shapes",
+        "--output",
+        str(tmp_path / "data"),
+        "--images",
+        "8",
+        "--size",
+        "32",
+        "--workers",
+        "1",
+    ]
     assert script.main(flags) == 0
     assert capsys.readouterr().out.strip() == (tmp_path / "data/datacard.md").read_text().strip()
     assert script.main([*flags, "--seed", "1"]) == 2
@@ -206,15 +261,22 @@ def test_failed_download_leaves_no_package(tmp_path, monkeypatch):
 # --- captions
 
 
-@pytest.mark.parametrize("path, line, phrase", [
-    ("animals/mammals/bovines/zebu", "A zebu.", "a zebu"),
-    ("food/vegetables/broccoli", "Eat your broccoli!", "broccoli"),
-    ("household/toilet", "Remember to flush the toilet and wash your hands with soap!", "a toilet"),
-    ("food/fruit/apple_fuji", "A “Fuji” apple.", "a Fuji apple"),
-    ("animals/birds/peacock", "A peacock (a male peafowl).", "a peacock"),
-    ("household/tools/wrench_plumbers", "A plumber’s wrench.", "a plumber's wrench"),
-    ("animals/mammals/hippopotamus", "An hippopotamus.", "a hippopotamus"),
-])
+@pytest.mark.parametrize(
+    "path, line, phrase",
+    [
+        ("animals/mammals/bovines/zebu", "A zebu.", "a zebu"),
+        ("food/vegetables/broccoli", "Eat your broccoli!", "broccoli"),
+        (
+            "household/toilet",
+            "Remember to flush the toilet and wash your hands with soap!",
+            "a toilet",
+        ),
+        ("food/fruit/apple_fuji", "A “Fuji” apple.", "a Fuji apple"),
+        ("animals/birds/peacock", "A peacock (a male peafowl).", "a peacock"),
+        ("household/tools/wrench_plumbers", "A plumber’s wrench.", "a plumber's wrench"),
+        ("animals/mammals/hippopotamus", "An hippopotamus.", "a hippopotamus"),
+    ],
+)
 def test_captions_become_nouns(path, line, phrase):
     assert captions.clean(path, line) == phrase
 
@@ -229,14 +291,17 @@ def test_sentences():
 # --- composites, of drawn cut-outs
 
 
-def fake_library(size: int) -> layers.Library:
+def fake_library(size: int) -> library.Library:
     """A pure green disc on dark photographs."""
     disc = Image.new("RGBA", (90, 60), (0, 230, 0, 0))
     ImageDraw.Draw(disc).ellipse((2, 2, 87, 57), fill=(0, 230, 0, 255))
-    item = sources.Cutout("food/pea", Path("pea.png"), "a pea", 1, "photo", True)
-    dark = [Image.fromarray(np.random.default_rng(k).integers(0, 50, (300, 400, 3), np.uint8)) for k in range(2)]
-    names = [sources.Background(f"dark{k}", Path("dark.jpg"), None) for k in range(2)]
-    return layers.Library([item], [disc], names, dark)
+    item = catalogue.Cutout("food/pea", Path("pea.png"), "a pea", 1, "photo", True)
+    dark = [
+        Image.fromarray(np.random.default_rng(k).integers(0, 50, (300, 400, 3), np.uint8))
+        for k in range(2)
+    ]
+    names = [catalogue.Background(f"dark{k}", Path("dark.jpg"), None) for k in range(2)]
+    return library.Library([item], [disc], names, dark)
 
 
 def test_masks_are_where_the_object_is(monkeypatch):
@@ -252,7 +317,9 @@ def test_masks_are_where_the_object_is(monkeypatch):
         assert (green & object_here).sum() / (green | object_here).sum() > 0.97
         y, x = np.where(object_here)
         longest = max(np.ptp(x), np.ptp(y)) + 1
-        assert 0.65 * 128 * 0.9 < longest < 0.95 * 128  # the disc is 86 of the 90 pixels and may be turned
+        assert (
+            0.65 * 128 * 0.9 < longest < 0.95 * 128
+        )  # the disc is 86 of the 90 pixels and may be turned
         assert sample.caption in ("A pea.", "A pea, a kind of food.")
 
 
@@ -263,7 +330,7 @@ def test_halo_is_trimmed_and_thin_parts_stay():
     draw.ellipse((20, 10, 80, 70), fill=(255, 255, 255, 255))
     draw.ellipse((21, 11, 79, 69), fill=(200, 0, 0, 255))
     draw.rectangle((49, 66, 50, 95), fill=(90, 60, 30, 255))
-    values = np.asarray(layers._trim(cut), dtype=float) / 255
+    values = np.asarray(library._trim(cut), dtype=float) / 255
     seen = values[..., :3] * values[..., 3:]
     assert seen.min(-1)[:64].max() < 0.3
     assert (values[75:95, :, 3].max(1) > 0.7).all()
@@ -275,18 +342,20 @@ def test_dust_is_dropped():
     alpha = np.zeros((40, 40), np.uint8)
     alpha[5:25, 5:25] = 255
     alpha[35, 35] = 255
-    assert layers._largest_parts(alpha).sum() == 400 * 255
+    assert library._largest_parts(alpha).sum() == 400 * 255
 
 
 # --- stamps, of the real packages
 
 
 def test_stamps_split_by_subject(cutouts):
-    train, val, extra = sources.split_objects(cutouts)
-    subject = sources.subjects(cutouts)
-    assert len(val) == sources.VAL_OBJECTS and len(train) > 200 and len(extra) > 100
-    assert {item.label for item in val} == set(range(6)) and {item.label for item in train} == set(range(6))
-    assert all(sources.is_main(item) for item in train + val)
+    train, val, extra = catalogue.split_objects(cutouts)
+    subject = catalogue.subjects(cutouts)
+    assert len(val) == catalogue.VAL_OBJECTS and len(train) > 200 and len(extra) > 100
+    assert {item.label for item in val} == set(range(6)) and {item.label for item in train} == set(
+        range(6)
+    )
+    assert all(catalogue.is_main(item) for item in train + val)
     held = {subject[item.name] for item in val}
     assert not held & {subject[item.name] for item in train + extra}
     assert not {item.phrase for item in val} & {item.phrase for item in train + extra}
@@ -298,9 +367,11 @@ def test_stamps_split_by_subject(cutouts):
 
 def test_every_same_subject_name_exists(cutouts):
     stems = {item.name.rsplit("/", 1)[-1] for item in cutouts}
-    assert not [name for line in sources.SAME_SUBJECT for name in line.split() if name not in stems]
+    assert not [
+        name for line in catalogue.SAME_SUBJECT for name in line.split() if name not in stems
+    ]
     known = {item.name for item in cutouts}
-    assert not set(captions.NOUNS) - known - sources.SKIPPED
+    assert not set(captions.NOUNS) - known - catalogue.SKIPPED
 
 
 def test_all_stamp_captions_are_noun_phrases(cutouts):
@@ -314,30 +385,54 @@ def test_stamps_end_to_end(roots, tmp_path):
     folder = tmp_path / "stamps"
     arguments = dict(kind="stamps", images=24, val_images=12, size=64, seed=1)
     manifest = make_demo_data(output=folder, **arguments, workers=2)
-    records = {split: [json.loads(line) for line in (folder / "index.jsonl").read_text().splitlines()
-                       if f'"{split}"' in line] for split in ("train", "val")}
+    records = {
+        split: [
+            json.loads(line)
+            for line in (folder / "index.jsonl").read_text().splitlines()
+            if f'"{split}"' in line
+        ]
+        for split in ("train", "val")
+    }
     for name in ("object", "background"):
         sides = [{record[name] for record in records[split]} - {"gradient"} for split in records]
         assert sides[0] and sides[1] and not sides[0] & sides[1]
-    assert len({record["object"] for record in records["val"]}) == 12  # every object once before any twice
+    assert (
+        len({record["object"] for record in records["val"]}) == 12
+    )  # every object once before any twice
     for key, members in read_shards(folder, "val").items():
         mask, label = picture(members["seg.png"]), int(members["cls"])
         assert set(np.unique(mask)) == {0, 1 + label}, key
         assert 0.01 < (mask > 0).mean() < 0.9
-    assert manifest["classes"] == (folder / "classes.txt").read_text().splitlines() == list(sources.CLASSES)
+    assert (
+        manifest["classes"]
+        == (folder / "classes.txt").read_text().splitlines()
+        == list(catalogue.CLASSES)
+    )
 
 
 def test_val_is_the_same_for_photo_and_all(roots, monkeypatch):
     """With grey stand-ins for the pictures: val does not depend on `objects`; the share of extras is as told."""
+
     def stand_ins(objects, backgrounds, size):
-        return layers.Library(objects, [Image.new("RGBA", (9, 9), (200, 0, 0, 255))] * len(objects),
-                              backgrounds, [Image.new("RGB", (64, 64), (0, 0, 9))] * len(backgrounds))
+        return library.Library(
+            objects,
+            [Image.new("RGBA", (9, 9), (200, 0, 0, 255))] * len(objects),
+            backgrounds,
+            [Image.new("RGB", (64, 64), (0, 0, 9))] * len(backgrounds),
+        )
+
     monkeypatch.setattr(stamps, "load_library", stand_ins)
     photo, both = (stamps.prepare(32, 0, objects) for objects in ("photo", "all"))
     assert len(both.train.objects) > len(photo.train.objects) == photo.main == both.main
     for index in range(60):
         one, two = photo("val", index), both("val", index)
-        assert one.names == two.names and one.caption == two.caption and np.array_equal(one.image, two.image)
+        assert (
+            one.names == two.names
+            and one.caption == two.caption
+            and np.array_equal(one.image, two.image)
+        )
     names = [both("train", index).names["object"] for index in range(400)]
     main = {item.name for item in photo.train.objects}
-    assert np.mean([name not in main for name in names]) == pytest.approx(stamps.EXTRA_SHARE, abs=0.08)
+    assert np.mean([name not in main for name in names]) == pytest.approx(
+        stamps.EXTRA_SHARE, abs=0.08
+    )

@@ -3,9 +3,9 @@ import shutil
 import pytest
 import torch
 
-from muse.data import sources
+from muse.data.tar import TarSource
 from muse.data.dataloader import eval_loader
-from muse.data.eval_stream import SHARD_STRIDE
+from muse.data.eval import SHARD_STRIDE
 from muse.errors import ConfigError, DataError
 from tests.data.helpers import (
     FAULTS,
@@ -58,7 +58,9 @@ def test_evaluation_of_streams(tmp_path, workers, world):
     for urls, count in ((few, 5), (many, 20)):
         found = {}
         for rank in range(world):
-            loader = eval_loader(urls, batch_size=2, num_workers=workers, rank=rank, world=world, **SIZE)
+            loader = eval_loader(
+                urls, batch_size=2, num_workers=workers, rank=rank, world=world, **SIZE
+            )
             assert loader.num_samples is None
             for batch in loader:
                 for index, name in zip(batch["indices"].tolist(), batch["keys"], strict=True):
@@ -71,8 +73,12 @@ def test_evaluation_of_streams(tmp_path, workers, world):
 
 def test_max_images_and_whole_pictures(tmp_path):
     urls = write_shards(tmp_path, 3, 4)
-    parts = [eval_loader(urls, batch_size=2, max_images=7, rank=r, world=2, **SIZE) for r in range(2)]
-    assert [i for loader in parts for batch in loader for i in batch["indices"].tolist()] == list(range(7))
+    parts = [
+        eval_loader(urls, batch_size=2, max_images=7, rank=r, world=2, **SIZE) for r in range(2)
+    ]
+    assert [i for loader in parts for batch in loader for i in batch["indices"].tolist()] == list(
+        range(7)
+    )
     assert parts[0].num_samples == 7
     streamed = eval_loader(f"pipe:cat {tmp_path}/t-000.tar", batch_size=2, max_images=3, **SIZE)
     assert keys_of(streamed) == [key(n) for n in range(3)]
@@ -95,7 +101,9 @@ def test_evaluation_counts_bad_samples_and_stops_above_one_percent(tmp_path, wor
     assert loader.bad.counts == {"truncated_image": 1} and loader.bad.seen == 12
     list(loader)
     assert loader.bad.seen == 12  # every pass counts anew
-    with pytest.raises(DataError, match="1 of 12 samples could not be used: truncated_image 1 .00005."):
+    with pytest.raises(
+        DataError, match="1 of 12 samples could not be used: truncated_image 1 .00005."
+    ):
         list(eval_loader(str(tmp_path), **options))
     with pytest.raises(DataError, match="missing_label 1 .00005.|truncated_image"):
         list(eval_loader(str(tmp_path), fields=("labels",), **options))
@@ -105,7 +113,7 @@ def test_evaluation_refuses_broken_or_empty_or_changed_shards(tmp_path):
     urls = write_faulty(tmp_path, 2)
     with pytest.raises(DataError, match=r"a-1.tar breaks off \(truncated_tar\) after 3 samples"):
         eval_loader(urls, batch_size=2, max_bad_fraction=1.0, **SIZE)
-    cut = sources.TarSource(f"pipe:head -c 3000 {tmp_path}/a-0.tar", attempts=1)
+    cut = TarSource(f"pipe:head -c 3000 {tmp_path}/a-0.tar", attempts=1)
     with pytest.raises(DataError, match="breaks off"):
         list(eval_loader(cut, batch_size=2, max_bad_fraction=1.0, max_images=50, **SIZE))
     write_tar(tmp_path / "none.tar", {})
@@ -122,7 +130,11 @@ def test_evaluation_refuses_broken_or_empty_or_changed_shards(tmp_path):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_each_fault_is_counted_once(tmp_path, workers):
     write_faulty(tmp_path, 10)
-    options = dict(batch_size=4, num_workers=workers, fields=("images", "text"), max_bad_fraction=1.0)
+    options = dict(
+        batch_size=4, num_workers=workers, fields=("images", "text"), max_bad_fraction=1.0
+    )
     evaluation = eval_loader(f"{tmp_path}/a-0.tar", **options, **SIZE)
     assert keys_of(evaluation) == [key(n) for n in range(10)]
-    assert evaluation.bad.counts == dict.fromkeys(FAULTS, 1) and evaluation.bad.seen == 10 + len(FAULTS)
+    assert evaluation.bad.counts == dict.fromkeys(FAULTS, 1) and evaluation.bad.seen == 10 + len(
+        FAULTS
+    )

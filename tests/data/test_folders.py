@@ -3,9 +3,9 @@ import pytest
 import torch
 from PIL import Image
 
-from muse.data.dataloader import eval_loader, train_loader
+from muse.data.dataloader import eval_loader, open_source, train_loader
 from muse.data.folders import FolderSource
-from muse.data.sources import TarSource, open_source
+from muse.data.tar import TarSource
 from muse.errors import ConfigError, DataError
 from tests.data.helpers import encode, picture, write_shards
 
@@ -27,7 +27,11 @@ def test_class_folders(tmp_path):
     put(tmp_path / "a_cat/notes.md", b"")
     loader = eval_loader(str(tmp_path), batch_size=3, fields=("images", "labels"), **SIZE)
     assert loader.classes == ("a_cat", "b_dog", "c") and loader.num_samples == 4
-    got = {key: label for batch in loader for key, label in zip(batch["keys"], batch["labels"].tolist(), strict=True)}
+    got = {
+        key: label
+        for batch in loader
+        for key, label in zip(batch["keys"], batch["labels"].tolist(), strict=True)
+    }
     assert got == expected
 
 
@@ -47,12 +51,18 @@ def test_flat_folder_with_captions(tmp_path):
         list(eval_loader(tmp_path, batch_size=4, fields=("images", "text"), **SIZE))
 
 
-@pytest.mark.parametrize("images, masks", [("images", "masks"), ("images/val", "annotations/val"), ("pics", "segs")])
+@pytest.mark.parametrize(
+    "images, masks", [("images", "masks"), ("images/val", "annotations/val"), ("pics", "segs")]
+)
 def test_picture_and_mask_folders(tmp_path, images, masks):
     for n in (3, 7):
         put(tmp_path / images / f"{n}.jpg", encode(picture(n), "JPEG"))
         put(tmp_path / masks / f"{n}.png", encode(Image.fromarray(np.full((16, 20), n, np.uint8))))
-    source = {"images": str(tmp_path / "pics"), "masks": str(tmp_path / "segs")} if images == "pics" else str(tmp_path)
+    source = (
+        {"images": str(tmp_path / "pics"), "masks": str(tmp_path / "segs")}
+        if images == "pics"
+        else str(tmp_path)
+    )
     options = dict(batch_size=2, fields=("images", "masks"), **SIZE)
     (batch,) = eval_loader(source, **options)
     assert batch["masks"].dtype == torch.int64 and batch["masks"].shape == (2, 16, 16)
@@ -81,7 +91,11 @@ def test_what_a_directory_is(tmp_path):
     put(tmp_path / "mixed/cat/2.png", b"")
     assert isinstance(open_source(str(tmp_path / "tars")), TarSource)
     assert isinstance(open_source(tmp_path / "pictures"), FolderSource)
-    for name, message in (("empty", "holds neither"), ("gone", "no such shard"), ("mixed", "mixes class folders")):
+    for name, message in (
+        ("empty", "holds neither"),
+        ("gone", "no such shard"),
+        ("mixed", "mixes class folders"),
+    ):
         with pytest.raises(DataError, match=message):
             open_source(str(tmp_path / name))
     with pytest.raises(ConfigError, match="needs 'urls'"):
@@ -98,7 +112,10 @@ def test_training_on_a_folder_shares_out_every_picture(tmp_path):
     seen = []
     for rank in range(2):
         loader = train_loader(str(tmp_path), rank=rank, world=2, **options)
-        shares = [0, 0]  # ten pictures over four readers: readers 0 and 1 get three, 2 and 3 get two
+        shares = [
+            0,
+            0,
+        ]  # ten pictures over four readers: readers 0 and 1 get three, 2 and 3 get two
         for number, batch in enumerate(loader):
             worker = number % 2
             if shares[worker] < (3 if rank == 0 else 2):

@@ -1,4 +1,5 @@
 """Shards behind http and S3 that fail: begun again with growing waits, nothing twice, counted; and a clear stop when nothing helps."""
+
 import os
 import shlex
 import threading
@@ -7,7 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 
 from muse.data.dataloader import train_loader
-from muse.data.sources import TarSource
+from muse.data.tar import TarSource
 from muse.errors import DataError
 from tests.data.helpers import key, keys_of, take, write_shards
 
@@ -67,7 +68,9 @@ def test_http_that_never_answers_is_given_up_with_its_reason(server, caplog):
     source = TarSource(url, attempts=3, first_wait=0.01)
     assert keys(source) == [(url, "unreadable_shard")] and source.retries == 2
     said = [record.message for record in caplog.records if record.levelname == "ERROR"]
-    assert len(said) == 1 and said[0].startswith(f"reading {url} given up after 3 tries and 0 samples")
+    assert len(said) == 1 and said[0].startswith(
+        f"reading {url} given up after 3 tries and 0 samples"
+    )
     assert "exit 22" in caplog.text  # what curl says of a 404
 
 
@@ -108,7 +111,11 @@ def test_a_loader_counts_what_its_workers_tried_again(aws, workers):
 def test_storage_that_is_gone_stops_the_run(tmp_path, workers):
     """Whatever share of bad samples is allowed: else a run would go through epochs of nothing."""
     write_shards(tmp_path, 1, 12)
-    source = TarSource([f"pipe:cat {tmp_path}/t-000.tar", *(f"pipe:exit {n}" for n in range(3, 9))], attempts=2, first_wait=0.01)
+    source = TarSource(
+        [f"pipe:cat {tmp_path}/t-000.tar", *(f"pipe:exit {n}" for n in range(3, 9))],
+        attempts=2,
+        first_wait=0.01,
+    )
     loader = train_loader(source, batch_size=2, num_workers=workers, max_bad_fraction=1.0, **SIZE)
     said = "3 shards in a row cannot be read, the last of them pipe:exit .*the same command goes on"
     with pytest.raises(DataError, match=said) as caught:
@@ -123,4 +130,7 @@ def test_one_shard_that_is_gone_is_counted_and_left_out(tmp_path):
     loader = train_loader(source, batch_size=4, max_bad_fraction=1.0, **SIZE)
     assert sorted(keys_of(take(loader, 3))) == ALL
     take(loader, 1)  # into the next epoch
-    assert set(loader.bad.counts) == {"unreadable_shard"} and "pipe:exit 3" in loader.bad.keys["unreadable_shard"]
+    assert (
+        set(loader.bad.counts) == {"unreadable_shard"}
+        and "pipe:exit 3" in loader.bad.keys["unreadable_shard"]
+    )

@@ -5,7 +5,7 @@ import shlex
 import pytest
 
 from muse.data.shards import check_enough, expand_urls, split_shards, with_retries
-from muse.data.sources import TarSource
+from muse.data.tar import TarSource
 from muse.errors import DataError
 from tests.data.helpers import encode, key, picture, sample, write_shards, write_tar
 
@@ -63,7 +63,10 @@ def test_parts_are_disjoint_and_complete(count, world, workers):
 def test_enough_shards():
     check_enough(8, 4, 2, "x")
     check_enough(4, 4, 0, "x")
-    with pytest.raises(DataError, match=r"x has 7 shards for 3 ranks x 4 workers = 12 readers: use at most 2 workers"):
+    with pytest.raises(
+        DataError,
+        match=r"x has 7 shards for 3 ranks x 4 workers = 12 readers: use at most 2 workers",
+    ):
         check_enough(7, 3, 4, "x")
     with pytest.raises(DataError, match="write at least 4 shards"):
         check_enough(2, 4, 1, "x")
@@ -79,7 +82,9 @@ def test_retries_repeat_nothing_and_wait_twice_as_long():
                 raise OSError("gone")
             yield i
 
-    assert list(with_retries(start, (OSError,), "x", attempts=4, first_wait=0.5, sleep=waits.append)) == list(range(10))
+    assert list(
+        with_retries(start, (OSError,), "x", attempts=4, first_wait=0.5, sleep=waits.append)
+    ) == list(range(10))
     assert waits == [0.5, 1.0, 2.0] and len(starts) == 4
     starts.clear()
     got = []
@@ -109,7 +114,13 @@ def test_stream_and_local_reading_agree(tmp_path):
 def test_other_members_are_left_out_and_the_first_of_a_double_counts(tmp_path):
     first, second = encode(picture(0)), encode(picture(1))
     path = tmp_path / "a.tar"
-    write_tar(path, {"__meta__/x": {"txt": b"no"}, "a": {"png": first, "npy": b"no", "PNG": second, "txt": b"yes"}})
+    write_tar(
+        path,
+        {
+            "__meta__/x": {"txt": b"no"},
+            "a": {"png": first, "npy": b"no", "PNG": second, "txt": b"yes"},
+        },
+    )
     assert content(TarSource(str(path))) == [("a", {"png": first, "txt": b"yes"}, None)]
 
 
@@ -125,9 +136,14 @@ def test_a_shard_cut_anywhere_gives_its_whole_samples_and_one_fault(tmp_path):
             assert got[-1][2] == "truncated_tar", (cut, url)
             whole = max(0, -(-(cut - 511) // 2048) - 1)
             keys = [name for name, _, _ in got[:-1]]
-            assert keys == list(members)[: len(keys)] and whole <= len(keys) <= cut // 2048, (cut, url)
+            assert keys == list(members)[: len(keys)] and whole <= len(keys) <= cut // 2048, (
+                cut,
+                url,
+            )
             assert all(parts == members[name] for name, parts, _ in got[:-1])
-    (tmp_path / "cut.tar").write_bytes(data[: 8 * 1024 + 512])  # the end marker's first block is enough
+    (tmp_path / "cut.tar").write_bytes(
+        data[: 8 * 1024 + 512]
+    )  # the end marker's first block is enough
     assert [fault for _, _, fault in content(TarSource(f"{tmp_path}/cut.tar"))] == [None] * 4
 
 
@@ -152,7 +168,9 @@ def test_a_flaky_command_is_tried_again(tmp_path):
 
 def test_a_command_that_never_works_is_a_fault(tmp_path, capfd):
     source = TarSource("pipe:exit 3", attempts=2, first_wait=0.01)
-    assert [(name, fault) for name, _, fault in content(source)] == [("pipe:exit 3", "unreadable_shard")]
+    assert [(name, fault) for name, _, fault in content(source)] == [
+        ("pipe:exit 3", "unreadable_shard")
+    ]
     path = write_tar(tmp_path / "a.tar", {"a": {"txt": b"x"}})
     source = TarSource(str(path), attempts=2, first_wait=0.01)
     os.remove(path)
@@ -163,4 +181,7 @@ def test_a_command_that_fails_after_the_last_sample_is_still_a_fault(tmp_path):
     path = write_tar(tmp_path / "a.tar", {"a": {"txt": b"x"}})
     got = content(TarSource(f"pipe:cat {path}; exit 5", attempts=1))
     # Whether the sample still comes depends on when the command's status is seen.
-    assert got[-1][2] == "unreadable_shard" and [name for name, _, fault in got if not fault] in (["a"], [])
+    assert got[-1][2] == "unreadable_shard" and [name for name, _, fault in got if not fault] in (
+        ["a"],
+        [],
+    )

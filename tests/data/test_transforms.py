@@ -27,7 +27,11 @@ def test_centre_crop_without_resize_is_the_middle():
 
 @pytest.mark.parametrize("width, height", [(64, 48), (48, 64), (50, 50), (20, 31)])
 def test_resize_agrees_with_torch_antialias(width, height):
-    smooth = picture(0, 12, 12).resize((width, height), Image.Resampling.BICUBIC).point(lambda v: 64 + v // 2)
+    smooth = (
+        picture(0, 12, 12)
+        .resize((width, height), Image.Resampling.BICUBIC)
+        .point(lambda v: 64 + v // 2)
+    )
     got = eval_transform(smooth, resize_shorter_edge=32, crop_size=None)
     assert min(got.shape[1:]) == 32 and abs(got.shape[2] / got.shape[1] - width / height) < 0.03
     source = torch.from_numpy(np.array(smooth)).permute(2, 0, 1)[None] / 255
@@ -48,7 +52,10 @@ def test_train_draws_only_from_its_generator():
     assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])
     assert (np.random.get_state()[1] == states[2]).all()
     # The generator is the same on every machine and Python version: a fixed number.
-    assert generator_for("sample", 0, 1, "key").random() == generator_for("sample", 0, 1, "key").random()
+    assert (
+        generator_for("sample", 0, 1, "key").random()
+        == generator_for("sample", 0, 1, "key").random()
+    )
     assert generator_for(1, 2).random() != generator_for(2, 1).random()
 
 
@@ -84,7 +91,9 @@ def test_a_resized_mask_holds_no_new_labels():
     assert pixels.shape[1:] == mask.shape and set(mask.unique().tolist()) == {3, 100, 255}
     doubled = np.kron(values[:16, :16], np.ones((2, 2), np.int32))
     _, half = Transform(16, 16).resize(picture(0, 32, 32), Image.fromarray(doubled))
-    assert np.array_equal(half.numpy(), values[:16, :16])  # nearest: exact where two by two are equal
+    assert np.array_equal(
+        half.numpy(), values[:16, :16]
+    )  # nearest: exact where two by two are equal
     with pytest.raises(BadSample, match="mask_size"):
         Transform(20, 16).resize(picture(0, 47, 31), Image.fromarray(values.T.copy()))
 

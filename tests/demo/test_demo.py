@@ -1,22 +1,23 @@
 """The demo end to end, small: it runs, it reuses, and what it prints is what was measured."""
+
 import json
 
 import pytest
 import torch
 from PIL import Image
 
-from muse.demo import driver, report
 from muse.errors import DataError
-from scripts import demo
+from muse.experiments import demo, demo_report
+from scripts import demo as demo_script
 
-PLAN = driver.Plan((3, 3, 2, 2), images=64, probe_images=48, val_images=40, limited=False)
+PLAN = demo.Plan((3, 3, 2, 2), images=64, probe_images=48, val_images=40, limited=False)
 SMALL = ["model.num_blocks=2", "training.per_gpu_batch_size=8"]
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     output = tmp_path_factory.mktemp("demo")
-    return output, driver.run_demo(output, PLAN, kind="shapes", overrides=SMALL)
+    return output, demo.run_demo(output, PLAN, kind="shapes", overrides=SMALL)
 
 
 def test_everything_that_is_promised_is_there(run):
@@ -25,7 +26,7 @@ def test_everything_that_is_promised_is_there(run):
     assert Image.open(output / "reconstructions.png").size[0] > 8 * 128
     assert Image.open(output / "attention.png").size[1] > 4 * 128  # query, two blocks, teacher
     page = (output / "report.html").read_text()
-    for name, values, baseline in report.rows(results):
+    for name, values, baseline in demo_report.rows(results):
         assert name in page and values[-1] in page and baseline in page
     assert list(results["stages"]) == ["stage0", "stage1", "stage2", "stage3"]
 
@@ -43,23 +44,29 @@ def test_figures_lie_where_their_definitions_put_them(run):
 def test_routing_of_the_trained_model(run):
     _, results = run
     assert results["routing"]["agrees"]
-    assert "zero exactly where" in report.routing_line(results)
-    assert "DIFFERS" in report.routing_line({"routing": {"agrees": False}})
+    assert "zero exactly where" in demo_report.routing_line(results)
+    assert "DIFFERS" in demo_report.routing_line({"routing": {"agrees": False}})
 
 
 def test_a_second_run_trains_nothing(run, monkeypatch):
     output, results = run
-    before = {stage: (output / stage / "final" / "model.safetensors").stat().st_mtime_ns for stage in driver.STAGES}
-    monkeypatch.setattr(driver.Yardstick, "measure", lambda *_: pytest.fail("measured again"))
-    again = driver.run_demo(output, PLAN, kind="shapes", overrides=SMALL)
+    before = {
+        stage: (output / stage / "final" / "model.safetensors").stat().st_mtime_ns
+        for stage in demo.STAGES
+    }
+    monkeypatch.setattr(demo.Yardstick, "measure", lambda *_: pytest.fail("measured again"))
+    again = demo.run_demo(output, PLAN, kind="shapes", overrides=SMALL)
     assert again["stages"] == results["stages"]
-    assert before == {stage: (output / stage / "final" / "model.safetensors").stat().st_mtime_ns for stage in driver.STAGES}
+    assert before == {
+        stage: (output / stage / "final" / "model.safetensors").stat().st_mtime_ns
+        for stage in demo.STAGES
+    }
 
 
 def test_a_slow_machine_gets_fewer_steps():
-    plan = driver.Plan((100, 200, 100, 50))
-    assert plan.fitted(driver.REFERENCE_STEP) == plan
-    slow = plan.fitted(2 * driver.REFERENCE_STEP)
+    plan = demo.Plan((100, 200, 100, 50))
+    assert plan.fitted(demo.REFERENCE_STEP) == plan
+    slow = plan.fitted(2 * demo.REFERENCE_STEP)
     assert slow.steps == (100, 100, 50, 25)
 
 
@@ -71,24 +78,31 @@ def test_without_the_packages_it_draws_shapes(tmp_path, monkeypatch, caplog):
         if kind == "stamps":
             raise DataError("apt-get was not found; use --kind shapes")
 
-    monkeypatch.setattr(driver, "make_demo_data", make)
-    assert driver.demo_data(tmp_path, PLAN, "stamps") == (tmp_path / "data-shapes", "shapes")
+    monkeypatch.setattr(demo, "make_demo_data", make)
+    assert demo.demo_data(tmp_path, PLAN, "stamps") == (tmp_path / "data-shapes", "shapes")
     assert calls == ["stamps", "shapes"]
 
 
 def test_unwritable_output_is_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("")
-    assert demo.main(["--fast", "--output", str(tmp_path / "file" / "deeper")]) == 2
+    assert demo_script.main(["--fast", "--output", str(tmp_path / "file" / "deeper")]) == 2
     assert capsys.readouterr().err.strip().splitlines()[-1].startswith("error:")
 
 
 def test_own_data_without_shards_is_one_line(tmp_path, capsys):
-    assert demo.main(["--fast", "--data", str(tmp_path / "nothing"), "--output", str(tmp_path / "out")]) == 2
+    assert (
+        demo_script.main(
+            ["--fast", "--data", str(tmp_path / "nothing"), "--output", str(tmp_path / "out")]
+        )
+        == 2
+    )
     assert "nothing" in capsys.readouterr().err.strip().splitlines()[-1]
 
 
 def test_query_is_the_object_cell_nearest_its_middle():
     cells = torch.zeros(16, dtype=torch.long)
-    cells[[5, 6, 9, 10, 11]] = 1  # rows 1-2 of a 4x4 grid, leaning right: centre (1.6, 1.8) is nearest to cell (2, 2)
-    assert report._query(cells, (4, 4)) == 10
-    assert report._query(torch.zeros(16, dtype=torch.long), (4, 4)) == 10
+    cells[[5, 6, 9, 10, 11]] = (
+        1  # rows 1-2 of a 4x4 grid, leaning right: centre (1.6, 1.8) is nearest to cell (2, 2)
+    )
+    assert demo_report._query(cells, (4, 4)) == 10
+    assert demo_report._query(torch.zeros(16, dtype=torch.long), (4, 4)) == 10

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from muse.errors import DataError
-from muse.evaluation import runs
+from muse.evaluation import command
 from muse.models.loading import load_model
 from scripts import benchmark, evaluate, linear_probe, segment_probe, zero_shot
 from tests.helpers import one_error
@@ -70,17 +70,41 @@ EVALUATE = [
     (["--device", "toaster"], "--device toaster"),
     (["--output_dir", "{}/text.txt"], "text.txt: cannot be written"),
     (["--feature_network", "nonet"], "unknown feature network 'nonet'"),
-    (["--feature_network", "resnet18", "--feature_weights", "{}/none.pt"], "weights of the feature network resnet18 not found"),
-    (["--feature_network", "resnet18", "--feature_weights", "{}/text.txt"], "weights of the feature network resnet18 cannot be"),
-    (["--feature_network", "resnet18", "--feature_weights", "{}/other.pt"], "other.pt does not hold the weights of the feature"),
-    (["--metrics", "rfid", "--inception_weights", "{}/other.pt"], "does not hold torch-fidelity's Inception weights"),
-    (["--metrics", "lpips", "--lpips_weights", "{}/other.pt"], "does not hold the weights of LPIPS's backbone"),
-    (["--metrics", "fd_efficientnet_lite0", "--max_images", "1"], "a covariance needs at least 2 images, got 1"),
+    (
+        ["--feature_network", "resnet18", "--feature_weights", "{}/none.pt"],
+        "weights of the feature network resnet18 not found",
+    ),
+    (
+        ["--feature_network", "resnet18", "--feature_weights", "{}/text.txt"],
+        "weights of the feature network resnet18 cannot be",
+    ),
+    (
+        ["--feature_network", "resnet18", "--feature_weights", "{}/other.pt"],
+        "other.pt does not hold the weights of the feature",
+    ),
+    (
+        ["--metrics", "rfid", "--inception_weights", "{}/other.pt"],
+        "does not hold torch-fidelity's Inception weights",
+    ),
+    (
+        ["--metrics", "lpips", "--lpips_weights", "{}/other.pt"],
+        "does not hold the weights of LPIPS's backbone",
+    ),
+    (
+        ["--metrics", "fd_efficientnet_lite0", "--max_images", "1"],
+        "a covariance needs at least 2 images, got 1",
+    ),
 ]
 PROBE = [
     (["--train_url", "{}/flat"], "missing_label 3 (0.png, 1.png, 2.png)"),
-    (["--train_url", "{}/one_class", "--val_url", "{}/one_class"], "all training samples are of one class"),
-    (["--train_url", "{}/two_classes", "--val_url", "{}/one_class"], "'dog' is in one of them only"),
+    (
+        ["--train_url", "{}/one_class", "--val_url", "{}/one_class"],
+        "all training samples are of one class",
+    ),
+    (
+        ["--train_url", "{}/two_classes", "--val_url", "{}/one_class"],
+        "'dog' is in one of them only",
+    ),
     (["--num_classes", "5"], "training set: labels 0..7 do not fit 5 classes"),
     (["--num_classes", "1"], "--num_classes must be at least 2, not 1"),
     (["--epochs", "0"], "--epochs must be at least 1, not 0"),
@@ -99,15 +123,24 @@ ZERO_SHOT = [
     (["teacher.text.config.dim=24"], "the text tower gives width 24, model.semantic_dim is 16"),
 ]
 SEGMENT = [
-    (["--train_url", "{}/masks_of_7", "--val_url", "{}/masks_of_7", "--num_classes", "5"], "mask labels 7..7 do not fit 5 classes"),
-    (["--train_url", "{}/good_masks", "--val_url", "{}/masks_of_7"], "mask labels 7..7 do not fit 3 classes"),
+    (
+        ["--train_url", "{}/masks_of_7", "--val_url", "{}/masks_of_7", "--num_classes", "5"],
+        "mask labels 7..7 do not fit 5 classes",
+    ),
+    (
+        ["--train_url", "{}/good_masks", "--val_url", "{}/masks_of_7"],
+        "mask labels 7..7 do not fit 3 classes",
+    ),
     (["--train_url", "{}/small_masks"], "mask_size 3 (0.png, 1.png, 2.png)"),
     (["--train_url", "{}/unpaired"], "has the name of a picture"),
     (["--train_url", "{}/flat"], "missing_mask"),
     (["--train_url", "{}/ignored"], "the training masks hold no labelled pixel"),
     (["--train_url", "{}/good_masks", "--val_url", "{}/ignored"], "no labelled pixel was given"),
     (["--num_classes", "65536"], "65536 classes: at most 65535"),
-    (["--labels", "foreground", "--num_classes", "9"], "--num_classes does not go with --labels foreground"),
+    (
+        ["--labels", "foreground", "--num_classes", "9"],
+        "--num_classes does not go with --labels foreground",
+    ),
     (["--steps", "0"], "--steps must be at least 1, not 0"),
     (["--learning_rate", "inf"], "--learning_rate must be above 0, not inf"),
 ]
@@ -115,7 +148,10 @@ CASES = [
     *((evaluate, ["--metrics", "psnr", *extra], said) for extra, said in EVALUATE),
     *((linear_probe, ["--epochs", "1", *extra], said) for extra, said in PROBE),
     *((zero_shot, ["--templates", "{}/templates.txt", *extra], said) for extra, said in ZERO_SHOT),
-    *((segment_probe, ["--steps", "2", "--labels", "plain", *extra], said) for extra, said in SEGMENT),
+    *(
+        (segment_probe, ["--steps", "2", "--labels", "plain", *extra], said)
+        for extra, said in SEGMENT
+    ),
 ]
 
 
@@ -127,10 +163,21 @@ def shared(tmp_path_factory):
 
 def base_flags(trained_run, output):
     config, run = trained_run
-    return ["--config", str(config), "--checkpoint", str(run / "final"), "--device", "cpu", "--output_dir", str(output)]
+    return [
+        "--config",
+        str(config),
+        "--checkpoint",
+        str(run / "final"),
+        "--device",
+        "cpu",
+        "--output_dir",
+        str(output),
+    ]
 
 
-@pytest.mark.parametrize("script, extra, said", CASES, ids=lambda value: getattr(value, "__name__", None))
+@pytest.mark.parametrize(
+    "script, extra, said", CASES, ids=lambda value: getattr(value, "__name__", None)
+)
 def test_one_line_and_no_result(script, extra, said, trained_run, place, shared, tmp_path, capsys):
     flags = base_flags(trained_run, tmp_path / "out")
     if script in (linear_probe, segment_probe):
@@ -165,12 +212,18 @@ def test_a_checkpoint_that_gives_nan(script, extra, said, trained_run, place, tm
 
 def test_probes_without_a_checkpoint_say_who_goes_without(trained_run, tmp_path, capsys):
     for script in (linear_probe, segment_probe):
-        code = script.main(["--config", str(trained_run[0]), "--device", "cpu", "--output_dir", str(tmp_path)])
+        code = script.main(
+            ["--config", str(trained_run[0]), "--device", "cpu", "--output_dir", str(tmp_path)]
+        )
         assert "--checkpoint is needed: only --baseline pixels" in one_error(capsys, code)
 
 
 def test_benchmark_refuses(capsys):
-    for extra, said in ((["--images", "1"], "--images must be at least 2"), (["--bogus"], "unrecognized"), (["--dim", "x"], "dim")):
+    for extra, said in (
+        (["--images", "1"], "--images must be at least 2"),
+        (["--bogus"], "unrecognized"),
+        (["--dim", "x"], "dim"),
+    ):
         assert said in one_error(capsys, benchmark.main(extra))
 
 
@@ -191,18 +244,20 @@ def test_the_share_of_bad_samples_is_that_of_all_processes(monkeypatch):
     for bad, allowed in ((2, True), (5, False)):
         loader = _Loader(100, bad)
         other = _Loader(100, 0).bad.state_dict()
-        monkeypatch.setattr(runs, "all_objects", lambda state, other=other: [state, other])
+        monkeypatch.setattr(command, "all_objects", lambda state, other=other: [state, other])
         if allowed:
-            assert runs.skipped(loader, 0.01) == {
+            assert command.skipped(loader, 0.01) == {
                 "read": 200, "skipped": 2, "kinds": {"bad_label": 2}, "keys": {"bad_label": ["key0", "key1"]},
             }  # fmt: skip
         else:
             with pytest.raises(DataError, match="5 of 200 samples could not be used"):
-                runs.skipped(loader, 0.01)
+                command.skipped(loader, 0.01)
 
 
 def test_a_count_that_is_not_the_data_sets_is_an_error():
     facts = {"data": "val.tar", "samples": {"skipped": 3}}
-    runs.check_count(_Loader(0, 0), facts, 197)
-    with pytest.raises(DataError, match=r"val.tar: 198 samples were measured, the data set has 200 \(3 skipped\)"):
-        runs.check_count(_Loader(0, 0), facts, 198)
+    command.check_count(_Loader(0, 0), facts, 197)
+    with pytest.raises(
+        DataError, match=r"val.tar: 198 samples were measured, the data set has 200 \(3 skipped\)"
+    ):
+        command.check_count(_Loader(0, 0), facts, 198)

@@ -13,8 +13,8 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 
 from muse.errors import ConfigError, DataError
 from muse.evaluation.evaluator import Evaluator
-from muse.evaluation.inception import to_uint8
-from muse.evaluation.metrics import InceptionScores
+from muse.evaluation.metric_table import InceptionScores
+from muse.evaluation.metrics.inception import to_uint8
 
 
 def image_pairs(count, size=32, seed=0):
@@ -54,13 +54,17 @@ def test_rfid_is_torch_fidelitys(inception_file):
     facts = evaluator.protocol()["feature_networks"]["rfid+is"]
     assert facts["weights_sha256"] == hashlib.sha256(inception_file.read_bytes()).hexdigest()
     assert facts["library"] == f"torch-fidelity {version('torch-fidelity')}"
-    network = fidelity.FeatureExtractorInceptionV3("f", ["2048", "logits_unbiased"], str(inception_file))
+    network = fidelity.FeatureExtractorInceptionV3(
+        "f", ["2048", "logits_unbiased"], str(inception_file)
+    )
     parts = [network((images * 255).round().byte()) for images in (real, fake)]
     # few rows: the trace of the root is the nuclear norm of X₁X₂ᵀ, far cheaper than torch-fidelity's 2048 eigenvalues
     means = [features.double().mean(0) for features, _ in parts]
     centred = [(features.double() - mean) / 5**0.5 for (features, _), mean in zip(parts, means)]
     nuclear = torch.linalg.svdvals(centred[0] @ centred[1].T).sum()
-    want = (means[0] - means[1]).square().sum() + sum(c.square().sum() for c in centred) - 2 * nuclear
+    want = (
+        (means[0] - means[1]).square().sum() + sum(c.square().sum() for c in centred) - 2 * nuclear
+    )
     assert got["rfid"] == pytest.approx(float(want), rel=1e-5)
     assert set(got) == {"rfid", "is", "is_std"}
 
@@ -69,16 +73,24 @@ def test_inception_score_in_data_set_order():
     """exp of the mean KL to the split's mean distribution, in ten splits of torch-fidelity's shuffle."""
     logits = 3 * torch.randn(53, 7, generator=torch.Generator().manual_seed(0))
     scores = InceptionScores(("is",), lambda images: (None, logits[images.long().flatten()]))
-    for index in torch.arange(53).flip(0).split(8):  # batches in another order, as from several processes
+    for index in (
+        torch.arange(53).flip(0).split(8)
+    ):  # batches in another order, as from several processes
         scores.update(None, index, index)
     p = logits.double().softmax(1).numpy()[np.random.RandomState(2020).permutation(53)]
     parts = [p[i * 53 // 10 : (i + 1) * 53 // 10] for i in range(10)]
     want = [np.exp((q * np.log(q / q.mean(0))).sum(1).mean()) for q in parts]
-    assert scores.compute() == pytest.approx({"is": np.mean(want), "is_std": np.std(want)}, rel=1e-9)
+    assert scores.compute() == pytest.approx(
+        {"is": np.mean(want), "is_std": np.std(want)}, rel=1e-9
+    )
 
 
 def test_images_are_rounded_to_bytes():
-    values = torch.tensor([0.0, 0.998 / 255, 127.6 / 255, 254.5001 / 255, 1.0]).view(1, 1, 1, 5).expand(1, 3, 1, 5)
+    values = (
+        torch.tensor([0.0, 0.998 / 255, 127.6 / 255, 254.5001 / 255, 1.0])
+        .view(1, 1, 1, 5)
+        .expand(1, 3, 1, 5)
+    )
     assert to_uint8(values)[0, 0, 0].tolist() == [0, 1, 128, 255, 255]
 
 
@@ -96,8 +108,16 @@ def test_batch_size_does_not_matter(batch):
 def test_frechet_distance_of_the_pooled_features():
     """fd_<name> of a callable network equals the distance of its features' numpy moments."""
     real, fake = image_pairs(40)
-    got = feed(Evaluator(("fd_corner",), feature_network=lambda images: images[:, :, :2, :2].flatten(1)), real, fake, 9)
-    stats = [fid_features_to_statistics(images[:, :, :2, :2].flatten(1).double()) for images in (real, fake)]
+    got = feed(
+        Evaluator(("fd_corner",), feature_network=lambda images: images[:, :, :2, :2].flatten(1)),
+        real,
+        fake,
+        9,
+    )
+    stats = [
+        fid_features_to_statistics(images[:, :, :2, :2].flatten(1).double())
+        for images in (real, fake)
+    ]
     assert got["fd_corner"] == pytest.approx(
         fid_statistics_to_metric(*stats, verbose=False)["frechet_inception_distance"], rel=1e-6
     )
@@ -115,7 +135,12 @@ def test_means_over_images_and_repeated_compute():
 def test_small_sets_are_warned_of(caplog):
     real, fake = image_pairs(4)
     with caplog.at_level(logging.WARNING, logger="muse"):
-        feed(Evaluator(("fd_mean",), feature_network=lambda images: images.mean((2, 3))), real, fake, 4)
+        feed(
+            Evaluator(("fd_mean",), feature_network=lambda images: images.mean((2, 3))),
+            real,
+            fake,
+            4,
+        )
     assert "from 4 images" in caplog.text and "2048" in caplog.text
 
 
@@ -140,7 +165,9 @@ def test_refusals(tmp_path):
         Evaluator(feature_network="no_such_network")
     with pytest.raises(ConfigError, match="rfid"):
         Evaluator(("fd_inception",))
-    widths = Evaluator(("fd_width",), feature_network=lambda images: images.mean(1).flatten(1)[:, : len(images)])
+    widths = Evaluator(
+        ("fd_width",), feature_network=lambda images: images.mean(1).flatten(1)[:, : len(images)]
+    )
     widths.update(real, fake)
     with pytest.raises(ValueError, match=r"features must be \(n, 2\), got \(1, 1\)"):
         widths.update(real[:1], fake[:1])

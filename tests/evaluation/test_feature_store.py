@@ -5,7 +5,7 @@ on.
 import numpy as np
 import pytest
 
-from muse.data.sources import open_source
+from muse.data.dataloader import open_source
 from muse.errors import DataError
 from muse.evaluation import feature_store
 from muse.evaluation.feature_store import source_facts, store_key, stored_features
@@ -39,7 +39,10 @@ def test_rows_come_back_in_order_and_are_extracted_once(tmp_path):
 def test_parts_of_two_processes_are_merged(tmp_path, monkeypatch):
     monkeypatch.setattr(feature_store, "COPY_ROWS", 3)
     odd, even = list(range(1, 20, 2)), list(range(0, 20, 2))
-    parts = [feature_store._write_rows(tmp_path, rank, batches(own, 4)) for rank, own in enumerate((odd, even))]
+    parts = [
+        feature_store._write_rows(tmp_path, rank, batches(own, 4))
+        for rank, own in enumerate((odd, even))
+    ]
     feature_store._merge(tmp_path, parts)
     np.testing.assert_array_equal(np.load(tmp_path / "features.npy"), FEATURES)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["features.npy", "labels.npy"]

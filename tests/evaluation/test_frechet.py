@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
 
-from muse.evaluation.fid import RunningMoments, frechet_distance, semidefinite_factor
+from muse.evaluation.metrics.frechet import RunningMoments, frechet_distance, semidefinite_factor
 
 
 def gaussian_features(count, dim, seed, scale=1.0, shift=0.0):
@@ -17,9 +17,14 @@ def gaussian_features(count, dim, seed, scale=1.0, shift=0.0):
 def test_commuting_gaussians_closed_form():
     """Covariances with the same eigenvectors: d² = |Δμ|² + Σ (√a − √b)²."""
     basis = torch.linalg.qr(gaussian_features(40, 40, 0)).Q
-    a, b = torch.linspace(0.1, 5, 40, dtype=torch.float64), torch.linspace(3, 0.2, 40, dtype=torch.float64)
+    a, b = (
+        torch.linspace(0.1, 5, 40, dtype=torch.float64),
+        torch.linspace(3, 0.2, 40, dtype=torch.float64),
+    )
     delta = torch.linspace(-1, 1, 40, dtype=torch.float64)
-    got = frechet_distance(torch.zeros(40), basis @ a.diag() @ basis.T, delta, basis @ b.diag() @ basis.T)
+    got = frechet_distance(
+        torch.zeros(40), basis @ a.diag() @ basis.T, delta, basis @ b.diag() @ basis.T
+    )
     want = float(delta.square().sum() + (a.sqrt() - b.sqrt()).square().sum())
     assert got == pytest.approx(want, rel=1e-12)
 
@@ -52,7 +57,11 @@ def test_fewer_samples_than_dimensions_against_singular_values():
         moments += running.compute()[1:]
     centred = [(rows - rows.mean(0)) / (len(rows) - 1) ** 0.5 for rows in (x, y)]
     nuclear = torch.linalg.svdvals(centred[0] @ centred[1].T).sum()
-    want = (x.mean(0) - y.mean(0)).square().sum() + sum(c.square().sum() for c in centred) - 2 * nuclear
+    want = (
+        (x.mean(0) - y.mean(0)).square().sum()
+        + sum(c.square().sum() for c in centred)
+        - 2 * nuclear
+    )
     assert frechet_distance(*moments) == pytest.approx(float(want), rel=1e-9)
 
 
@@ -70,7 +79,10 @@ def test_either_or_none_singular_is_symmetric_and_torch_fidelitys(counts):
 
 
 def test_equal_sets_have_distance_zero():
-    mean, cov = torch.zeros(64), torch.from_numpy(np.cov(gaussian_features(20, 64, 3).numpy(), rowvar=False))
+    mean, cov = (
+        torch.zeros(64),
+        torch.from_numpy(np.cov(gaussian_features(20, 64, 3).numpy(), rowvar=False)),
+    )
     assert 0 <= frechet_distance(mean, cov, mean, cov) < 1e-9 * float(cov.trace())
 
 
@@ -83,7 +95,9 @@ def test_factor_has_the_rank_of_the_matrix():
 
 @pytest.mark.parametrize("batch", [1, 7, 64, 300])
 def test_running_moments_equal_numpy_for_any_batch(batch):
-    rows = gaussian_features(300, 12, 5, shift=1e4)  # a mean that would cost plain sums seven digits
+    rows = gaussian_features(
+        300, 12, 5, shift=1e4
+    )  # a mean that would cost plain sums seven digits
     running = RunningMoments(block=50)
     for part in rows.split(batch):
         running.update(part)
@@ -103,4 +117,6 @@ def test_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="widths differ"):
         frechet_distance(torch.zeros(3), torch.eye(3), torch.zeros(4), torch.eye(4))
     with pytest.raises(ValueError, match="finite"):
-        frechet_distance(torch.zeros(3), torch.full((3, 3), torch.nan), torch.zeros(3), torch.eye(3))
+        frechet_distance(
+            torch.zeros(3), torch.full((3, 3), torch.nan), torch.zeros(3), torch.eye(3)
+        )

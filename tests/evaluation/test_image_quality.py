@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from skimage import data
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from muse.evaluation.image_quality import check_pair, psnr, ssim
-from muse.evaluation.perceptual import Lpips
+from muse.evaluation.metrics.lpips import Lpips
+from muse.evaluation.metrics.psnr_ssim import check_pair, psnr, ssim
 
 
 @pytest.fixture(scope="module")
@@ -20,7 +20,12 @@ def pairs():
         np.full((64, 64, 3), 100, np.uint8),
     ]
     real = torch.cat(
-        [F.interpolate(torch.from_numpy(p.copy()).permute(2, 0, 1)[None] / 255, (96, 80), mode="area") for p in photos]
+        [
+            F.interpolate(
+                torch.from_numpy(p.copy()).permute(2, 0, 1)[None] / 255, (96, 80), mode="area"
+            )
+            for p in photos
+        ]
     )
     noise = torch.randn(real.shape, generator=torch.Generator().manual_seed(0))
     strength = torch.tensor([0.02, 0.05, 0.1, 0.2]).view(4, 1, 1, 1)

@@ -23,7 +23,9 @@ def run(name, flags, folder, batch):
     """One command into folder/NAME; its exit code."""
     script, extra = COMMANDS[name]
     prompts = ["--templates", f"{folder.parent}/templates.txt"] if name == "zero_shot" else []
-    return script.main([*flags, *extra, *prompts, "--batch_size", str(batch), "--output_dir", str(folder / name)])
+    return script.main(
+        [*flags, *extra, *prompts, "--batch_size", str(batch), "--output_dir", str(folder / name)]
+    )
 
 
 def run_all(flags, folder, batch):
@@ -51,7 +53,9 @@ def numbers(value, name=""):
 
 def hold_equal(folder, other):
     for name in COMMANDS:
-        one, two = (json.loads((at / name / "metrics.json").read_text()) for at in (folder / "64", other))
+        one, two = (
+            json.loads((at / name / "metrics.json").read_text()) for at in (folder / "64", other)
+        )
         protocols = [result.pop("protocol") for result in (one, two)]
         assert numbers(two) == pytest.approx(numbers(one), rel=1e-6), name
         assert len(numbers(one)) >= 4

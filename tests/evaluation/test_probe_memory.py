@@ -36,7 +36,11 @@ def store(folder, seed, count):
     def extract():
         for start in range(0, count, 50):
             part = slice(start, start + 50)
-            yield {"features": rows[part].numpy(), "labels": labels[part].numpy(), "indices": np.arange(count)[part]}
+            yield {
+                "features": rows[part].numpy(),
+                "labels": labels[part].numpy(),
+                "indices": np.arange(count)[part],
+            }
 
     arrays, _ = stored_features(folder, {"seed": seed}, extract)
     return arrays["features"], torch.tensor(np.array(arrays["labels"])), rows
@@ -56,7 +60,9 @@ def test_the_probe_reads_batches_and_blocks_of_a_mapped_store(tmp_path, monkeypa
 
 def test_divergence_is_an_error_only_where_no_rate_is_left(tmp_path):
     train, labels, _ = store(tmp_path, 0, 700)
-    result = train_linear_probe(train, labels, train, labels, rates=(0.1, 1e300), epochs=3, batch_size=100)
+    result = train_linear_probe(
+        train, labels, train, labels, rates=(0.1, 1e300), epochs=3, batch_size=100
+    )
     assert result.learning_rate == 0.1 and result.by_rate["1e+300"].micro == 0
     with pytest.raises(ValueError, match="diverged at every learning rate"):
         train_linear_probe(train, labels, train, labels, rates=(1e300,), epochs=3, batch_size=100)

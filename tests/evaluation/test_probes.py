@@ -11,13 +11,15 @@ from sklearn.preprocessing import StandardScaler
 from muse.errors import ConfigError, DataError
 from muse.evaluation.linear_probe import accuracy, pixel_features, train_linear_probe
 from muse.evaluation.zero_shot import hit_probability, read_lines, retrieval, zero_shot
-from muse.models.teachers.prompts import class_embeddings, prompts
+from muse.teachers.prompts import class_embeddings, prompts
 
 
 def overlapping_classes(count, seed, classes=5, dim=16):
     centres = 0.45 * torch.randn(classes, dim, generator=torch.Generator().manual_seed(99))
     generator = torch.Generator().manual_seed(seed)
-    labels = torch.multinomial(torch.tensor([5.0, 1, 1, 2, 1]), count, replacement=True, generator=generator)
+    labels = torch.multinomial(
+        torch.tensor([5.0, 1, 1, 2, 1]), count, replacement=True, generator=generator
+    )
     scales = torch.logspace(-2, 2, dim)  # the batch norm has to undo this
     return (centres[labels] + torch.randn(count, dim, generator=generator)) * scales + 7, labels
 
@@ -26,7 +28,11 @@ def test_probe_is_within_a_point_of_logistic_regression():
     (x, y), (xv, yv) = overlapping_classes(3000, 0), overlapping_classes(2000, 1)
     result = train_linear_probe(x, y, xv, yv, epochs=20, batch_size=256)
     scaler = StandardScaler().fit(x)
-    answers = LogisticRegression(C=100, max_iter=1000).fit(scaler.transform(x), y).predict(scaler.transform(xv))
+    answers = (
+        LogisticRegression(C=100, max_iter=1000)
+        .fit(scaler.transform(x), y)
+        .predict(scaler.transform(xv))
+    )
     assert 0.7 < (answers == yv.numpy()).mean() < 0.97  # the classes do overlap
     assert result.last.micro == pytest.approx((answers == yv.numpy()).mean(), abs=0.01)
     assert result.last.macro == pytest.approx(balanced_accuracy_score(yv, answers), abs=0.02)
@@ -44,9 +50,9 @@ def test_heads_side_by_side_equal_heads_alone():
     (x, y), (xv, yv) = overlapping_classes(600, 2), overlapping_classes(300, 3)
     together = train_linear_probe(x, y, xv, yv, rates=(0.01, 0.3), epochs=4, batch_size=100).by_rate
     for rate in (0.01, 0.3):
-        alone = train_linear_probe(x.numpy(), y, xv.numpy(), yv, rates=(rate,), epochs=4, batch_size=100).by_rate[
-            f"{rate:g}"
-        ]
+        alone = train_linear_probe(
+            x.numpy(), y, xv.numpy(), yv, rates=(rate,), epochs=4, batch_size=100
+        ).by_rate[f"{rate:g}"]
         assert alone.micro == pytest.approx(together[f"{rate:g}"].micro, abs=1 / 300)
 
 
@@ -55,7 +61,10 @@ def test_one_nesterov_step_is_torchs():
 
     probe = LinearProbe(4, 3, [0.5], seed=0, device="cpu")
     linear = torch.nn.Linear(4, 3)
-    linear.weight.data, linear.bias.data = probe.weight.detach()[:, 0].T.clone(), probe.bias.detach()[0].clone()
+    linear.weight.data, linear.bias.data = (
+        probe.weight.detach()[:, 0].T.clone(),
+        probe.bias.detach()[0].clone(),
+    )
     norm, optimizer = (
         torch.nn.BatchNorm1d(4, affine=False),
         torch.optim.SGD(linear.parameters(), 0.5, 0.9, nesterov=True),
@@ -80,7 +89,9 @@ def test_macro_accuracy_is_sklearns_and_skips_absent_classes():
 def test_probe_refuses_bad_labels_and_widths():
     x, y = overlapping_classes(50, 0)
     with pytest.raises(ValueError, match="labels 0..9 do not fit 5 classes"):
-        train_linear_probe(x, y, x, torch.full((50,), 9).index_fill_(0, torch.tensor([0]), 0), num_classes=5)
+        train_linear_probe(
+            x, y, x, torch.full((50,), 9).index_fill_(0, torch.tensor([0]), 0), num_classes=5
+        )
     with pytest.raises(ValueError, match="two widths: 16 and 15"):
         train_linear_probe(x, y, x[:, :15], y)
 
@@ -100,9 +111,14 @@ def test_class_embeddings_are_open_clips():
     vision = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16}
     model = open_clip.CLIP(embed_dim=16, vision_cfg=vision, text_cfg=text).eval()
     tokenizer = open_clip.get_tokenizer("ViT-B-32")
-    names, templates = ["tench", "great white shark", "hen"], open_clip.OPENAI_IMAGENET_TEMPLATES[:7]
+    names, templates = (
+        ["tench", "great white shark", "hen"],
+        open_clip.OPENAI_IMAGENET_TEMPLATES[:7],
+    )
     want = build_zero_shot_classifier(model, tokenizer, names, templates)
-    got = class_embeddings(lambda texts: model.encode_text(tokenizer(texts), normalize=True), names, templates)
+    got = class_embeddings(
+        lambda texts: model.encode_text(tokenizer(texts), normalize=True), names, templates
+    )
     torch.testing.assert_close(got.T, want)
 
 
@@ -114,7 +130,9 @@ def test_prompts():
 
 def test_zero_shot_counts_by_hand():
     classes = torch.eye(6)
-    images = torch.tensor([[9.0, 1, 2, 3, 4, 5], [9, 1, 2, 3, 4, 5], [0, 9, 2, 3, 4, 5], [1, 2, 3, 4, 5, 9]])
+    images = torch.tensor(
+        [[9.0, 1, 2, 3, 4, 5], [9, 1, 2, 3, 4, 5], [0, 9, 2, 3, 4, 5], [1, 2, 3, 4, 5, 9]]
+    )
     got = zero_shot(images, torch.tensor([0, 1, 1, 5]), classes)
     assert got["top1"] == 3 / 4 and got["top1_macro"] == pytest.approx((1 + 0.5 + 1) / 3)
     assert got["top5"] == 3 / 4  # class 1 is the last of six for the second image
@@ -127,7 +145,9 @@ def test_zero_shot_counts_by_hand():
 
 
 def test_ties_score_chance():
-    assert zero_shot(torch.ones(8, 3), torch.arange(8) % 4, torch.ones(4, 3))["top1"] == pytest.approx(0.25)
+    assert zero_shot(torch.ones(8, 3), torch.arange(8) % 4, torch.ones(4, 3))[
+        "top1"
+    ] == pytest.approx(0.25)
     hits = hit_probability(torch.tensor([[3.0, 1, 1, 1, 0]]), torch.tensor([1]), 2)
     assert hits.tolist() == pytest.approx([1 / 3])
 
@@ -152,9 +172,9 @@ def test_retrieval_groups_hold_distinct_captions():
     got = retrieval(text, text, captions, group=8, groups=50)
     assert got["image_to_text_r1"] == got["text_to_image_r1"] == 1 and got["captions"] == 10
     collapsed = retrieval(torch.ones(30, 4), torch.ones(30, 4), captions, group=8, groups=5)
-    assert collapsed["image_to_text_r1"] == pytest.approx(1 / 8) and collapsed["image_to_text_r5"] == pytest.approx(
-        5 / 8
-    )
+    assert collapsed["image_to_text_r1"] == pytest.approx(1 / 8) and collapsed[
+        "image_to_text_r5"
+    ] == pytest.approx(5 / 8)
     assert retrieval(text, text, captions, group=32)["group"] == 10
 
 

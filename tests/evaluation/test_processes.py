@@ -8,7 +8,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from muse.evaluation.evaluator import Evaluator
-from muse.evaluation.metrics import InceptionScores
+from muse.evaluation.metric_table import InceptionScores
 from muse.evaluation.segmentation import ConfusionMatrix
 
 COUNT = 23
@@ -16,7 +16,9 @@ COUNT = 23
 
 def project(images):
     """(B,3,16,16) -> features (B,24) and logits (B,10)."""
-    features = images.flatten(1).double() @ torch.linspace(-1, 1, 768 * 24, dtype=torch.float64).sin().view(768, 24)
+    features = images.flatten(1).double() @ torch.linspace(
+        -1, 1, 768 * 24, dtype=torch.float64
+    ).sin().view(768, 24)
     return features.float(), 3 * features[:, :10].float()
 
 
@@ -25,7 +27,9 @@ def measure(rank, world):
     real = torch.rand(COUNT, 3, 16, 16, generator=generator)
     fake = (real + 0.1 * torch.randn(real.shape, generator=generator)).clamp(0, 1)
     labels = torch.randint(0, 4, (2, COUNT, 8, 8), generator=generator)
-    evaluator = Evaluator(("psnr", "ssim", "fd_projection"), feature_network=lambda x: project(x)[0], expect=COUNT)
+    evaluator = Evaluator(
+        ("psnr", "ssim", "fd_projection"), feature_network=lambda x: project(x)[0], expect=COUNT
+    )
     evaluator.metrics.append(InceptionScores(("rfid", "is"), project))
     confusion = ConfusionMatrix(4)
     mine = torch.arange(COUNT)[rank::world] if world > 1 else torch.arange(COUNT)
@@ -37,7 +41,9 @@ def measure(rank, world):
 
 def worker(rank, world, folder):
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world)
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world
+    )
     (folder / f"{rank}.json").write_text(json.dumps(measure(rank, world)))
     dist.destroy_process_group()
 

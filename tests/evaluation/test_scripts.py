@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from muse.data.dataloader import eval_loader
-from muse.evaluation.image_quality import psnr, ssim
+from muse.evaluation.metrics.psnr_ssim import psnr, ssim
 from muse.evaluation.segmentation import IGNORE, ConfusionMatrix
 from muse.models.loading import load_model
 from scripts import benchmark, evaluate, linear_probe, segment_probe, zero_shot
@@ -31,20 +31,36 @@ def test_evaluate_writes_what_the_model_gives(flags, trained_run, shapes_data, t
     from muse import load_config
 
     code = evaluate.main(
-        [*flags, "--output_dir", str(tmp_path), "--metrics", "psnr,ssim,perceptual_random,fd_efficientnet_lite0"]
+        [
+            *flags,
+            "--output_dir",
+            str(tmp_path),
+            "--metrics",
+            "psnr,ssim,perceptual_random,fd_efficientnet_lite0",
+        ]
     )
     got = read(tmp_path)
     assert code == 0
     config, run = trained_run
     model = load_model(run / "final", load_config(config).model)
-    batch = next(iter(eval_loader(f"{shapes_data}/val-*.tar", batch_size=8, resize_shorter_edge=32, crop_size=32)))
+    batch = next(
+        iter(
+            eval_loader(
+                f"{shapes_data}/val-*.tar", batch_size=8, resize_shorter_edge=32, crop_size=32
+            )
+        )
+    )
     with torch.no_grad():
         recon = model.reconstruct(batch["images"])
     assert got["psnr"] == pytest.approx(float(psnr(batch["images"], recon).mean()), rel=1e-5)
     assert got["ssim"] == pytest.approx(float(ssim(batch["images"], recon).mean()), rel=1e-4)
     assert got["perceptual_random"] > 0 and got["fd_efficientnet_lite0"] > 0
     protocol = got["protocol"]
-    assert protocol["images"] == 8 and protocol["samples"]["skipped"] == 0 and protocol["data"].endswith("val-*.tar")
+    assert (
+        protocol["images"] == 8
+        and protocol["samples"]["skipped"] == 0
+        and protocol["data"].endswith("val-*.tar")
+    )
     assert protocol["crop"] == {"resize_shorter_edge": 32, "center_crop": 32}
     assert len(protocol["feature_networks"]["fd_efficientnet_lite0"]["weights_sha256"]) == 64
     assert {"checkpoint", "config", "seed", "versions"} <= set(protocol)
@@ -84,19 +100,37 @@ def test_mistakes_are_one_line_and_leave_no_result(flags, tmp_path, capsys, monk
     cases = [
         (evaluate, [*quick, *val("empty")], "empty"),
         (evaluate, [*quick, *val("missing-{0..3}.tar")], "missing-0.tar"),
-        (evaluate, [*quick, *val("corrupt.tar")], "1 of 2 samples could not be used: not_an_image 1 (b)"),
+        (
+            evaluate,
+            [*quick, *val("corrupt.tar")],
+            "1 of 2 samples could not be used: not_an_image 1 (b)",
+        ),
         (evaluate, ["--metrics", "fid"], "unknown metric 'fid'"),
-        (evaluate, ["--metrics", "rfid", "--inception_weights", str(tmp_path / "none.pth")], "none.pth"),
+        (
+            evaluate,
+            ["--metrics", "rfid", "--inception_weights", str(tmp_path / "none.pth")],
+            "none.pth",
+        ),
         (evaluate, [*quick, "--checkpoint", str(tmp_path / "none")], "no such checkpoint"),
         (linear_probe, val("unlabelled.tar"), "missing_label"),
         (linear_probe, val("big_label.tar"), "labels 99..99 do not fit 8 classes"),
         (
             zero_shot,
-            [*val("big_label.tar"), "--classnames", str(ROOT / "LICENSE"), "--templates", str(tmp_path / "none.txt")],
+            [
+                *val("big_label.tar"),
+                "--classnames",
+                str(ROOT / "LICENSE"),
+                "--templates",
+                str(tmp_path / "none.txt"),
+            ],
             "none.txt",
         ),
         (segment_probe, val("small_mask.tar"), "mask_size"),
-        (segment_probe, [*val("large_mask.tar"), "--labels", "plain", "--steps", "2"], "labels 200..200 do not fit"),
+        (
+            segment_probe,
+            [*val("large_mask.tar"), "--labels", "plain", "--steps", "2"],
+            "labels 200..200 do not fit",
+        ),
     ]
     for script, extra, said in cases:
         code = script.main([*flags, *out, *extra])
@@ -125,18 +159,35 @@ def test_linear_probe_caches_features_and_has_baselines(flags, tmp_path, capsys)
     assert first["protocol"]["network"]["feature"] == "semantic"
     assert linear_probe.main([*run, "--baseline", "pixels"]) == 0
     assert read(tmp_path)["protocol"]["network"] == {"feature": "pixels 16x16"}
-    assert linear_probe.main([*run, "--baseline"]) == 0  # a random source: the checkpoint's own encoder
+    assert (
+        linear_probe.main([*run, "--baseline"]) == 0
+    )  # a random source: the checkpoint's own encoder
     assert read(tmp_path)["protocol"]["network"]["feature"] == "encoder"
     assert "chance" in capsys.readouterr().out
 
 
 def test_zero_shot_takes_the_names_beside_the_data(flags, tmp_path):
     (tmp_path / "templates.txt").write_text("a drawn {}\n{}\n")
-    run = [*flags, "--output_dir", str(tmp_path), "--templates", str(tmp_path / "templates.txt"), "--retrieval", "32"]
+    run = [
+        *flags,
+        "--output_dir",
+        str(tmp_path),
+        "--templates",
+        str(tmp_path / "templates.txt"),
+        "--retrieval",
+        "32",
+    ]
     assert zero_shot.main(run) == 0
     first = read(tmp_path)
-    assert first["classes"] == 8 and first["top5_chance"] == 5 / 8 and 0 <= first["top1"] <= first["top5"] <= 1
-    assert first["retrieval_group"] <= 8 and first["retrieval_chance_r1"] == 1 / first["retrieval_group"]
+    assert (
+        first["classes"] == 8
+        and first["top5_chance"] == 5 / 8
+        and 0 <= first["top1"] <= first["top5"] <= 1
+    )
+    assert (
+        first["retrieval_group"] <= 8
+        and first["retrieval_chance_r1"] == 1 / first["retrieval_group"]
+    )
     assert (
         first["protocol"]["prompts"]["classnames"].endswith("classes.txt")
         and first["protocol"]["prompts"]["templates"] == 2
@@ -145,7 +196,9 @@ def test_zero_shot_takes_the_names_beside_the_data(flags, tmp_path):
     weights = torch.load(cached, weights_only=True)
     torch.save(torch.zeros_like(weights), cached)  # the second run must read this: all classes tie
     assert zero_shot.main(run) == 0
-    assert read(tmp_path)["top1"] == pytest.approx(1 / 8) and weights.norm(dim=1).tolist() == pytest.approx([1] * 8)
+    assert read(tmp_path)["top1"] == pytest.approx(1 / 8) and weights.norm(
+        dim=1
+    ).tolist() == pytest.approx([1] * 8)
 
 
 def test_segment_probe_launcher_keeps_a_quoted_pattern(flags, shapes_data, tmp_path):
@@ -190,16 +243,29 @@ def test_segment_probe_baseline_and_ade20k_numbering(flags, tmp_path):
 
 
 def test_evaluate_launcher_usage():
-    done = subprocess.run(["bash", str(ROOT / "tools" / "evaluate.sh"), "only-one"], capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.startswith("error: usage: tools/evaluate.sh CONFIG CHECKPOINT")
+    done = subprocess.run(
+        ["bash", str(ROOT / "tools" / "evaluate.sh"), "only-one"], capture_output=True, text=True
+    )
+    assert done.returncode == 2 and done.stderr.startswith(
+        "error: usage: tools/evaluate.sh CONFIG CHECKPOINT"
+    )
 
 
 def test_benchmark_compares_equal_numbers(tmp_path, capsys):
     """Each part holds its own result against the slow way's before it reports times."""
-    assert benchmark.main(["--dim", "48", "--images", "2", "--masks", "1", "--output", str(tmp_path / "b.json")]) == 0
+    assert (
+        benchmark.main(
+            ["--dim", "48", "--images", "2", "--masks", "1", "--output", str(tmp_path / "b.json")]
+        )
+        == 0
+    )
     rows = json.loads((tmp_path / "b.json").read_text())
-    assert set(rows) == {"evaluator", "frechet", "miou"} and all(row["ours"] > 0 < row["slow"] for row in rows.values())
-    assert one_error(capsys, benchmark.main(["--parts", "fast"])).startswith("error: unknown part 'fast'")
+    assert set(rows) == {"evaluator", "frechet", "miou"} and all(
+        row["ours"] > 0 < row["slow"] for row in rows.values()
+    )
+    assert one_error(capsys, benchmark.main(["--parts", "fast"])).startswith(
+        "error: unknown part 'fast'"
+    )
 
 
 def test_confusion_is_not_touched_by_ignored_pixels():

@@ -22,7 +22,9 @@ def random_labels(seed, shape=(6, 20, 24), classes=5):
 @pytest.mark.parametrize("batch", [1, 4, 6])
 def test_miou_is_torchmetrics(batch):
     truth, guess = random_labels(0), random_labels(1)
-    guess = torch.where(torch.rand(truth.shape, generator=torch.Generator().manual_seed(2)) < 0.6, truth, guess)
+    guess = torch.where(
+        torch.rand(truth.shape, generator=torch.Generator().manual_seed(2)) < 0.6, truth, guess
+    )
     truth[:, :3] = IGNORE
     confusion = ConfusionMatrix(5)
     for a, b in zip(guess.split(batch), truth.split(batch)):
@@ -30,8 +32,13 @@ def test_miou_is_torchmetrics(batch):
     got = confusion.compute()
     reference = JaccardIndex(task="multiclass", num_classes=5, ignore_index=IGNORE, average="none")
     torch.testing.assert_close(got.per_class.float(), reference(guess, truth))
-    assert got.mean == pytest.approx(float(reference(guess, truth).mean()), rel=1e-6) and got.absent == 0
-    assert got.pixel_accuracy == pytest.approx(float((guess == truth)[truth != IGNORE].double().mean()))
+    assert (
+        got.mean == pytest.approx(float(reference(guess, truth).mean()), rel=1e-6)
+        and got.absent == 0
+    )
+    assert got.pixel_accuracy == pytest.approx(
+        float((guess == truth)[truth != IGNORE].double().mean())
+    )
 
 
 def test_absent_classes_are_left_out_and_counted():
@@ -54,12 +61,16 @@ def test_confusion_refuses():
 def test_cell_shares_give_pixelwise_cross_entropy():
     masks = random_labels(3, (2, 12, 16), 4)
     masks[0, :5, :7] = IGNORE
-    logits = torch.randn(2, 4, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    logits = torch.randn(
+        2, 4, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     targets = cell_targets(masks, (3, 4), 4).double()
     log_shares = logits.log_softmax(1).flatten(2).transpose(1, 2)
     got = -(targets * log_shares).sum() / targets.sum()
     pixels = logits.repeat_interleave(4, 2).repeat_interleave(4, 3)
-    torch.testing.assert_close(got, F.cross_entropy(pixels, masks, ignore_index=IGNORE), rtol=1e-6, atol=0)
+    torch.testing.assert_close(
+        got, F.cross_entropy(pixels, masks, ignore_index=IGNORE), rtol=1e-6, atol=0
+    )
 
 
 def blocky_scene(count, classes, seed):
@@ -67,7 +78,11 @@ def blocky_scene(count, classes, seed):
     generator = torch.Generator().manual_seed(seed)
     cells = torch.randint(0, classes, (count, 4, 6), generator=generator)
     codes = torch.randn(classes, 12, generator=torch.Generator().manual_seed(7))
-    features = codes[cells].permute(0, 3, 1, 2) * 30 + torch.randn(count, 12, 4, 6, generator=generator) * 3 + 100
+    features = (
+        codes[cells].permute(0, 3, 1, 2) * 30
+        + torch.randn(count, 12, 4, 6, generator=generator) * 3
+        + 100
+    )
     return features, cells.repeat_interleave(8, 1).repeat_interleave(8, 2)
 
 
@@ -87,19 +102,31 @@ def test_foreground_iou_of_known_maps():
     """
     masks = random_labels(4, (40, 8, 8), 3)
     noise = torch.randn(40, 1, 8, 8, generator=torch.Generator().manual_seed(0))
-    assert foreground_iou((masks > 0).float()[:, None], masks, (masks > 0).float()[:, None], masks, steps=200) == 1
-    assert foreground_iou(noise, masks, noise, masks, steps=50) <= float((masks > 0).float().mean()) + 0.02
+    assert (
+        foreground_iou(
+            (masks > 0).float()[:, None], masks, (masks > 0).float()[:, None], masks, steps=200
+        )
+        == 1
+    )
+    assert (
+        foreground_iou(noise, masks, noise, masks, steps=50)
+        <= float((masks > 0).float().mean()) + 0.02
+    )
 
 
 def test_more_than_255_classes_are_counted_as_torchmetrics_does():
     """ADE20K's full set has 847: label 255 is a class like all others, IGNORE is not."""
     generator = torch.Generator().manual_seed(0)
     truth = torch.randint(200, 300, (2, 16, 16), generator=generator)
-    guess = torch.where(torch.rand(truth.shape, generator=generator) < 0.5, truth, torch.full_like(truth, 846))
+    guess = torch.where(
+        torch.rand(truth.shape, generator=generator) < 0.5, truth, torch.full_like(truth, 846)
+    )
     truth[0, :4] = IGNORE
     confusion = ConfusionMatrix(847)
     confusion.update(guess, truth)
-    per_class = JaccardIndex(task="multiclass", num_classes=847, ignore_index=IGNORE, average="none")(guess, truth)
+    per_class = JaccardIndex(
+        task="multiclass", num_classes=847, ignore_index=IGNORE, average="none"
+    )(guess, truth)
     got = confusion.compute()
     assert got.per_class[255] == pytest.approx(float(per_class[255])) and 0 < got.per_class[255] < 1
     labelled = truth != IGNORE

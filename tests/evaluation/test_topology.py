@@ -6,10 +6,16 @@ import torch
 from scipy.stats import entropy
 from sklearn.metrics import roc_auc_score
 
+from muse.evaluation.attention_quality import (
+    TopologyQuality,
+    mean_teacher_maps,
+    object_cells,
+    same_object_auc,
+    topology_quality,
+)
 from muse.evaluation.segmentation import IGNORE
-from muse.evaluation.topology import TopologyQuality, mean_teacher_maps, object_cells, same_object_auc, topology_quality
 from muse.losses.topology import resize_attention
-from muse.models.teachers.base import TopologyTarget
+from muse.teachers.base import TopologyTarget
 
 
 def random_maps(shape, seed):

@@ -1,4 +1,5 @@
 """Fill a key list with reproducible weights: the rule that made the golden data (see release_*.json beside this file)."""
+
 import json
 import zlib
 from pathlib import Path
@@ -6,9 +7,11 @@ from pathlib import Path
 import torch
 
 GOLDEN = Path(__file__).parent
-KEPT = {"logit_scale": torch.tensor(2.6592),
-        "dino_mean": torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1),
-        "dino_std": torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)}
+KEPT = {
+    "logit_scale": torch.tensor(2.6592),
+    "dino_mean": torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1),
+    "dino_std": torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1),
+}
 
 
 def filled_state_dict(keys_json: str | Path, prefix: str = "") -> dict[str, torch.Tensor]:

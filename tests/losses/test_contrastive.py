@@ -34,7 +34,9 @@ def test_equals_golden(golden):
 
 def test_perfect_and_orthogonal_pairs():
     basis = torch.eye(4)
-    assert itc_loss(basis, basis, SCALE).item() == pytest.approx(math.log(1 + 3 * math.exp(-10)), rel=1e-3)
+    assert itc_loss(basis, basis, SCALE).item() == pytest.approx(
+        math.log(1 + 3 * math.exp(-10)), rel=1e-3
+    )
     assert itc_loss(basis, basis, torch.tensor(0.0)).item() == pytest.approx(math.log(4), rel=1e-6)
 
 
@@ -106,13 +108,20 @@ def _rank(rank: int, folder: str) -> None:
     loss = itc_loss(image, embeds(4, 8, seed=1)[part], scale, caption_positives(CAPTIONS[part]))
     loss.backward()
     local = itc_loss(image.detach(), embeds(4, 8, seed=1)[part], SCALE, gather=False)
-    torch.save({"loss": loss.detach(), "grad": image.grad, "scale": scale.grad, "local": local}, f"{folder}/{rank}.pt")
+    torch.save(
+        {"loss": loss.detach(), "grad": image.grad, "scale": scale.grad, "local": local},
+        f"{folder}/{rank}.pt",
+    )
     dist.destroy_process_group()
 
 
 def test_two_ranks_give_the_gradient_of_the_global_batch(tmp_path):
     mp.spawn(_rank, args=(str(tmp_path),), nprocs=2)
-    image, text, scale = embeds(2, 4, 8).requires_grad_(), embeds(4, 8, seed=1), SCALE.clone().requires_grad_()
+    image, text, scale = (
+        embeds(2, 4, 8).requires_grad_(),
+        embeds(4, 8, seed=1),
+        SCALE.clone().requires_grad_(),
+    )
     loss = itc_loss(image, text, scale, caption_positives(CAPTIONS))
     loss.backward()
     for rank in range(2):

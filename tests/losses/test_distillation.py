@@ -12,7 +12,8 @@ def test_cosine_against_numpy():
     weight, bias = loss.head.weight[:, :, 0, 0].detach().numpy(), loss.head.bias.detach().numpy()
     projected = np.einsum("oc,bchw->bohw", weight, tokens.numpy()) + bias[None, :, None, None]
     cosine = (projected * features.numpy()).sum(1) / (
-        np.linalg.norm(projected, axis=1) * np.linalg.norm(features.numpy(), axis=1))
+        np.linalg.norm(projected, axis=1) * np.linalg.norm(features.numpy(), axis=1)
+    )
     assert loss(tokens, features).item() == pytest.approx(np.mean(1 - cosine), rel=1e-5)
 
 
@@ -45,14 +46,19 @@ def test_pixel_head_reads_patches_in_place():
         head.head.bias.zero_()
     assert head(tokens, images).item() == pytest.approx(0, abs=1e-10)
     torch.testing.assert_close(head.predict(tokens), images)
-    assert head(tokens, 1 - images).item() == pytest.approx((2 * images - 1).square().mean().item(), rel=1e-4)
+    assert head(tokens, 1 - images).item() == pytest.approx(
+        (2 * images - 1).square().mean().item(), rel=1e-4
+    )
     with pytest.raises(ValueError, match="pixel head"):
         head(tokens, images[..., :8])
 
 
 def test_gradients_and_float32_under_autocast():
     tokens = torch.randn(1, 4, 2, 2, requires_grad=True)
-    features, images = torch.randn(1, 6, 4, 4, requires_grad=True), torch.rand(1, 3, 8, 8, requires_grad=True)
+    features, images = (
+        torch.randn(1, 6, 4, 4, requires_grad=True),
+        torch.rand(1, 3, 8, 8, requires_grad=True),
+    )
     distil, pixels = FeatureDistillation(4, 6), PixelHead(4, 4)
     plain = distil(tokens, features) + pixels(tokens, images)
     with torch.autocast("cpu", dtype=torch.bfloat16):

@@ -4,7 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-from muse.losses.topology import positional_prior, resize_attention, select_blocks, topology_kl, topology_loss
+from muse.losses.topology import (
+    positional_prior,
+    resize_attention,
+    select_blocks,
+    topology_kl,
+    topology_loss,
+)
 
 
 def attention(*shape: int, seed: int = 0) -> torch.Tensor:
@@ -24,16 +30,21 @@ def bilinear_matrix(before: int, after: int) -> np.ndarray:
 
 
 def resized_by_hand(maps: np.ndarray, from_grid, to_grid) -> np.ndarray:
-    resample = np.kron(bilinear_matrix(from_grid[0], to_grid[0]), bilinear_matrix(from_grid[1], to_grid[1]))
+    resample = np.kron(
+        bilinear_matrix(from_grid[0], to_grid[0]), bilinear_matrix(from_grid[1], to_grid[1])
+    )
     resized = resample @ maps @ resample.T
     return resized / (resized.sum(axis=-1, keepdims=True) + 1e-6)
 
 
 # ---- Psi: the 4-D resize
 
+
 def test_resize_equals_golden(golden):
     """The released function exchanges queries and keys on its way: `transpose` names it."""
-    resized = resize_attention(golden["teacher_attention"][:, None], (14, 14), (8, 8), transpose=True)
+    resized = resize_attention(
+        golden["teacher_attention"][:, None], (14, 14), (8, 8), transpose=True
+    )
     torch.testing.assert_close(resized[:, 0], golden["teacher_attention_8x8"], atol=1e-6, rtol=0)
 
 
@@ -44,12 +55,16 @@ def test_resize_keeps_queries_on_rows(golden):
     torch.testing.assert_close(resized[:, 0], golden["teacher_attention_8x8"], atol=1e-6, rtol=0)
 
 
-@pytest.mark.parametrize("from_grid, to_grid", [((3, 5), (2, 4)), ((2, 3), (4, 5)), ((4, 2), (2, 4)), ((1, 6), (3, 2))])
+@pytest.mark.parametrize(
+    "from_grid, to_grid", [((3, 5), (2, 4)), ((2, 3), (4, 5)), ((4, 2), (2, 4)), ((1, 6), (3, 2))]
+)
 def test_resize_equals_matrices_on_any_grid(from_grid, to_grid):
     count = from_grid[0] * from_grid[1]
     maps = attention(2, 3, count, count)
     expected = resized_by_hand(maps.double().numpy(), from_grid, to_grid)
-    np.testing.assert_allclose(resize_attention(maps, from_grid, to_grid).numpy(), expected, atol=1e-6)
+    np.testing.assert_allclose(
+        resize_attention(maps, from_grid, to_grid).numpy(), expected, atol=1e-6
+    )
 
 
 def test_resize_follows_a_moved_point():
@@ -70,19 +85,31 @@ def test_equal_grids_change_nothing():
 
 # ---- the divergence
 
+
 def test_last_block_head_mean_equals_golden(golden):
     students = (attention(2, 8, 64, 64), golden["student_attention"])
     targets = (attention(2, 1, 64, 64, seed=1), golden["teacher_attention_8x8"][:, None])
-    loss = topology_loss(select_blocks([s.log() for s in students], "last"), select_blocks(targets, "last"))
+    loss = topology_loss(
+        select_blocks([s.log() for s in students], "last"), select_blocks(targets, "last")
+    )
     assert loss.item() == pytest.approx(golden["topology_kl_last_head_mean"].item(), abs=1e-4)
 
 
 def kl_by_hand(target: np.ndarray, student: np.ndarray) -> float:
     """One (N,N) pair, a sum over rows written out."""
-    return float(np.mean([sum(t * math.log(t / s) for t, s in zip(*rows) if t > 0) for rows in zip(target, student)]))
+    return float(
+        np.mean(
+            [
+                sum(t * math.log(t / s) for t, s in zip(*rows) if t > 0)
+                for rows in zip(target, student)
+            ]
+        )
+    )
 
 
-@pytest.mark.parametrize("heads, target_heads", [("mean", 1), ("mean", 3), ("per_head", 1), ("per_head", 3)])
+@pytest.mark.parametrize(
+    "heads, target_heads", [("mean", 1), ("mean", 3), ("per_head", 1), ("per_head", 3)]
+)
 def test_equals_loops(heads, target_heads):
     students = [attention(2, 3, 6, 6, seed=block) for block in range(2)]
     targets = [attention(2, target_heads, 6, 6, seed=10 + block) for block in range(2)]
@@ -93,24 +120,32 @@ def test_equals_loops(heads, target_heads):
         if heads == "mean":
             s, t = s.mean(1, keepdims=True), t.mean(1, keepdims=True)
         t = np.broadcast_to(t, s.shape)
-        blocks.append(np.mean([kl_by_hand(t[b, h], s[b, h]) for b in range(2) for h in range(s.shape[1])]))
+        blocks.append(
+            np.mean([kl_by_hand(t[b, h], s[b, h]) for b in range(2) for h in range(s.shape[1])])
+        )
     log_students = [student.log() for student in students]
     np.testing.assert_allclose(topology_kl(log_students, targets, heads).numpy(), blocks, rtol=1e-5)
-    assert topology_loss(log_students, targets, heads).item() == pytest.approx(np.mean(blocks), rel=1e-5)
+    assert topology_loss(log_students, targets, heads).item() == pytest.approx(
+        np.mean(blocks), rel=1e-5
+    )
 
 
 def test_zero_when_equal_and_log_n_for_a_point_against_uniform():
     maps = attention(1, 1, 6, 6)
     assert topology_loss([maps.log()], [maps]).item() == pytest.approx(0, abs=1e-6)
     uniform = torch.full((1, 2, 6, 6), -math.log(6))
-    assert topology_loss([uniform], [torch.eye(6)[None, None]]).item() == pytest.approx(math.log(6), rel=1e-6)
+    assert topology_loss([uniform], [torch.eye(6)[None, None]]).item() == pytest.approx(
+        math.log(6), rel=1e-6
+    )
 
 
 def test_gradient_is_student_minus_target_and_never_reaches_the_target():
     logits = torch.randn(1, 1, 4, 4, requires_grad=True)
     target = attention(1, 1, 4, 4).requires_grad_()
     topology_loss([logits.log_softmax(dim=-1)], [target], "per_head").backward()
-    torch.testing.assert_close(logits.grad, (logits.softmax(dim=-1) - target).detach() / 4, atol=1e-6, rtol=0)
+    torch.testing.assert_close(
+        logits.grad, (logits.softmax(dim=-1) - target).detach() / 4, atol=1e-6, rtol=0
+    )
     assert target.grad is None
 
 
@@ -149,8 +184,14 @@ def test_positional_prior_against_loops():
     mean_map = targets.mean(dim=(0, 1))
     prior = positional_prior(targets, mean_map)
     t, m = targets.double().numpy(), mean_map.double().numpy()
-    assert prior.position.item() == pytest.approx(np.mean([kl_by_hand(t[b, 0], m) for b in range(3)]), rel=1e-4)
+    assert prior.position.item() == pytest.approx(
+        np.mean([kl_by_hand(t[b, 0], m) for b in range(3)]), rel=1e-4
+    )
     uniform = np.full((5, 5), 0.2)
-    assert prior.uniform.item() == pytest.approx(np.mean([kl_by_hand(t[b, 0], uniform) for b in range(3)]), rel=1e-4)
+    assert prior.uniform.item() == pytest.approx(
+        np.mean([kl_by_hand(t[b, 0], uniform) for b in range(3)]), rel=1e-4
+    )
     assert prior.position < prior.uniform
-    assert positional_prior(mean_map[None, None], mean_map).position.item() == pytest.approx(0, abs=1e-6)
+    assert positional_prior(mean_map[None, None], mean_map).position.item() == pytest.approx(
+        0, abs=1e-6
+    )

@@ -1,4 +1,5 @@
 """Encoder and decoder from local directories in every layout, against transformers' and diffusers' own classes."""
+
 import json
 import re
 import shutil
@@ -10,14 +11,27 @@ from safetensors.torch import load_file, save_file
 
 from muse import MUSE_ViT
 from muse.errors import CheckpointError, ConfigError
-from muse.models.backbones import build_decoder, build_encoder, internvit_to_transformers
-from muse.models.sources import TensorFiles, locate
+from muse.models.dc_ae import build_decoder
+from muse.models.internvit import build_encoder, internvit_to_transformers
+from muse.utils.weights import TensorFiles, locate
 from tests.helpers import DECODER, ENCODER, MODEL, ROOT, merged, random_images
 
-TEXT = {"model_type": "qwen2", "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2,
-        "num_key_value_heads": 2, "vocab_size": 64}
-DECODER_DIR = {**DECODER, "encoder_block_types": "ResBlock", "encoder_block_out_channels": [8, 8, 8],
-               "encoder_layers_per_block": [1, 1, 1], "encoder_qkv_multiscales": [[], [], []]}
+TEXT = {
+    "model_type": "qwen2",
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 2,
+    "vocab_size": 64,
+}
+DECODER_DIR = {
+    **DECODER,
+    "encoder_block_types": "ResBlock",
+    "encoder_block_out_channels": [8, 8, 8],
+    "encoder_layers_per_block": [1, 1, 1],
+    "encoder_qkv_multiscales": [[], [], []],
+}
 
 
 def filled(module, seed: int = 0):
@@ -34,7 +48,11 @@ def full_model():
     """A small whole InternVL: vision tower, projector, language model."""
     from transformers import InternVLConfig, InternVLForConditionalGeneration
 
-    return filled(InternVLForConditionalGeneration(InternVLConfig(vision_config=dict(ENCODER), text_config=dict(TEXT))))
+    return filled(
+        InternVLForConditionalGeneration(
+            InternVLConfig(vision_config=dict(ENCODER), text_config=dict(TEXT))
+        )
+    )
 
 
 @pytest.fixture(scope="module")
@@ -49,10 +67,14 @@ def original_layout(tower) -> dict[str, torch.Tensor]:
     old["embeddings.class_embedding"] = weights["embeddings.cls_token"]
     old["embeddings.position_embedding"] = weights["embeddings.position_embeddings"]
     for kind in ("weight", "bias"):
-        old[f"embeddings.patch_embedding.{kind}"] = weights[f"embeddings.patch_embeddings.projection.{kind}"]
+        old[f"embeddings.patch_embedding.{kind}"] = weights[
+            f"embeddings.patch_embeddings.projection.{kind}"
+        ]
         for layer in range(2):
             here, there = f"encoder.layer.{layer}", f"encoder.layers.{layer}"
-            old[f"{there}.attn.qkv.{kind}"] = torch.cat([weights[f"{here}.attention.{part}_proj.{kind}"] for part in "qkv"])
+            old[f"{there}.attn.qkv.{kind}"] = torch.cat(
+                [weights[f"{here}.attention.{part}_proj.{kind}"] for part in "qkv"]
+            )
             old[f"{there}.attn.proj.{kind}"] = weights[f"{here}.attention.projection_layer.{kind}"]
             old[f"{there}.norm1.{kind}"] = weights[f"{here}.layernorm_before.{kind}"]
             old[f"{there}.norm2.{kind}"] = weights[f"{here}.layernorm_after.{kind}"]
@@ -65,20 +87,44 @@ def original_layout(tower) -> dict[str, torch.Tensor]:
 
 
 ORIGINAL_CONFIG = {
-    "architectures": ["InternVLChatModel"], "model_type": "internvl_chat", "auto_map": {"AutoModel": "modeling.InternVLChatModel"},
-    "llm_config": {"hidden_size": 32}, "vision_config": {
-        "architectures": ["InternVisionModel"], "model_type": "intern_vit_6b", "hidden_size": 16, "image_size": 32, "patch_size": 8,
-        "intermediate_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2, "qkv_bias": True, "qk_normalization": False,
-        "norm_type": "layer_norm", "layer_norm_eps": 1e-6, "hidden_act": "gelu", "use_flash_attn": True, "drop_path_rate": 0.0,
-        "initializer_factor": 1.0}}
-LANGUAGE = {"language_model.model.embed_tokens.weight": (7, 3), "language_model.lm_head.weight": (5, 11), "mlp1.1.weight": (2, 2)}
+    "architectures": ["InternVLChatModel"],
+    "model_type": "internvl_chat",
+    "auto_map": {"AutoModel": "modeling.InternVLChatModel"},
+    "llm_config": {"hidden_size": 32},
+    "vision_config": {
+        "architectures": ["InternVisionModel"],
+        "model_type": "intern_vit_6b",
+        "hidden_size": 16,
+        "image_size": 32,
+        "patch_size": 8,
+        "intermediate_size": 32,
+        "num_attention_heads": 2,
+        "num_hidden_layers": 2,
+        "qkv_bias": True,
+        "qk_normalization": False,
+        "norm_type": "layer_norm",
+        "layer_norm_eps": 1e-6,
+        "hidden_act": "gelu",
+        "use_flash_attn": True,
+        "drop_path_rate": 0.0,
+        "initializer_factor": 1.0,
+    },
+}
+LANGUAGE = {
+    "language_model.model.embed_tokens.weight": (7, 3),
+    "language_model.lm_head.weight": (5, 11),
+    "mlp1.1.weight": (2, 2),
+}
 
 
 def write_original(tower, folder, shards: int = 1):
     """A directory as the authors of InternVL publish it, in `shards` files; the language model's tensors have impossible sizes."""
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(ORIGINAL_CONFIG))
-    state = {**{name: torch.zeros(shape) for name, shape in LANGUAGE.items()}, **original_layout(tower)}
+    state = {
+        **{name: torch.zeros(shape) for name, shape in LANGUAGE.items()},
+        **original_layout(tower),
+    }
     if shards == 1:
         save_file(state, folder / "model.safetensors")
         return folder
@@ -88,7 +134,9 @@ def write_original(tower, folder, shards: int = 1):
         part = names[shard::shards]
         save_file({name: state[name] for name in part}, folder / file)
         where.update(dict.fromkeys(part, file))
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": where}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {}, "weight_map": where})
+    )
     return folder
 
 
@@ -123,11 +171,15 @@ def hold_encoder(encoder, tower) -> None:
 
 # ---------------------------------------------------------------------------------------------------- encoder
 @pytest.mark.parametrize("shard_size", ["1GB", "20KB"])
-def test_encoder_from_a_whole_internvl_of_transformers(full_model, tower, tmp_path, reads, shard_size):
+def test_encoder_from_a_whole_internvl_of_transformers(
+    full_model, tower, tmp_path, reads, shard_size
+):
     full_model.save_pretrained(tmp_path / "internvl", max_shard_size=shard_size)
     assert (len(list((tmp_path / "internvl").glob("*.safetensors"))) > 1) == (shard_size == "20KB")
     hold_encoder(build_encoder(str(tmp_path / "internvl"), {}), tower)
-    assert reads and all("vision_tower." in name for name in reads) and len(reads) == len(set(reads))
+    assert (
+        reads and all("vision_tower." in name for name in reads) and len(reads) == len(set(reads))
+    )
 
 
 def test_encoder_from_the_tower_alone(tower, tmp_path):
@@ -139,14 +191,18 @@ def test_encoder_from_the_tower_alone(tower, tmp_path):
 def test_encoder_from_the_original_layout(tower, tmp_path, reads, shards):
     folder = write_original(tower, tmp_path / "internvl", shards)
     hold_encoder(build_encoder(str(folder), {}), tower)
-    assert len(reads) == len(original_layout(tower)) and all(name.startswith("vision_model.") for name in reads)
+    assert len(reads) == len(original_layout(tower)) and all(
+        name.startswith("vision_model.") for name in reads
+    )
 
 
 def test_encoder_configuration_given_stands_over_the_directory_s(tower, tmp_path):
     folder = write_original(tower, tmp_path / "internvl")
     (folder / "config.json").unlink()
     hold_encoder(build_encoder(str(folder), ENCODER), tower)
-    with pytest.raises(CheckpointError, match=r"has shape .*, the configuration makes it") as caught:
+    with pytest.raises(
+        CheckpointError, match=r"has shape .*, the configuration makes it"
+    ) as caught:
         build_encoder(str(folder), {**ENCODER, "intermediate_size": 48})
     assert "\n" not in str(caught.value)
     with pytest.raises(CheckpointError, match="tensors are missing, the first is encoder.layer.2"):
@@ -160,15 +216,24 @@ def test_half_precision_files_are_read_as_float32(tower, tmp_path):
     save_file(half, file)
     encoder = build_encoder(str(folder), {})
     assert all(parameter.dtype == torch.float32 for parameter in encoder.parameters())
-    assert torch.equal(encoder.embeddings.cls_token, half["vision_model.embeddings.class_embedding"].float())
+    assert torch.equal(
+        encoder.embeddings.cls_token, half["vision_model.embeddings.class_embedding"].float()
+    )
 
 
 def test_names_of_the_original_layout():
     assert internvit_to_transformers("encoder.layers.3.attn.qkv.bias") == [
-        f"encoder.layer.3.attention.{part}_proj.bias" for part in "qkv"]
-    assert internvit_to_transformers("encoder.layers.11.norm2.weight") == ["encoder.layer.11.layernorm_after.weight"]
-    assert internvit_to_transformers("encoder.layers.0.attn.q_norm.weight") == ["encoder.layer.0.attention.q_norm.weight"]
-    assert internvit_to_transformers("encoder.layers.0.mlp.fc1.weight") == ["encoder.layer.0.mlp.fc1.weight"]
+        f"encoder.layer.3.attention.{part}_proj.bias" for part in "qkv"
+    ]
+    assert internvit_to_transformers("encoder.layers.11.norm2.weight") == [
+        "encoder.layer.11.layernorm_after.weight"
+    ]
+    assert internvit_to_transformers("encoder.layers.0.attn.q_norm.weight") == [
+        "encoder.layer.0.attention.q_norm.weight"
+    ]
+    assert internvit_to_transformers("encoder.layers.0.mlp.fc1.weight") == [
+        "encoder.layer.0.mlp.fc1.weight"
+    ]
 
 
 # ---------------------------------------------------------------------------------------------------- decoder
@@ -187,18 +252,27 @@ def test_decoder_from_a_diffusers_directory(autoencoder, tmp_path, reads, shard_
     latent = torch.randn(2, 8, 3, 2)
     with torch.no_grad():
         assert torch.equal(decoder(latent), autoencoder.decode(latent).sample)
-    assert fields["latent_channels"] == 8 and list(fields["decoder_block_out_channels"]) == [8, 8, 8]
+    assert fields["latent_channels"] == 8 and list(fields["decoder_block_out_channels"]) == [
+        8,
+        8,
+        8,
+    ]
     assert all(name.startswith("decoder.") for name in reads)  # the encoder half is never read
 
 
 def test_the_student_from_both_directories(tower, autoencoder, tmp_path):
     write_original(tower, tmp_path / "internvl")
     autoencoder.save_pretrained(tmp_path / "dcae")
-    sources = {"encoder": {"source": str(tmp_path / "internvl")}, "decoder": {"source": str(tmp_path / "dcae")}}
+    sources = {
+        "encoder": {"source": str(tmp_path / "internvl")},
+        "decoder": {"source": str(tmp_path / "dcae")},
+    }
     model = MUSE_ViT({**MODEL, **sources}).eval()
     latent = torch.randn(1, 8, 2, 2)
     with torch.no_grad():
-        assert torch.equal(model.decode(latent, size=(8, 8)), (autoencoder.decode(latent).sample + 1) / 2)
+        assert torch.equal(
+            model.decode(latent, size=(8, 8)), (autoencoder.decode(latent).sample + 1) / 2
+        )
     # Saved, it needs its sources no more.
     model.save_pretrained(tmp_path / "muse")
     shutil.rmtree(tmp_path / "internvl")
@@ -211,16 +285,23 @@ def test_the_student_from_both_directories(tower, autoencoder, tmp_path):
 
 def test_a_latent_of_another_width_gets_an_adapter(autoencoder, tmp_path):
     autoencoder.save_pretrained(tmp_path / "dcae")
-    model = MUSE_ViT({**MODEL, "latent_dim": 5, "decoder": {"source": str(tmp_path / "dcae")}}).eval()
+    model = MUSE_ViT(
+        {**MODEL, "latent_dim": 5, "decoder": {"source": str(tmp_path / "dcae")}}
+    ).eval()
     assert model.decoder_adapter.weight.shape == (8, 5, 1, 1)
     latent = torch.randn(1, 5, 2, 2)
     with torch.no_grad():
-        widened = torch.einsum("oc,bchw->bohw", model.decoder_adapter.weight[..., 0, 0], latent) \
-            + model.decoder_adapter.bias.view(1, -1, 1, 1)
-        assert torch.allclose(model.decode(latent, (8, 8)), (autoencoder.decode(widened).sample + 1) / 2, atol=1e-5)
+        widened = torch.einsum(
+            "oc,bchw->bohw", model.decoder_adapter.weight[..., 0, 0], latent
+        ) + model.decoder_adapter.bias.view(1, -1, 1, 1)
+        assert torch.allclose(
+            model.decode(latent, (8, 8)), (autoencoder.decode(widened).sample + 1) / 2, atol=1e-5
+        )
     model.save_pretrained(tmp_path / "muse")
     with torch.no_grad():
-        assert torch.equal(MUSE_ViT.from_pretrained(tmp_path / "muse").decode(latent), model.decode(latent))
+        assert torch.equal(
+            MUSE_ViT.from_pretrained(tmp_path / "muse").decode(latent), model.decode(latent)
+        )
 
 
 # ---------------------------------------------------------------------------------------------------- what does not load
@@ -270,7 +351,9 @@ def test_a_file_by_itself_and_lazily(tower, tmp_path, reads):
     save_file(original_layout(tower), tmp_path / "one.safetensors")
     files = TensorFiles(tmp_path / "one.safetensors")
     assert len(files.keys()) == len(original_layout(tower)) and not reads
-    assert files["vision_model.encoder.layers.0.ls1"].shape == (16,) and reads == ["vision_model.encoder.layers.0.ls1"]
+    assert files["vision_model.encoder.layers.0.ls1"].shape == (16,) and reads == [
+        "vision_model.encoder.layers.0.ls1"
+    ]
 
 
 def test_unknown_fields_of_a_part_are_refused(tmp_path):
@@ -281,7 +364,9 @@ def test_unknown_fields_of_a_part_are_refused(tmp_path):
 
 
 def test_no_remote_code_and_no_unsafe_pickle_anywhere():
-    files = [file for folder in ("muse", "scripts", "tools") for file in (ROOT / folder).rglob("*.py")]
+    files = [
+        file for folder in ("muse", "scripts", "tools") for file in (ROOT / folder).rglob("*.py")
+    ]
     assert len(files) > 50
     for file in files:
         text = file.read_text()

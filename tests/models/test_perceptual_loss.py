@@ -3,34 +3,54 @@ import torch
 import torch.nn.functional as F
 
 from muse.errors import CheckpointError, ConfigError
-from muse.models.efficientnet_lite import load_efficientnet_lite0
-from muse.models.perceptual_loss import PARTS, LPIPS, PerceptualLoss, parse_perceptual_name
+from muse.losses.perceptual import LPIPS, PARTS, PerceptualLoss, parse_perceptual_name
+from muse.teachers.efficientnet_lite import load_efficientnet_lite0
 
 
 def pair(batch: int = 2, side: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    return torch.rand(batch, 3, side, side, generator=generator), torch.rand(batch, 3, side, side, generator=generator)
+    return torch.rand(batch, 3, side, side, generator=generator), torch.rand(
+        batch, 3, side, side, generator=generator
+    )
 
 
 @pytest.fixture(scope="module")
 def vgg_file(tmp_path_factory):
     """Random weights of VGG-16's convolutions under torchvision's names (the pretrained ones need the network)."""
     from torchvision.models.vgg import cfgs, make_layers
+
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("weights") / "vgg16.pth"
-    torch.save({f"features.{k}": v for k, v in make_layers(cfgs["D"], False).state_dict().items()}, path)
+    torch.save(
+        {f"features.{k}": v for k, v in make_layers(cfgs["D"], False).state_dict().items()}, path
+    )
     return path
 
 
 # ---- names
+
 
 def test_names():
     assert parse_perceptual_name("lpips-convnext_s-1.0-0.1") == {"lpips": 1.0, "convnext_s": 0.1}
     assert parse_perceptual_name("random") == {"random": 1.0}
 
 
-@pytest.mark.parametrize("name", ["", "nothing", "lpips-1.0-0.1", "lpips-convnext_s-1.0", "random--1", "random-0.0",
-                                  "random-random-1-1", "lpips-convnext_s", "random-x", "random-nan", "random-inf"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "nothing",
+        "lpips-1.0-0.1",
+        "lpips-convnext_s-1.0",
+        "random--1",
+        "random-0.0",
+        "random-random-1-1",
+        "lpips-convnext_s",
+        "random-x",
+        "random-nan",
+        "random-inf",
+    ],
+)
 def test_bad_names_are_one_line(name):
     with pytest.raises(ConfigError, match="losses.perceptual.name=") as caught:
         PerceptualLoss(name)
@@ -39,18 +59,22 @@ def test_bad_names_are_one_line(name):
 
 # ---- the whole
 
+
 def test_weighted_sum_over_sum_of_weights():
     images, target = pair()
     loss = PerceptualLoss("random-efficientnet_lite0-3.0-1.0", blocks=[0, 2])
     parts = [loss.parts[name](images, target) for name in ("random", "efficientnet_lite0")]
     expected = ((3 * parts[0] + parts[1]) / 4).mean().item()
-    assert parts[0].shape == (2,) and loss(images, target).item() == pytest.approx(expected, rel=1e-6)
+    assert parts[0].shape == (2,) and loss(images, target).item() == pytest.approx(
+        expected, rel=1e-6
+    )
     assert loss(target, target).item() == pytest.approx(0, abs=1e-9)
 
 
 def test_a_part_of_weight_zero_is_not_built(monkeypatch):
     def never(*args):
         raise AssertionError("built")
+
     monkeypatch.setitem(PARTS, "lpips", never)
     assert list(PerceptualLoss("random-lpips-1.0-0.0").parts) == ["random"]
 
@@ -85,9 +109,13 @@ def test_the_same_random_network_every_time_and_no_random_number_spent():
 
 # ---- the parts, each against another implementation
 
-@pytest.mark.filterwarnings("ignore:.*deprecated:UserWarning")  # the package's own call of torchvision
+
+@pytest.mark.filterwarnings(
+    "ignore:.*deprecated:UserWarning"
+)  # the package's own call of torchvision
 def test_lpips_equals_the_lpips_package(vgg_file):
     import lpips
+
     reference = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
     state = torch.load(vgg_file, weights_only=True)
     for key in reference.net.state_dict():  # sliceK.N.weight: N counts vgg16's features
@@ -102,12 +130,18 @@ def test_lpips_equals_the_lpips_package(vgg_file):
 
 def test_convnext_equals_torchvision(tmp_path):
     from torchvision.models import convnext_small
+
     with torch.device("meta"):
         reference = convnext_small()
     generator = torch.Generator().manual_seed(0)
-    state = {key: (key.endswith(("layer_scale", "weight")) + torch.zeros(value.shape) if value.ndim in (1, 3)
-                   else 0.02 * torch.randn(value.shape, generator=generator))
-             for key, value in reference.state_dict().items()}
+    state = {
+        key: (
+            key.endswith(("layer_scale", "weight")) + torch.zeros(value.shape)
+            if value.ndim in (1, 3)
+            else 0.02 * torch.randn(value.shape, generator=generator)
+        )
+        for key, value in reference.state_dict().items()
+    }
     reference.load_state_dict(state, assign=True)
     torch.save(state, tmp_path / "convnext.pth")
     images, target = pair(batch=1, side=40)
@@ -130,7 +164,9 @@ def test_efficientnet_is_the_chord_between_unit_vectors():
     images, target = pair()
     network = load_efficientnet_lite0()
     layers = zip(network.features(images, (1, 4)), network.features(target, (1, 4)))
-    expected = torch.stack([2 - 2 * F.cosine_similarity(a, b, dim=1).mean(dim=(1, 2)) for a, b in layers]).mean(dim=0)
+    expected = torch.stack(
+        [2 - 2 * F.cosine_similarity(a, b, dim=1).mean(dim=(1, 2)) for a, b in layers]
+    ).mean(dim=0)
     loss = PerceptualLoss("efficientnet_lite0", blocks=(1, 4))
     torch.testing.assert_close(loss.per_image(images, target), expected, atol=1e-5, rtol=1e-4)
     with pytest.raises(ConfigError, match="losses.perceptual.blocks"):
@@ -139,12 +175,18 @@ def test_efficientnet_is_the_chord_between_unit_vectors():
 
 # ---- weights that are not there
 
-@pytest.mark.parametrize("part, file", [("lpips", "vgg16-397923af.pth"), ("convnext_s", "convnext_small-0c510722.pth")])
+
+@pytest.mark.parametrize(
+    "part, file", [("lpips", "vgg16-397923af.pth"), ("convnext_s", "convnext_small-0c510722.pth")]
+)
 def test_without_network_it_names_the_file_and_the_key(part, file, monkeypatch):
     def offline(*args, **kwargs):
         raise OSError("no route")
+
     monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", offline)
-    with pytest.raises(CheckpointError, match=f"needs {file}.*losses.perceptual.weights.{part}=") as caught:
+    with pytest.raises(
+        CheckpointError, match=f"needs {file}.*losses.perceptual.weights.{part}="
+    ) as caught:
         PerceptualLoss(part)
     assert "\n" not in str(caught.value)
 
@@ -152,7 +194,9 @@ def test_without_network_it_names_the_file_and_the_key(part, file, monkeypatch):
 def test_wrong_files(tmp_path, vgg_file):
     with pytest.raises(CheckpointError, match="not found: .*none.pth"):
         PerceptualLoss("lpips", weights={"lpips": tmp_path / "none.pth"})
-    with pytest.raises(CheckpointError, match="does not hold the weights of perceptual part 'convnext_s'"):
+    with pytest.raises(
+        CheckpointError, match="does not hold the weights of perceptual part 'convnext_s'"
+    ):
         PerceptualLoss("convnext_s", weights={"convnext_s": vgg_file})
     with pytest.raises(ConfigError, match="unknown part 'vgg'"):
         PerceptualLoss("random", weights={"vgg": vgg_file})

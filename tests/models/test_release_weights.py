@@ -1,4 +1,5 @@
 """The authors' checkpoint: golden outputs, every form of the file, the full-size key list, and the way back."""
+
 import json
 import logging
 
@@ -45,8 +46,13 @@ def hold_golden(model, golden) -> None:
     images = golden["images"]
     with torch.no_grad():
         encoding = model.encode(images, return_attention=True)
-        ours = {"latent": encoding.latent, "topology": encoding.topology[-1], "semantic": encoding.semantic,
-                "image_embeds": model.embed_image(images), "reconstruction": model.decode(encoding.latent)}
+        ours = {
+            "latent": encoding.latent,
+            "topology": encoding.topology[-1],
+            "semantic": encoding.semantic,
+            "image_embeds": model.embed_image(images),
+            "reconstruction": model.decode(encoding.latent),
+        }
     theirs = {**golden, "reconstruction": (golden["reconstruction"] + 1) / 2}
     for name, value in ours.items():
         assert value.shape == theirs[name].shape, name
@@ -65,12 +71,19 @@ def test_outputs_equal_the_authors_code(release_file, config, golden):
     assert (out.reconstruction - (golden["reconstruction"] + 1) / 2).abs().max() < TOLERANCE
 
 
-def test_paper_routing_reads_the_same_file_and_differs_by_the_join_alone(release_file, config, golden):
+def test_paper_routing_reads_the_same_file_and_differs_by_the_join_alone(
+    release_file, config, golden
+):
     model = load_release_checkpoint(release_file, {**config, "routing": "paper"})
     with torch.no_grad():
         joined = model.encode(golden["images"]).latent
-        parted = load_release_checkpoint(release_file, {**config, "routing": "paper", "join_semantics": False}) \
-            .encode(golden["images"]).latent
+        parted = (
+            load_release_checkpoint(
+                release_file, {**config, "routing": "paper", "join_semantics": False}
+            )
+            .encode(golden["images"])
+            .latent
+        )
     assert (joined - golden["latent"]).abs().max() > 0.01
     assert (parted - golden["latent"]).abs().max() < TOLERANCE
 
@@ -81,8 +94,15 @@ FORMS = {
     "compiled": lambda state: {f"_orig_mod.{name}": tensor for name, tensor in state.items()},
     "both": lambda state: {f"module._orig_mod.{name}": tensor for name, tensor in state.items()},
     "model": lambda state: {"model": state},
-    "ema_model": lambda state: {"ema_model": {f"module.{name}": tensor for name, tensor in state.items()}, "model": {}},
-    "teacher": lambda state: {**state, "dino_teacher.layer.0.weight": torch.zeros(3), "dino_teacher.norm.bias": torch.zeros(3)},
+    "ema_model": lambda state: {
+        "ema_model": {f"module.{name}": tensor for name, tensor in state.items()},
+        "model": {},
+    },
+    "teacher": lambda state: {
+        **state,
+        "dino_teacher.layer.0.weight": torch.zeros(3),
+        "dino_teacher.norm.bias": torch.zeros(3),
+    },
 }
 
 
@@ -98,7 +118,10 @@ def test_wrappers_and_prefixes_of_a_pickle(form, state, config, golden, tmp_path
     encoder = next(words for words in report if words[0] == "encoder")
     assert encoder == ["encoder", "loaded", "32", "skipped", "0", "missing", "0", "unexpected", "0"]
     if form == "teacher":
-        assert next(words for words in report if words[0] == "dino_teacher")[3:5] == ["skipped", "2"]
+        assert next(words for words in report if words[0] == "dino_teacher")[3:5] == [
+            "skipped",
+            "2",
+        ]
 
 
 @pytest.mark.parametrize("form", ["plain", "module", "both"])
@@ -107,18 +130,26 @@ def test_safetensors_file_through_every_door(form, state, config, golden, tmp_pa
     save_file(FORMS[form](state), path)
     for model in (load_release_checkpoint(path, config), load_model(path, config)):
         with torch.no_grad():
-            assert (model.encode(golden["images"]).latent - golden["latent"]).abs().max() < TOLERANCE
+            assert (
+                model.encode(golden["images"]).latent - golden["latent"]
+            ).abs().max() < TOLERANCE
 
 
 def test_missing_and_unexpected_tensors_are_named(state, config, tmp_path):
     path = tmp_path / "model.bin"
     torch.save({name: tensor for name, tensor in state.items() if name != "to_latent.bias"}, path)
-    with pytest.raises(CheckpointError, match=r"1 tensors missing and 0 unexpected.*missing to_latent\.bias"):
+    with pytest.raises(
+        CheckpointError, match=r"1 tensors missing and 0 unexpected.*missing to_latent\.bias"
+    ):
         load_release_checkpoint(path, config)
     torch.save({**state, "surprise.weight": torch.zeros(2)}, path)
-    with pytest.raises(CheckpointError, match=r"0 tensors missing and 1 unexpected.*unexpected surprise\.weight"):
+    with pytest.raises(
+        CheckpointError, match=r"0 tensors missing and 1 unexpected.*unexpected surprise\.weight"
+    ):
         load_release_checkpoint(path, config)
-    torch.save({name.replace("attn.qkv", "attn.kqv"): tensor for name, tensor in state.items()}, path)
+    torch.save(
+        {name.replace("attn.qkv", "attn.kqv"): tensor for name, tensor in state.items()}, path
+    )
     with pytest.raises(CheckpointError, match="missing encoder.encoder.layer.0.attention.k_proj"):
         load_release_checkpoint(path, config)
 
@@ -126,7 +157,9 @@ def test_missing_and_unexpected_tensors_are_named(state, config, tmp_path):
 def test_another_size_is_named(state, config, tmp_path):
     path = tmp_path / "model.bin"
     torch.save({**state, "to_latent.bias": torch.zeros(16)}, path)
-    with pytest.raises(CheckpointError, match=r"to_latent\.bias has shape \(16,\), the model makes it \(32,\)"):
+    with pytest.raises(
+        CheckpointError, match=r"to_latent\.bias has shape \(16,\), the model makes it \(32,\)"
+    ):
         load_release_checkpoint(path, config)
 
 
@@ -140,7 +173,9 @@ class Touch:
         return open, (str(self.path), "w")
 
 
-@pytest.mark.parametrize("wrap", [lambda bad, state: bad, lambda bad, state: {"model": state, "args": bad}])
+@pytest.mark.parametrize(
+    "wrap", [lambda bad, state: bad, lambda bad, state: {"model": state, "args": bad}]
+)
 def test_a_pickle_that_carries_code_is_refused_and_not_run(wrap, state, config, tmp_path):
     path, trace = tmp_path / "model.bin", tmp_path / "code-ran"
     torch.save(wrap(Touch(trace), state), path)
@@ -149,7 +184,10 @@ def test_a_pickle_that_carries_code_is_refused_and_not_run(wrap, state, config, 
     assert not trace.exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"this is text, not a checkpoint", b"PK\x03\x04 half a zip", b"{}", b"\x80\x02]."])
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"this is text, not a checkpoint", b"PK\x03\x04 half a zip", b"{}", b"\x80\x02]."],
+)
 @pytest.mark.parametrize("name", ["model.bin", "model.safetensors"])
 def test_a_file_that_is_no_checkpoint(content, name, config, tmp_path):
     path = tmp_path / name
@@ -171,7 +209,10 @@ def test_no_such_file_and_no_tensors(config, tmp_path):
 def full_size():
     """MUSE-1B on the meta device: names and shapes, no memory."""
     with torch.device("meta"):
-        return MUSE_ViT(load_config(ROOT / "configs/muse_1b/stage1.yaml", ["model.routing=release"]).model, load_backbones=False)
+        return MUSE_ViT(
+            load_config(ROOT / "configs/muse_1b/stage1.yaml", ["model.routing=release"]).model,
+            load_backbones=False,
+        )
 
 
 def test_full_size_consumes_every_key_with_equal_shapes(full_size):
@@ -182,7 +223,9 @@ def test_full_size_consumes_every_key_with_equal_shapes(full_size):
     converted, report = from_release(released, expected)
     assert len(report.loaded) == 615 and sorted(report.skipped) == ["dino_mean", "dino_std"]
     assert not report.missing and not report.unexpected
-    assert {name: tuple(t.shape) for name, t in converted.items()} == {name: tuple(t.shape) for name, t in expected.items()}
+    assert {name: tuple(t.shape) for name, t in converted.items()} == {
+        name: tuple(t.shape) for name, t in expected.items()
+    }
 
 
 def test_full_size_has_the_counted_parameters(full_size):
@@ -190,7 +233,9 @@ def test_full_size_has_the_counted_parameters(full_size):
 
 
 def test_full_size_names_lead_back_to_the_release(full_size):
-    shapes = {name: list(tensor.shape) for name, tensor in to_release(full_size.state_dict()).items()}
+    shapes = {
+        name: list(tensor.shape) for name, tensor in to_release(full_size.state_dict()).items()
+    }
     assert shapes == json.loads(KEYS_1B.read_text())
 
 
@@ -205,19 +250,49 @@ def config_file(config, tmp_path_factory):
 def convert(*words) -> int:
     import importlib.util
 
-    spec = importlib.util.spec_from_file_location("convert_checkpoint", ROOT / "tools/convert_checkpoint.py")
+    spec = importlib.util.spec_from_file_location(
+        "convert_checkpoint", ROOT / "tools/convert_checkpoint.py"
+    )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.main([str(word) for word in words])
 
 
 @pytest.mark.parametrize("suffix", ["bin", "safetensors"])
-def test_converter_there_and_back(suffix, state, config, config_file, release_file, golden, tmp_path):
+def test_converter_there_and_back(
+    suffix, state, config, config_file, release_file, golden, tmp_path
+):
     ours, theirs = tmp_path / "muse", tmp_path / "back" / f"model.{suffix}"
-    assert convert("--config", config_file, "--checkpoint", release_file, "--output", ours, "--device", "cpu") == 0
+    assert (
+        convert(
+            "--config",
+            config_file,
+            "--checkpoint",
+            release_file,
+            "--output",
+            ours,
+            "--device",
+            "cpu",
+        )
+        == 0
+    )
     hold_golden(MUSE_ViT.from_pretrained(ours), golden)
 
-    assert convert("--config", config_file, "--checkpoint", ours, "--output", theirs, "--to", "release", "--device", "cpu") == 0
+    assert (
+        convert(
+            "--config",
+            config_file,
+            "--checkpoint",
+            ours,
+            "--output",
+            theirs,
+            "--to",
+            "release",
+            "--device",
+            "cpu",
+        )
+        == 0
+    )
     back = load_file(theirs) if suffix == "safetensors" else torch.load(theirs, weights_only=True)
     assert back.keys() == state.keys()
     assert all(torch.equal(back[name], tensor) for name, tensor in state.items())
@@ -225,9 +300,19 @@ def test_converter_there_and_back(suffix, state, config, config_file, release_fi
     assert sorted(path.name for path in tmp_path.rglob(".*")) == []  # nothing half-written is left
 
 
-def test_converter_refuses_what_the_authors_code_cannot_compute(config, config_file, tmp_path, capsys):
+def test_converter_refuses_what_the_authors_code_cannot_compute(
+    config, config_file, tmp_path, capsys
+):
     MUSE_ViT(model_config({**config, "routing": "paper"})).save_pretrained(tmp_path / "paper")
-    words = ("--config", config_file, "--checkpoint", tmp_path / "paper", "--to", "release", "--output")
+    words = (
+        "--config",
+        config_file,
+        "--checkpoint",
+        tmp_path / "paper",
+        "--to",
+        "release",
+        "--output",
+    )
     line = one_error(capsys, convert(*words, tmp_path / "x.bin"))
     assert "model.routing=paper" in line
     line = one_error(capsys, convert(*words, tmp_path / "x.bin", "model.routing=paper"))
@@ -236,7 +321,19 @@ def test_converter_refuses_what_the_authors_code_cannot_compute(config, config_f
     assert not (tmp_path / "x.bin").exists() and not (tmp_path / "folder").exists()
 
 
-def test_converter_says_in_one_line_where_it_cannot_write(config_file, release_file, tmp_path, capsys):
+def test_converter_says_in_one_line_where_it_cannot_write(
+    config_file, release_file, tmp_path, capsys
+):
     (tmp_path / "file").write_text("in the way")
-    line = one_error(capsys, convert("--config", config_file, "--checkpoint", release_file, "--output", tmp_path / "file" / "out"))
+    line = one_error(
+        capsys,
+        convert(
+            "--config",
+            config_file,
+            "--checkpoint",
+            release_file,
+            "--output",
+            tmp_path / "file" / "out",
+        ),
+    )
     assert "cannot be written" in line

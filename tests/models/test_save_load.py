@@ -1,4 +1,5 @@
 """Saving and loading: bit for bit, whole or not at all, and every form of checkpoint through one door."""
+
 import json
 import os
 
@@ -8,9 +9,9 @@ from safetensors.torch import load_file, save_file
 
 from muse import CheckpointError, MUSE_ViT
 from muse.config import load_config, model_config
-from muse.models import base_model
-from muse.models.base_model import atomic_directory
+from muse.models import pretrained
 from muse.models.loading import EMA_FILE, initial_model, load_model, weights_file
+from muse.utils.io import atomic_directory
 from tests.helpers import MODEL, merged, random_images, tiny_model
 
 
@@ -45,16 +46,31 @@ def test_config_json_spells_out_both_parts_and_keeps_the_switches(tmp_path):
     model = tiny_model(routing="release", isolate_streams=True, unshuffle=1)
     model.save_pretrained(tmp_path / "model")
     section = json.loads((tmp_path / "model/config.json").read_text())["model"]
-    assert section["routing"] == "release" and section["isolate_streams"] is True and section["unshuffle"] == 1
-    assert section["encoder"]["source"] == "random" and section["encoder"]["config"]["hidden_size"] == 16
+    assert (
+        section["routing"] == "release"
+        and section["isolate_streams"] is True
+        and section["unshuffle"] == 1
+    )
+    assert (
+        section["encoder"]["source"] == "random"
+        and section["encoder"]["config"]["hidden_size"] == 16
+    )
     assert section["decoder"]["config"]["decoder_block_out_channels"] == [8, 8, 8]
     again = MUSE_ViT.from_pretrained(tmp_path / "model").config
-    assert (again.routing, again.isolate_streams, again.shield_attention, again.join_semantics) == ("release", True, True, False)
+    assert (again.routing, again.isolate_streams, again.shield_attention, again.join_semantics) == (
+        "release",
+        True,
+        True,
+        False,
+    )
 
 
 def test_weights_loaded_in_half_precision_come_back_as_the_model_s(saved):
     _, folder = saved
-    half = {name: tensor.to(torch.bfloat16) for name, tensor in load_file(folder / "model.safetensors").items()}
+    half = {
+        name: tensor.to(torch.bfloat16)
+        for name, tensor in load_file(folder / "model.safetensors").items()
+    }
     save_file(half, folder / "model.safetensors")
     again = MUSE_ViT.from_pretrained(folder)
     assert all(parameter.dtype == torch.float32 for parameter in again.parameters())
@@ -62,7 +78,9 @@ def test_weights_loaded_in_half_precision_come_back_as_the_model_s(saved):
 
 
 # ---------------------------------------------------------------------------------------------------- atomic writing
-@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), RuntimeError("a bug"), KeyboardInterrupt()])
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), RuntimeError("a bug"), KeyboardInterrupt()]
+)
 def test_a_write_that_fails_leaves_the_old_directory_whole(saved, error, monkeypatch):
     model, folder = saved
     before = {name: (folder / name).read_bytes() for name in os.listdir(folder)}
@@ -71,7 +89,7 @@ def test_a_write_that_fails_leaves_the_old_directory_whole(saved, error, monkeyp
         (target / "model.safetensors").write_bytes(b"half")
         raise error
 
-    monkeypatch.setattr(base_model, "write_weights", fail)
+    monkeypatch.setattr(pretrained, "write_weights", fail)
     with pytest.raises(CheckpointError if isinstance(error, OSError) else type(error)) as caught:
         tiny_model(1).save_pretrained(folder)
     if isinstance(error, OSError):
@@ -86,7 +104,9 @@ def test_saving_over_an_old_directory_replaces_it_whole(saved):
     (folder / "stale.txt").write_text("from before")
     other = tiny_model(7)
     other.save_pretrained(folder)
-    assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"] and os.listdir(folder.parent) == ["model"]
+    assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"] and os.listdir(
+        folder.parent
+    ) == ["model"]
     assert equal(other, MUSE_ViT.from_pretrained(folder))
 
 
@@ -98,7 +118,9 @@ def test_places_that_cannot_be_written(tmp_path):
         tiny_model().save_pretrained(tmp_path / "file" / "below")
     with atomic_directory(tmp_path / "deep" / "new") as folder:
         (folder / "a").write_text("1")
-    assert (tmp_path / "deep/new/a").read_text() == "1" and (tmp_path / "deep/new").stat().st_mode & 0o777 == 0o755
+    assert (tmp_path / "deep/new/a").read_text() == "1" and (
+        tmp_path / "deep/new"
+    ).stat().st_mode & 0o777 == 0o755
 
 
 # ---------------------------------------------------------------------------------------------------- what does not load
@@ -132,13 +154,19 @@ def test_weights_that_are_missing_broken_or_of_another_model(saved):
     with pytest.raises(CheckpointError, match="extra.weight"):
         MUSE_ViT.from_pretrained(folder)
     save_file({**state, "to_latent.bias": torch.zeros(9)}, file)
-    with pytest.raises(CheckpointError, match=r"to_latent.bias has shape \(9,\), the model makes it \(8,\): .* another size"):
+    with pytest.raises(
+        CheckpointError,
+        match=r"to_latent.bias has shape \(9,\), the model makes it \(8,\): .* another size",
+    ):
         MUSE_ViT.from_pretrained(folder)
 
 
 def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    with pytest.raises(CheckpointError, match="someone/some-model: neither a local directory nor reachable on the hub") as caught:
+    with pytest.raises(
+        CheckpointError,
+        match="someone/some-model: neither a local directory nor reachable on the hub",
+    ) as caught:
         MUSE_ViT.from_pretrained("someone/some-model")
     assert "\n" not in str(caught.value)
 
@@ -157,19 +185,33 @@ def test_a_training_checkpoint_gives_its_running_means(saved):
     model, folder = saved
     save_file({"to_latent.bias": torch.full((8,), 5.0)}, folder / EMA_FILE)
     loaded = load_model(folder, MODEL)
-    assert torch.equal(loaded.to_latent.bias, torch.full((8,), 5.0)) and torch.equal(loaded.to_latent.weight, model.to_latent.weight)
+    assert torch.equal(loaded.to_latent.bias, torch.full((8,), 5.0)) and torch.equal(
+        loaded.to_latent.weight, model.to_latent.weight
+    )
     assert weights_file(folder) == folder / EMA_FILE
 
 
-@pytest.mark.parametrize(("changes", "words"), [
-    ({"dim": 64}, "another size: its model.dim is 32, the configuration says 64"),
-    ({"num_blocks": 3}, "its model.num_blocks is 2, the configuration says 3"),
-    ({"unshuffle": 1}, "its model.unshuffle is 2"),
-    ({"encoder": {"config": {"hidden_size": 32}}}, "its model.encoder.config.hidden_size is 16, the configuration says 32"),
-    ({"decoder": {"config": {"decoder_block_out_channels": [8, 8, 16]}}}, "its model.decoder.config.decoder_block_out_channels"),
-    ({"routing": "release"}, "trained with model.routing=paper, the configuration says release"),
-    ({"join_semantics": False}, "trained with model.join_semantics=True"),
-])
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"dim": 64}, "another size: its model.dim is 32, the configuration says 64"),
+        ({"num_blocks": 3}, "its model.num_blocks is 2, the configuration says 3"),
+        ({"unshuffle": 1}, "its model.unshuffle is 2"),
+        (
+            {"encoder": {"config": {"hidden_size": 32}}},
+            "its model.encoder.config.hidden_size is 16, the configuration says 32",
+        ),
+        (
+            {"decoder": {"config": {"decoder_block_out_channels": [8, 8, 16]}}},
+            "its model.decoder.config.decoder_block_out_channels",
+        ),
+        (
+            {"routing": "release"},
+            "trained with model.routing=paper, the configuration says release",
+        ),
+        ({"join_semantics": False}, "trained with model.join_semantics=True"),
+    ],
+)
 def test_a_directory_that_contradicts_the_configuration(saved, changes, words):
     with pytest.raises(CheckpointError, match=words) as caught:
         load_model(saved[1], merged(MODEL, changes))
@@ -178,7 +220,12 @@ def test_a_directory_that_contradicts_the_configuration(saved, changes, words):
 
 def test_sizes_given_as_a_number_or_a_pair_are_the_same(saved):
     model, folder = saved
-    assert equal(model, load_model(folder, merged(MODEL, {"encoder": {"config": {"image_size": 32, "patch_size": 8}}})))
+    assert equal(
+        model,
+        load_model(
+            folder, merged(MODEL, {"encoder": {"config": {"image_size": 32, "patch_size": 8}}})
+        ),
+    )
 
 
 def test_a_weights_file_of_another_size(saved):
@@ -189,7 +236,9 @@ def test_a_weights_file_of_another_size(saved):
 def test_paths_that_are_no_checkpoint(tmp_path):
     with pytest.raises(CheckpointError, match="none: no such checkpoint"):
         load_model(tmp_path / "none", MODEL)
-    with pytest.raises(CheckpointError, match="holds neither model.safetensors nor ema.safetensors"):
+    with pytest.raises(
+        CheckpointError, match="holds neither model.safetensors nor ema.safetensors"
+    ):
         load_model(tmp_path, MODEL)
 
 
@@ -198,8 +247,15 @@ def test_initial_model_takes_a_run_its_newest_checkpoint_or_a_directory(saved, t
     model, folder = saved
 
     def start(source):
-        (tmp_path / "c.yaml").write_text(json.dumps({"model": MODEL, "experiment": {"init_from": str(source)},
-                                                     "dataset": {"preprocessing": {"crop_size": 32}}}))
+        (tmp_path / "c.yaml").write_text(
+            json.dumps(
+                {
+                    "model": MODEL,
+                    "experiment": {"init_from": str(source)},
+                    "dataset": {"preprocessing": {"crop_size": 32}},
+                }
+            )
+        )
         return initial_model(load_config(tmp_path / "c.yaml"))
 
     assert equal(model, start(folder))
@@ -209,7 +265,10 @@ def test_initial_model_takes_a_run_its_newest_checkpoint_or_a_directory(saved, t
     assert equal(tiny_model(100), start(run))
     model.save_pretrained(run / "final")
     assert equal(model, start(run))
-    with pytest.raises(CheckpointError, match="experiment.init_from=.*no such checkpoint; run the stage before this one"):
+    with pytest.raises(
+        CheckpointError,
+        match="experiment.init_from=.*no such checkpoint; run the stage before this one",
+    ):
         start(tmp_path / "nowhere")
     (tmp_path / "empty").mkdir()
     with pytest.raises(CheckpointError, match="empty"):
@@ -218,6 +277,9 @@ def test_initial_model_takes_a_run_its_newest_checkpoint_or_a_directory(saved, t
 
 def test_hand_over_may_change_the_routing_switches_of_the_next_stage(saved, tmp_path):
     """Stage 3 opens the streams: a difference in training alone is no contradiction."""
-    loaded = load_model(saved[1], merged(MODEL, {"isolate_streams": False, "grad_scale": 0.5, "shield_attention": False}))
+    loaded = load_model(
+        saved[1],
+        merged(MODEL, {"isolate_streams": False, "grad_scale": 0.5, "shield_attention": False}),
+    )
     assert loaded.config.isolate_streams is False and not loaded.muse_blocks[0].isolate_streams
     assert model_config(MODEL).isolate_streams is True

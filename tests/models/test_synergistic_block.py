@@ -1,4 +1,5 @@
 """One block against its formula written out with loops over heads, and its two paths against each other."""
+
 import math
 
 import pytest
@@ -30,8 +31,16 @@ def rms(x, weight):
 def turn(x):
     """Rotate the rows of x (N, d) by their index."""
     half = x.shape[-1] // 2
-    angle = torch.arange(len(x), dtype=x.dtype)[:, None] * 10000.0 ** (-torch.arange(half, dtype=x.dtype) / half)
-    return torch.cat([x[:, :half] * angle.cos() - x[:, half:] * angle.sin(), x[:, half:] * angle.cos() + x[:, :half] * angle.sin()], 1)
+    angle = torch.arange(len(x), dtype=x.dtype)[:, None] * 10000.0 ** (
+        -torch.arange(half, dtype=x.dtype) / half
+    )
+    return torch.cat(
+        [
+            x[:, :half] * angle.cos() - x[:, half:] * angle.sin(),
+            x[:, half:] * angle.cos() + x[:, :half] * angle.sin(),
+        ],
+        1,
+    )
 
 
 def by_formula(block, x):
@@ -52,11 +61,16 @@ def by_formula(block, x):
     x = x + torch.cat(mixed, 1) @ weight["proj.weight"].T
     v = rms(x, weight["norm2.weight"])
     gate = v @ weight["mlp.w1.weight"].T
-    x = x + (gate * torch.sigmoid(gate) * (v @ weight["mlp.w2.weight"].T)) @ weight["mlp.w3.weight"].T
+    x = (
+        x
+        + (gate * torch.sigmoid(gate) * (v @ weight["mlp.w2.weight"].T)) @ weight["mlp.w3.weight"].T
+    )
     return x, semantic, torch.stack(maps)
 
 
-@pytest.mark.parametrize("switches", [{}, {"join_semantics": False}, {"shared": True}, {"shield_attention": False}])
+@pytest.mark.parametrize(
+    "switches", [{}, {"join_semantics": False}, {"shared": True}, {"shield_attention": False}]
+)
 @pytest.mark.parametrize("explicit", [True, False])
 def test_block_is_its_formula(switches, explicit):
     block, x = make_block(**switches), torch.randn(2, TOKENS, DIM)
@@ -71,7 +85,9 @@ def test_block_is_its_formula(switches, explicit):
     assert explicit or out.log_attention is None
 
 
-@pytest.mark.parametrize("switches", [{}, {"isolate_streams": False}, {"shield_attention": False}, {"shared": True}])
+@pytest.mark.parametrize(
+    "switches", [{}, {"isolate_streams": False}, {"shield_attention": False}, {"shared": True}]
+)
 def test_both_attention_paths_have_equal_outputs_and_gradients(switches):
     block, x = make_block(**switches), torch.randn(2, TOKENS, DIM, requires_grad=True)
     parameters = [x, *block.parameters()]
@@ -88,17 +104,37 @@ def test_both_attention_paths_have_equal_outputs_and_gradients(switches):
 def test_attention_rows_are_probabilities_in_float32_even_in_half_precision():
     block, x = make_block().to(torch.bfloat16), torch.randn(2, TOKENS, DIM, dtype=torch.bfloat16)
     out = block(x, rotary(), return_attention=True)
-    assert out.log_attention.dtype == torch.float32 and out.log_attention.shape == (2, HEADS, TOKENS, TOKENS)
+    assert out.log_attention.dtype == torch.float32 and out.log_attention.shape == (
+        2,
+        HEADS,
+        TOKENS,
+        TOKENS,
+    )
     assert torch.allclose(out.log_attention.exp().sum(-1), torch.ones(2, HEADS, TOKENS), atol=1e-5)
     assert out.tokens.dtype == torch.bfloat16
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert make_block()(x.float(), rotary(), return_attention=True).log_attention.dtype == torch.float32
+        assert (
+            make_block()(x.float(), rotary(), return_attention=True).log_attention.dtype
+            == torch.float32
+        )
 
 
 def test_no_biases_and_the_names_of_the_release():
     names = [name for name, _ in make_block().named_parameters()]
-    assert names == ["norm1.weight", "q_topo.weight", "k_topo.weight", "q_norm.weight", "k_norm.weight", "v_sem.weight", "v_itc.weight",
-                     "proj.weight", "norm2.weight", "mlp.w1.weight", "mlp.w2.weight", "mlp.w3.weight"]
+    assert names == [
+        "norm1.weight",
+        "q_topo.weight",
+        "k_topo.weight",
+        "q_norm.weight",
+        "k_norm.weight",
+        "v_sem.weight",
+        "v_itc.weight",
+        "proj.weight",
+        "norm2.weight",
+        "mlp.w1.weight",
+        "mlp.w2.weight",
+        "mlp.w3.weight",
+    ]
     assert "v_itc.weight" not in dict(make_block(shared=True).named_parameters())
 
 

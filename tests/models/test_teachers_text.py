@@ -1,40 +1,59 @@
 """Text teachers against open_clip's and sentence-transformers' own embeddings."""
+
 import json
 
 import pytest
 import torch
 
 from muse.errors import CheckpointError, ConfigError
-from muse.models.teachers import build_text_teacher, class_embeddings
+from muse.teachers import build_text_teacher, class_embeddings
 
 TEXTS = ["A zebu.", "a picture of two red apples on a wooden table, a kind of food", "An umbrella."]
-CLIP = {"embed_dim": 24,
-        "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
-        "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2}}
+CLIP = {
+    "embed_dim": 24,
+    "vision_cfg": {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16},
+    "text_cfg": {"context_length": 16, "vocab_size": 49408, "width": 16, "heads": 2, "layers": 2},
+}
 
 
 def clip_directory(path, weights="open_clip_model.safetensors", **changes):
     """A small open_clip CLIP in its own layout; returns the model."""
     import open_clip
     from safetensors.torch import save_file
+
     torch.manual_seed(0)
     config = CLIP | changes
-    kind = open_clip.model.CustomTextCLIP if config.pop("custom_text", False) else open_clip.model.CLIP
+    kind = (
+        open_clip.model.CustomTextCLIP if config.pop("custom_text", False) else open_clip.model.CLIP
+    )
     model = kind(**config).eval()
-    (path / "open_clip_config.json").write_text(json.dumps({"model_cfg": CLIP | changes, "preprocess_cfg": {}}))
+    (path / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": CLIP | changes, "preprocess_cfg": {}})
+    )
     state = {key: value.contiguous().clone() for key, value in model.state_dict().items()}
-    save_file(state, path / weights) if weights.endswith("safetensors") else torch.save(state, path / weights)
+    save_file(state, path / weights) if weights.endswith("safetensors") else torch.save(
+        state, path / weights
+    )
     return model
 
 
-@pytest.mark.parametrize("weights, changes", [("open_clip_model.safetensors", {}), ("open_clip_pytorch_model.bin", {}),
-                                              ("open_clip_model.safetensors", {"custom_text": True})])
+@pytest.mark.parametrize(
+    "weights, changes",
+    [
+        ("open_clip_model.safetensors", {}),
+        ("open_clip_pytorch_model.bin", {}),
+        ("open_clip_model.safetensors", {"custom_text": True}),
+    ],
+)
 def test_open_clip_directory_gives_open_clips_embeddings(tmp_path, weights, changes):
     import open_clip
+
     model = clip_directory(tmp_path, weights, **changes)
     teacher = build_text_teacher({"kind": "open_clip", "source": str(tmp_path)})
     with torch.no_grad():
-        expected = model.encode_text(open_clip.get_tokenizer("ViT-B-32", context_length=16)(TEXTS), normalize=True)
+        expected = model.encode_text(
+            open_clip.get_tokenizer("ViT-B-32", context_length=16)(TEXTS), normalize=True
+        )
     torch.testing.assert_close(teacher(TEXTS), expected, atol=1e-5, rtol=1e-4)
     assert teacher.dim == 24 and teacher(TEXTS).dtype == torch.float32
 
@@ -71,6 +90,7 @@ def test_open_clip_mistakes(tmp_path, monkeypatch):
 
 def test_the_default_source_is_the_papers_text_tower():
     import open_clip
+
     assert ("ViT-L-14", "laion2b_s32b_b82k") in open_clip.list_pretrained()
     assert open_clip.get_model_config("ViT-L-14")["embed_dim"] == 768
 
@@ -79,12 +99,33 @@ def test_the_default_source_is_the_papers_text_tower():
 def sentence_directory(path):
     """A small BERT sentence encoder with a word-piece tokenizer, as sentence-transformers lays them out."""
     import transformers
+
     torch.manual_seed(0)
-    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "an", "zebu", "umbrella", "red", "apple", ".", ","]
+    words = [
+        "[PAD]",
+        "[UNK]",
+        "[CLS]",
+        "[SEP]",
+        "[MASK]",
+        "a",
+        "an",
+        "zebu",
+        "umbrella",
+        "red",
+        "apple",
+        ".",
+        ",",
+    ]
     (path / "vocab.txt").write_text("\n".join(words))
     transformers.BertTokenizer(str(path / "vocab.txt")).save_pretrained(path)
-    config = transformers.BertConfig(vocab_size=len(words), hidden_size=16, num_hidden_layers=2, num_attention_heads=2,
-                                     intermediate_size=24, max_position_embeddings=12)
+    config = transformers.BertConfig(
+        vocab_size=len(words),
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=12,
+    )
     model = transformers.BertModel(config, add_pooling_layer=False).eval()
     model.save_pretrained(path)
     return model
@@ -92,6 +133,7 @@ def sentence_directory(path):
 
 def test_sentence_directory_mean_pools_over_real_words_only(tmp_path):
     import transformers
+
     model = sentence_directory(tmp_path)
     teacher = build_text_teacher({"kind": "sentence", "source": str(tmp_path)})
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -151,12 +193,15 @@ def test_random_text_is_the_same_everywhere():
 
 def test_class_embeddings_equal_open_clips_zero_shot_classifier(tmp_path):
     import open_clip
+
     model = clip_directory(tmp_path)
     teacher = build_text_teacher({"kind": "open_clip", "source": str(tmp_path)})
     templates, names = ["a photo of a {}.", "a drawing of {}."], ["zebu", "apple", "bus"]
     tokenizer = open_clip.get_tokenizer("ViT-B-32", context_length=16)
     expected = open_clip.build_zero_shot_classifier(model, tokenizer, names, templates)
-    torch.testing.assert_close(class_embeddings(teacher, names, templates), expected.T, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(
+        class_embeddings(teacher, names, templates), expected.T, atol=1e-5, rtol=1e-4
+    )
     teacher.encode = lambda texts, encode=teacher.encode: seen.append(len(texts)) or encode(texts)
     seen = []
     assert class_embeddings(teacher, names[:1]).shape == (1, 24) and seen == [80]

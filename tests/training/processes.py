@@ -1,4 +1,5 @@
 """Real processes that start quickly: a server imports torch once and forks them (multiprocessing's `forkserver`)."""
+
 import multiprocessing
 import os
 import socket
@@ -10,8 +11,16 @@ import yaml
 from tests.helpers import ROOT
 
 context = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload(["muse.training.trainer", "muse.models.muse_vit", "muse.data.dataloader", "tests.training.processes",
-                                "transformers.models.internvl.modeling_internvl", "diffusers.models.autoencoders.autoencoder_dc"])
+context.set_forkserver_preload(
+    [
+        "muse.training.trainer",
+        "muse.models.muse_vit",
+        "muse.data.dataloader",
+        "tests.training.processes",
+        "transformers.models.internvl.modeling_internvl",
+        "diffusers.models.autoencoders.autoencoder_dc",
+    ]
+)
 
 
 class Forked:
@@ -65,7 +74,10 @@ def run_script(stage: int, log: str, file_limit: int, argv: list[str]) -> None:
 def train_in_two(config: str, log: str, fsdp: bool, *overrides: str) -> None:
     """Two processes over gloo, DDP or FSDP as configs/accelerate/fsdp.yaml says; raises if one of them fails."""
     port = free_port()
-    both = [Forked(_one_of_two, rank, port, fsdp, config, f"{log}.{rank}", overrides) for rank in range(2)]
+    both = [
+        Forked(_one_of_two, rank, port, fsdp, config, f"{log}.{rank}", overrides)
+        for rank in range(2)
+    ]
     codes = [one.wait() for one in both]
     assert codes == [0, 0], codes + [Path(f"{log}.{rank}").read_text()[-3000:] for rank in range(2)]
 
@@ -74,11 +86,29 @@ def fsdp_environment() -> dict[str, str]:
     """What `accelerate launch --config_file configs/accelerate/fsdp.yaml` sets."""
     section = yaml.safe_load((ROOT / "configs/accelerate/fsdp.yaml").read_text())["fsdp_config"]
     names = {"fsdp_transformer_layer_cls_to_wrap": "FSDP_TRANSFORMER_CLS_TO_WRAP"}
-    return {"ACCELERATE_USE_FSDP": "true", **{names.get(key, key.upper()): str(value).lower() if isinstance(value, bool) else str(value)
-                                              for key, value in section.items()}}
+    return {
+        "ACCELERATE_USE_FSDP": "true",
+        **{
+            names.get(key, key.upper()): str(value).lower()
+            if isinstance(value, bool)
+            else str(value)
+            for key, value in section.items()
+        },
+    }
 
 
-def _one_of_two(rank: int, port: int, fsdp: bool, config: str, log: str, overrides: tuple[str, ...]) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1",
-                      MASTER_PORT=str(port), ACCELERATE_USE_CPU="true", CUDA_VISIBLE_DEVICES="", **(fsdp_environment() if fsdp else {}))
+def _one_of_two(
+    rank: int, port: int, fsdp: bool, config: str, log: str, overrides: tuple[str, ...]
+) -> None:
+    os.environ.update(
+        RANK=str(rank),
+        LOCAL_RANK=str(rank),
+        WORLD_SIZE="2",
+        LOCAL_WORLD_SIZE="2",
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        ACCELERATE_USE_CPU="true",
+        CUDA_VISIBLE_DEVICES="",
+        **(fsdp_environment() if fsdp else {}),
+    )
     train_alone(config, log, *overrides)

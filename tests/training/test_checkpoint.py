@@ -1,4 +1,5 @@
 """What a checkpoint is made of: trees, generators, the directory's housekeeping."""
+
 import json
 import random
 
@@ -7,15 +8,35 @@ import pytest
 import torch
 
 from muse.errors import CheckpointError
-from muse.training.checkpoint import checkpoints, latest, pack, prune, read_tree, rng_state, set_rng_state, unpack, write_tree
+from muse.training.checkpointer import (
+    checkpoints,
+    latest,
+    pack,
+    prune,
+    read_tree,
+    rng_state,
+    set_rng_state,
+    unpack,
+    write_tree,
+)
 
-TREE = {"step": 3, "lr": 0.1, "none": None, "flags": [True, "text", {"inner": torch.arange(6).view(2, 3)}],
-        "state": {0: {"exp_avg": torch.randn(4), "step": torch.tensor(3.0)}, 7: {}}, "empty": {}}
+TREE = {
+    "step": 3,
+    "lr": 0.1,
+    "none": None,
+    "flags": [True, "text", {"inner": torch.arange(6).view(2, 3)}],
+    "state": {0: {"exp_avg": torch.randn(4), "step": torch.tensor(3.0)}, 7: {}},
+    "empty": {},
+}
 
 
 def same(left, right) -> bool:
     if isinstance(left, torch.Tensor):
-        return isinstance(right, torch.Tensor) and left.dtype == right.dtype and torch.equal(left, right)
+        return (
+            isinstance(right, torch.Tensor)
+            and left.dtype == right.dtype
+            and torch.equal(left, right)
+        )
     if isinstance(left, dict):
         return list(left) == list(right) and all(same(left[key], right[key]) for key in left)
     if isinstance(left, list):

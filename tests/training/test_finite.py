@@ -1,4 +1,5 @@
 """Numbers that blow up: named, dumped, never stepped on; and on an accelerator found without waiting for the device."""
+
 import json
 
 import pytest
@@ -7,7 +8,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from muse.errors import MuseError
-from muse.training.finite import FiniteGuard
+from muse.training.nonfinite import FiniteGuard
 from muse.training.trainer import Trainer, train
 from tests.helpers import random_images
 
@@ -15,18 +16,26 @@ NAN, INF = float("nan"), float("inf")
 
 
 def batch(seed: int = 1, count: int = 2) -> dict:
-    return {"images": random_images(count, 32, 32, seed), "text": [f"caption {seed}.{i}" for i in range(count)],
-            "keys": [f"key{seed}.{i}" for i in range(count)]}
+    return {
+        "images": random_images(count, 32, 32, seed),
+        "text": [f"caption {seed}.{i}" for i in range(count)],
+        "keys": [f"key{seed}.{i}" for i in range(count)],
+    }
 
 
 @pytest.fixture
 def broken_at(monkeypatch):
     """Multiply the pixel loss by a value (NaN) at the calls given (counted from 0)."""
-    from muse.losses import muse_loss
+    from muse.losses import reconstruction
 
     def install(*calls, value=NAN):
-        count, real = iter(range(10**6)), muse_loss.pixel_loss
-        monkeypatch.setattr(muse_loss, "pixel_loss", lambda *args: real(*args) * (value if next(count) in calls else 1.0))
+        count, real = iter(range(10**6)), reconstruction.pixel_loss
+        monkeypatch.setattr(
+            reconstruction,
+            "pixel_loss",
+            lambda *args: real(*args) * (value if next(count) in calls else 1.0),
+        )
+
     return install
 
 
@@ -35,12 +44,20 @@ def state_of(one: Trainer) -> dict[str, torch.Tensor]:
     tensors = {f"model.{name}": tensor for name, tensor in one.model.state_dict().items()}
     optimizers = {"student": one.optimizer}
     if one.adversary:
-        tensors |= {f"lecam.{name}": tensor for name, tensor in one.adversary.loss.state_dict().items()}
-        tensors |= {f"discriminator.{name}": tensor for name, tensor in one.adversary.discriminator.state_dict().items()}
+        tensors |= {
+            f"lecam.{name}": tensor for name, tensor in one.adversary.loss.state_dict().items()
+        }
+        tensors |= {
+            f"discriminator.{name}": tensor
+            for name, tensor in one.adversary.discriminator.state_dict().items()
+        }
         optimizers["discriminator"] = one.adversary.optimizer
     for kind, optimizer in optimizers.items():
-        tensors |= {f"{kind}.{index}.{key}": value for index, entry in optimizer.state_dict()["state"].items()
-                    for key, value in entry.items()}
+        tensors |= {
+            f"{kind}.{index}.{key}": value
+            for index, entry in optimizer.state_dict()["state"].items()
+            for key, value in entry.items()
+        }
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
@@ -52,26 +69,43 @@ def hold_same(left: dict, right: dict) -> None:
 # ---------------------------------------------------------------------------------------------------- at once
 def test_a_loss_that_is_not_finite_stops_the_run_by_name(broken_at, settings, tmp_path):
     broken_at(1)
-    with pytest.raises(MuseError, match=r"^reconstruction, loss is not finite at step 2; samples \w+.*max_skipped_steps=0") as caught:
+    with pytest.raises(
+        MuseError,
+        match=r"^reconstruction, loss is not finite at step 2; samples \w+.*max_skipped_steps=0",
+    ) as caught:
         train(settings(output="run"))
     assert "\n" not in str(caught.value)
-    assert not (tmp_path / "run/final").exists() and not list((tmp_path / "run").glob("checkpoint-*"))
+    assert not (tmp_path / "run/final").exists() and not list(
+        (tmp_path / "run").glob("checkpoint-*")
+    )
 
 
 @pytest.mark.parametrize("lazy", [False, True])
 def test_the_batch_is_dumped(lazy, broken_at, trainer, tmp_path):
     """Its pictures, keys, captions and numbers; of several bad steps in a row the device keeps the pictures of the first."""
     broken_at(1, 2)
-    one = trainer("topology_warmup", {"training": {"max_skipped_steps": 5, "gradient_accumulation_steps": 2}}, output=".")
+    one = trainer(
+        "topology_warmup",
+        {"training": {"max_skipped_steps": 5, "gradient_accumulation_steps": 2}},
+        output=".",
+    )
     one.guard.lazy = lazy
     for number in range(3):  # two micro-batches each: calls 1 and 2 are of steps 1 and 2
         one.train_step([batch(2 * number), batch(2 * number + 1)])
     one.settle()
-    assert sorted(path.name for path in tmp_path.glob("nonfinite-*.json")) == ["nonfinite-1-rank-0.json", "nonfinite-2-rank-0.json"]
+    assert sorted(path.name for path in tmp_path.glob("nonfinite-*.json")) == [
+        "nonfinite-1-rank-0.json",
+        "nonfinite-2-rank-0.json",
+    ]
     record = json.loads((tmp_path / "nonfinite-1-rank-0.json").read_text())
     assert record["step"] == 1 and {"reconstruction", "loss"} <= set(record["not_finite"])
-    assert record["numbers"]["reconstruction"] == "nan" and isinstance(record["numbers"]["topology"], float)
-    assert record["keys"] == ["key0.0", "key0.1", "key1.0", "key1.1"] and record["text"][3] == "caption 1.1"
+    assert record["numbers"]["reconstruction"] == "nan" and isinstance(
+        record["numbers"]["topology"], float
+    )
+    assert (
+        record["keys"] == ["key0.0", "key0.1", "key1.0", "key1.1"]
+        and record["text"][3] == "caption 1.1"
+    )
     images = load_file(tmp_path / "nonfinite-1-rank-0.safetensors")["images"]
     assert torch.equal(images, torch.cat([batch(0)["images"], batch(1)["images"]]))
     assert (tmp_path / "nonfinite-2-rank-0.safetensors").exists() is not lazy
@@ -81,7 +115,10 @@ def test_the_batch_is_dumped(lazy, broken_at, trainer, tmp_path):
 def test_a_dump_that_cannot_be_written_hides_nothing(broken_at, trainer, tmp_path):
     broken_at(0)
     one = trainer(output="nowhere/run")
-    with pytest.raises(MuseError, match=r"reconstruction, loss is not finite at step 1; .*could not be written.*max_skipped_steps=0"):
+    with pytest.raises(
+        MuseError,
+        match=r"reconstruction, loss is not finite at step 1; .*could not be written.*max_skipped_steps=0",
+    ):
         one.train_step([batch()])
 
 
@@ -90,12 +127,18 @@ def test_steps_may_be_skipped_as_often_as_allowed(broken_at, trainer):
     one = trainer("topology_warmup", {"training": {"max_skipped_steps": 1}})
     before = state_of(one)
     numbers = one.train_step([batch()])
-    assert not torch.isfinite(numbers["loss"]) and (one.step, one.guard.skipped, one.images_seen) == (1, 1, 0)
+    assert not torch.isfinite(numbers["loss"]) and (
+        one.step,
+        one.guard.skipped,
+        one.images_seen,
+    ) == (1, 1, 0)
     hold_same(before, state_of(one))
     assert all(parameter.grad is None for parameter in one.model.parameters())
     one.train_step([batch()])
     assert (one.step, one.guard.skipped, one.images_seen) == (2, 1, 2)
-    assert not torch.equal(one.model.state_dict()["to_latent.weight"], before["model.to_latent.weight"])
+    assert not torch.equal(
+        one.model.state_dict()["to_latent.weight"], before["model.to_latent.weight"]
+    )
     with pytest.raises(MuseError, match="not finite at step 3"):
         one.train_step([batch()])
 
@@ -106,7 +149,9 @@ def test_a_gradient_that_is_not_finite_is_caught_before_the_step(lazy, trainer):
     one.guard.lazy = lazy
     one.model.to_latent.weight.register_hook(lambda gradient: gradient * INF)
     before = one.model.to_latent.weight.detach().clone()
-    with pytest.raises(MuseError, match="grad_norm is not finite at step 1; samples key1.0, key1.1"):
+    with pytest.raises(
+        MuseError, match="grad_norm is not finite at step 1; samples key1.0, key1.1"
+    ):
         one.train_step([batch()])
         one.settle()
     assert torch.equal(one.model.to_latent.weight, before)
@@ -121,14 +166,21 @@ def test_a_skipped_step_moves_nothing_of_either_optimizer(lazy, where, broken_at
     runs = []
     for broken in (True, False):
         torch.manual_seed(0)
-        one = trainer("synergistic_tuning", {"training": {"max_skipped_steps": 1}, "lr_scheduler": {
-            "scheduler": "constant", "params": {"warmup_steps": 0}}})
+        one = trainer(
+            "synergistic_tuning",
+            {
+                "training": {"max_skipped_steps": 1},
+                "lr_scheduler": {"scheduler": "constant", "params": {"warmup_steps": 0}},
+            },
+        )
         one.guard.lazy = lazy
         one.train_step([batch(1)])
         if broken:
             hook = None
             if where == "discriminator":
-                hook = next(one.adversary.discriminator.parameters()).register_hook(lambda gradient: gradient * NAN)
+                hook = next(one.adversary.discriminator.parameters()).register_hook(
+                    lambda gradient: gradient * NAN
+                )
             before = state_of(one)
             one.train_step([batch(2)])
             hold_same(before, state_of(one))
@@ -151,8 +203,13 @@ class CountWaits(TorchDispatchMode):
         self.waits = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.overloadpacket in (torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero, torch.ops.aten.is_nonzero,
-                                       torch.ops.aten.equal, torch.ops.aten.masked_select):
+        if function.overloadpacket in (
+            torch.ops.aten._local_scalar_dense,
+            torch.ops.aten.nonzero,
+            torch.ops.aten.is_nonzero,
+            torch.ops.aten.equal,
+            torch.ops.aten.masked_select,
+        ):
             self.waits.append(str(function))
         return function(*args, **(kwargs or {}))
 
@@ -163,15 +220,21 @@ def waits(monkeypatch):
     mode = CountWaits()
     for name in ("tolist", "numpy", "cpu"):
         real = getattr(torch.Tensor, name)
-        monkeypatch.setattr(torch.Tensor, name, lambda self, *args, _real=real, _name=name, **kw: (
-            mode.waits.append(_name), _real(self, *args, **kw))[1])
+        monkeypatch.setattr(
+            torch.Tensor,
+            name,
+            lambda self, *args, _real=real, _name=name, **kw: (
+                mode.waits.append(_name),
+                _real(self, *args, **kw),
+            )[1],
+        )
     return mode
 
 
 @pytest.mark.parametrize("stage", ["topology_warmup", "semantic_injection", "synergistic_tuning"])
 def test_a_step_on_an_accelerator_waits_for_nothing(stage, trainer, waits, monkeypatch):
     # The range of pictures is read only where they lie on a CPU; here they do, so the teacher's check is taken out.
-    monkeypatch.setattr("muse.models.teachers.attention.check_images", lambda images, wait: None)
+    monkeypatch.setattr("muse.teachers.vit_attention.check_images", lambda images, wait: None)
     one = trainer(stage)
     one.guard.lazy = True  # as on an accelerator
     one.train_step([batch(1)])
@@ -193,28 +256,55 @@ def test_the_loop_settles_where_it_logs_saves_and_ends(settings, monkeypatch):
     cpu = train(settings("semantic_injection", plan, output="cpu")).parent
     asked, settle = [], Trainer.settle
     monkeypatch.setattr(Trainer, "settle", lambda self: (asked.append(self.step), settle(self)))
-    monkeypatch.setattr(FiniteGuard, "__init__", lambda self, *args, _real=FiniteGuard.__init__: _real(self, *args, lazy=True))
+    monkeypatch.setattr(
+        FiniteGuard,
+        "__init__",
+        lambda self, *args, _real=FiniteGuard.__init__: _real(self, *args, lazy=True),
+    )
     lazy = train(settings("semantic_injection", plan, output="lazy")).parent
     assert asked == [4, 5, 7]
     a, b = (load_file(path / "checkpoint-7/model.safetensors") for path in (cpu, lazy))
     assert all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_a_run_on_an_accelerator_stops_with_the_name_of_the_step(broken_at, settings, monkeypatch, tmp_path):
+def test_a_run_on_an_accelerator_stops_with_the_name_of_the_step(
+    broken_at, settings, monkeypatch, tmp_path
+):
     """Step 2 is bad, the device is asked at step 4: nothing was learned from step 2, and nothing was saved since."""
     broken_at(1)
-    monkeypatch.setattr(FiniteGuard, "__init__", lambda self, *args, _real=FiniteGuard.__init__: _real(self, *args, lazy=True))
-    with pytest.raises(MuseError, match=r"^reconstruction, loss is not finite at step 2; samples .*nonfinite-2-rank-0.safetensors"):
-        train(settings("topology_warmup", {"experiment": {"log_every": 4}, "training": {"max_train_steps": 8}}, output="run"))
+    monkeypatch.setattr(
+        FiniteGuard,
+        "__init__",
+        lambda self, *args, _real=FiniteGuard.__init__: _real(self, *args, lazy=True),
+    )
+    with pytest.raises(
+        MuseError,
+        match=r"^reconstruction, loss is not finite at step 2; samples .*nonfinite-2-rank-0.safetensors",
+    ):
+        train(
+            settings(
+                "topology_warmup",
+                {"experiment": {"log_every": 4}, "training": {"max_train_steps": 8}},
+                output="run",
+            )
+        )
     assert not list((tmp_path / "run").glob("checkpoint-*"))
-    assert load_file(tmp_path / "run/nonfinite-2-rank-0.safetensors")["images"].shape == (4, 3, 32, 32)
+    assert load_file(tmp_path / "run/nonfinite-2-rank-0.safetensors")["images"].shape == (
+        4,
+        3,
+        32,
+        32,
+    )
 
 
 # ---------------------------------------------------------------------------------------------------- fp16's scaler
 @pytest.mark.parametrize("stage", ["topology_warmup", "synergistic_tuning"])
 def test_gradients_that_overflow_are_the_scaler_s_business(stage, trainer):
     """A real GradScaler at a scale that overflows float32: it skips and lowers the scale, until the step equals the unscaled one."""
-    plan = {"losses": {"reconstruction": {"weight": 1e4}}, "lr_scheduler": {"scheduler": "constant", "params": {"warmup_steps": 0}}}
+    plan = {
+        "losses": {"reconstruction": {"weight": 1e4}},
+        "lr_scheduler": {"scheduler": "constant", "params": {"warmup_steps": 0}},
+    }
     torch.manual_seed(0)
     plain = trainer(stage, plan)
     expected = plain.train_step([batch()])
@@ -222,13 +312,21 @@ def test_gradients_that_overflow_are_the_scaler_s_business(stage, trainer):
     one = trainer(stage, plan)
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127, backoff_factor=2.0**-30)
     one.accelerator.scaler, one.accelerator.native_amp = scaler, True
-    one.accelerator.state._mixed_precision = "fp16"  # accelerate refuses it on a CPU; the arithmetic here is float32's
+    one.accelerator.state._mixed_precision = (
+        "fp16"  # accelerate refuses it on a CPU; the arithmetic here is float32's
+    )
     try:
         start = state_of(one)
         assert not torch.isfinite(one.train_step([batch()])["grad_norm"])
         assert scaler.get_scale() == 2.0**97 and one.guard.skipped == 0
-        kept = {name: tensor for name, tensor in state_of(one).items() if name in start and not name.startswith("lecam.")}
-        hold_same({name: start[name] for name in kept}, kept)  # (LeCam's means take in what was finite)
+        kept = {
+            name: tensor
+            for name, tensor in state_of(one).items()
+            if name in start and not name.startswith("lecam.")
+        }
+        hold_same(
+            {name: start[name] for name in kept}, kept
+        )  # (LeCam's means take in what was finite)
         numbers = one.train_step([batch()])
         assert scaler.get_scale() == 2.0**97
         assert numbers["grad_norm"].item() == pytest.approx(expected["grad_norm"].item(), rel=1e-4)

@@ -1,8 +1,9 @@
 """The learning rate against a table worked out by hand, and against torch's own cosine."""
+
 import pytest
 import torch
 
-from muse.training.lr_schedulers import SCHEDULES, lr_at
+from muse.training.optim import lr_at
 
 # base 1, end 0.1, 4 warm-up steps of 10: (1 + cos(k π / 5)) / 2 = 1, .904508, .654508, .345492, .095492, 0 for k = 0 … 5
 COSINE = [0.25, 0.5, 0.75, 1.0, 1.0, 0.914058, 0.689058, 0.410942, 0.185942, 0.1]
@@ -35,13 +36,17 @@ def test_without_warmup_it_is_torch_s_cosine():
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=19, eta_min=0.01)
     for step in range(20):
-        assert lr_at(step, base=0.3, end=0.01, warmup=0, total=20) == pytest.approx(scheduler.get_last_lr()[0], rel=1e-9)
+        assert lr_at(step, base=0.3, end=0.01, warmup=0, total=20) == pytest.approx(
+            scheduler.get_last_lr()[0], rel=1e-9
+        )
         optimizer.step()
         scheduler.step()
 
 
-@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("schedule", ("cosine", "constant"))
 def test_runs_shorter_than_their_warmup(schedule):
-    rates = [lr_at(step, base=1.0, end=0.1, warmup=10, total=3, schedule=schedule) for step in range(3)]
+    rates = [
+        lr_at(step, base=1.0, end=0.1, warmup=10, total=3, schedule=schedule) for step in range(3)
+    ]
     assert rates == pytest.approx([0.1, 0.2, 0.3])
     assert lr_at(0, base=1.0, end=0.1, warmup=0, total=1, schedule=schedule) == 1.0

@@ -1,4 +1,5 @@
 """A resumed run equals an unbroken one, bit for bit; stages hand over; a stop signal saves."""
+
 import os
 import random
 import shutil
@@ -14,8 +15,8 @@ from safetensors.torch import load_file
 
 from muse import MUSE_ViT, load_config
 from muse.errors import CheckpointError, ConfigError
-from muse.losses import muse_loss
-from muse.training import checkpoint as ckpt
+from muse.losses import reconstruction
+from muse.training import checkpointer
 from muse.training.run_directory import resume
 from muse.training.trainer import Trainer, train
 from tests.helpers import ROOT, run_config
@@ -28,12 +29,23 @@ CASES = {
     "stage1": ("topology_warmup", {}),
     "stage2": ("semantic_injection", {}),
     "stage3-adversarial": ("synergistic_tuning", {}),
-    "accumulation": ("topology_warmup", {"training": {"gradient_accumulation_steps": 2, "per_gpu_batch_size": 3}}),
+    "accumulation": (
+        "topology_warmup",
+        {"training": {"gradient_accumulation_steps": 2, "per_gpu_batch_size": 3}},
+    ),
     "one-worker": ("topology_warmup", {"dataset": {"params": {"num_workers_per_gpu": 1}}}),
     "two-workers": ("semantic_injection", {"dataset": {"params": {"num_workers_per_gpu": 2}}}),
-    "stage0-heads": ("encoder_distillation", {
-        "teacher": {"feature": {"kind": "backbone", "source": "random", "layers": [0, 1]}},
-        "losses": {"reconstruction": {"weight": 0.0}, "perceptual": {"weight": 0.0}, "distillation": {"weight": 1.0}}}),
+    "stage0-heads": (
+        "encoder_distillation",
+        {
+            "teacher": {"feature": {"kind": "backbone", "source": "random", "layers": [0, 1]}},
+            "losses": {
+                "reconstruction": {"weight": 0.0},
+                "perceptual": {"weight": 0.0},
+                "distillation": {"weight": 1.0},
+            },
+        },
+    ),
 }
 
 
@@ -44,7 +56,14 @@ def hold_equal(left, right) -> None:
         a, b = load_file(left / name), load_file(right / name)
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), name
     assert (left / "rank-0.json").read_text() == (right / "rank-0.json").read_text()
-    states = [{key: value for key, value in ckpt.read_tree(path, "state").items() if key != "config"} for path in (left, right)]
+    states = [
+        {
+            key: value
+            for key, value in checkpointer.read_tree(path, "state").items()
+            if key != "config"
+        }
+        for path in (left, right)
+    ]
     assert same(*states)
 
 
@@ -55,8 +74,12 @@ def test_two_steps_and_two_more_equal_four(case, run, settings, tmp_path):
 
 def test_a_step_that_draws_at_random_is_resumed_too(run, settings, tmp_path, monkeypatch):
     """Nothing draws from the global generators in a step as it is; whatever will one day goes on where it was."""
-    real = muse_loss.pixel_loss
-    monkeypatch.setattr(muse_loss, "pixel_loss", lambda *args: real(*args) * (torch.rand(()) + random.random() + np.random.rand()))
+    real = reconstruction.pixel_loss
+    monkeypatch.setattr(
+        reconstruction,
+        "pixel_loss",
+        lambda *args: real(*args) * (torch.rand(()) + random.random() + np.random.rand()),
+    )
     hold_resumable("topology_warmup", {}, run, settings, tmp_path)
 
 
@@ -92,12 +115,16 @@ def test_a_finished_run_only_hands_out_its_result(run, settings, monkeypatch):
 
 def test_resume_can_be_refused_and_another_model_is(run, settings):
     done = run(output="done")
-    with pytest.raises(ConfigError, match="written by another model or stage; choose another experiment.output_dir"):
+    with pytest.raises(
+        ConfigError, match="written by another model or stage; choose another experiment.output_dir"
+    ):
         train(settings("topology_warmup", {"model": {"grad_scale": 0.5}}, output="done"))
     with pytest.raises(ConfigError, match="another model or stage"):
         train(settings("semantic_injection", output="done"))
     before = (done / "metrics.jsonl").read_text()
-    with pytest.raises(ConfigError, match="holds checkpoints of an earlier run and experiment.resume=false"):
+    with pytest.raises(
+        ConfigError, match="holds checkpoints of an earlier run and experiment.resume=false"
+    ):
         train(settings("topology_warmup", {"experiment": {"resume": False}}, output="done"))
     assert (done / "metrics.jsonl").read_text() == before
     train(settings("topology_warmup", {"experiment": {"resume": False}}, output="new"))
@@ -110,18 +137,45 @@ def test_moments_are_never_given_to_other_tensors(run, settings):
     done = run("topology_warmup", twice, output="done")
     longer = {"training": {"max_train_steps": 3}}
     with pytest.raises(ConfigError, match="trained other tensors: keep training.trainable"):
-        train(settings("topology_warmup", longer, {"training": {"trainable": ["^adapter_mlp"]}}, output="done"))
-    before = moments(ckpt.read_tree(done / "checkpoint-2", "state")["optimizer"])
-    other = Trainer(settings("topology_warmup", longer, {"optimizer": {"lr_multipliers": {"k_topo": 2.0}}}, output="done"))
+        train(
+            settings(
+                "topology_warmup",
+                longer,
+                {"training": {"trainable": ["^adapter_mlp"]}},
+                output="done",
+            )
+        )
+    before = moments(checkpointer.read_tree(done / "checkpoint-2", "state")["optimizer"])
+    other = Trainer(
+        settings(
+            "topology_warmup",
+            longer,
+            {"optimizer": {"lr_multipliers": {"k_topo": 2.0}}},
+            output="done",
+        )
+    )
     resume(other)
     after = moments(other.optimizer.state_dict())
-    assert list(before) != list(after) and before.keys() == after.keys()  # other groups, the same tensors
+    assert (
+        list(before) != list(after) and before.keys() == after.keys()
+    )  # other groups, the same tensors
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert not torch.equal(before["muse_blocks.0.q_topo.weight"], before["muse_blocks.0.k_topo.weight"])
-    one = Trainer(settings("topology_warmup", longer, {"optimizer": {"lr_multipliers": {"q_topo": 4.0}}}, output="done"))
+    assert not torch.equal(
+        before["muse_blocks.0.q_topo.weight"], before["muse_blocks.0.k_topo.weight"]
+    )
+    one = Trainer(
+        settings(
+            "topology_warmup",
+            longer,
+            {"optimizer": {"lr_multipliers": {"q_topo": 4.0}}},
+            output="done",
+        )
+    )
     one.run()  # another factor for the same tensors is a change of mind, and is heard
     rates = {name: group["lr"] for group in one.optimizer.param_groups for name in group["names"]}
-    assert rates["muse_blocks.0.q_topo.weight"] == pytest.approx(4 * rates["muse_blocks.0.k_topo.weight"])
+    assert rates["muse_blocks.0.q_topo.weight"] == pytest.approx(
+        4 * rates["muse_blocks.0.k_topo.weight"]
+    )
 
 
 def test_a_broken_checkpoint_is_named(run, settings):
@@ -134,31 +188,69 @@ def test_a_broken_checkpoint_is_named(run, settings):
 
 # ---------------------------------------------------------------------------------------------------- the directory
 def test_the_run_directory_is_what_the_contract_says(run, tmp_path):
-    three = {"training": {"max_train_steps": 5}, "experiment": {"save_every": 1, "keep_last": 2, "keep_every": 3, "eval_every": 5,
-                                                               "generate_every": 5, "num_pictures": 2, "log_every": 2}}
+    three = {
+        "training": {"max_train_steps": 5},
+        "experiment": {
+            "save_every": 1,
+            "keep_last": 2,
+            "keep_every": 3,
+            "eval_every": 5,
+            "generate_every": 5,
+            "num_pictures": 2,
+            "log_every": 2,
+        },
+    }
     output = run("semantic_injection", three)
     kept = [f"checkpoint-{step}" for step in (3, 4, 5)]
     assert sorted(os.listdir(output)) == [*kept, "config.yaml", "final", "images", "metrics.jsonl"]
     assert sorted(os.listdir(output / "images")) == ["attention-5.png", "reconstruction-5.png"]
-    assert [line["step"] for line in records(output)] == [2, 4, 5, 5]  # every second step, the last, its evaluation
-    assert {"loss", "reconstruction", "perceptual", "topology", "itc", "grad_norm", "lr", "images", "topology_block0"} <= \
-        records(output)[0].keys()
-    assert records(output)[0]["images"] == 8 and records(output)[-1]["eval"].keys() >= {"psnr", "ssim"}
+    assert [line["step"] for line in records(output)] == [
+        2,
+        4,
+        5,
+        5,
+    ]  # every second step, the last, its evaluation
+    assert {
+        "loss",
+        "reconstruction",
+        "perceptual",
+        "topology",
+        "itc",
+        "grad_norm",
+        "lr",
+        "images",
+        "topology_block0",
+    } <= records(output)[0].keys()
+    assert records(output)[0]["images"] == 8 and records(output)[-1]["eval"].keys() >= {
+        "psnr",
+        "ssim",
+    }
     again = load_config(output / "config.yaml")
     assert again.training.max_train_steps == 5 and again.model.dim == 32
     # `final` holds the averages of what the stage trains, and the rest as it is.
-    last = {**load_file(output / "checkpoint-5/model.safetensors"), **load_file(output / "checkpoint-5/ema.safetensors")}
+    last = {
+        **load_file(output / "checkpoint-5/model.safetensors"),
+        **load_file(output / "checkpoint-5/ema.safetensors"),
+    }
     final = MUSE_ViT.from_pretrained(output / "final").state_dict()
-    assert final.keys() == last.keys() and all(torch.equal(final[name], last[name]) for name in final)
+    assert final.keys() == last.keys() and all(
+        torch.equal(final[name], last[name]) for name in final
+    )
 
 
 def test_the_evaluation_in_the_log_is_the_final_model_s(run, shapes_data):
     from muse.data.dataloader import eval_loader
-    from muse.evaluation.image_quality import psnr
+    from muse.evaluation.metrics.psnr_ssim import psnr
 
     output = run("topology_warmup", {"experiment": {"eval_every": 2}})
     model = MUSE_ViT.from_pretrained(output / "final")
-    batch = next(iter(eval_loader(f"{shapes_data}/val-*.tar", batch_size=8, resize_shorter_edge=32, crop_size=32)))
+    batch = next(
+        iter(
+            eval_loader(
+                f"{shapes_data}/val-*.tar", batch_size=8, resize_shorter_edge=32, crop_size=32
+            )
+        )
+    )
     with torch.no_grad():
         expected = float(psnr(batch["images"], model.reconstruct(batch["images"])).mean())
     assert records(output)[-1]["eval"]["psnr"] == pytest.approx(expected, rel=1e-4)
@@ -173,7 +265,9 @@ def test_three_stages_hand_over(run, settings):
         start = Trainer(settings(stage, change, output=stage)).model
         if before:
             expected = load_file(before / "final/model.safetensors")
-            assert all(torch.equal(tensor, expected[name]) for name, tensor in start.state_dict().items())
+            assert all(
+                torch.equal(tensor, expected[name]) for name, tensor in start.state_dict().items()
+            )
         kept = {name: parameter.detach().clone() for name, parameter in start.named_parameters()}
         before = runs[stage] = run(stage, change, output=stage)
         after = load_file(before / "final/model.safetensors")
@@ -191,7 +285,10 @@ def test_a_missing_stage_before_is_said_before_any_data_is_read(source, settings
     if not source.startswith("/"):
         (tmp_path / source).mkdir()
         source = str(tmp_path / source)
-    nowhere = {"dataset": {"params": {"train_shards_path_or_url": "/nowhere/data/*.tar"}}, "experiment": {"init_from": source}}
+    nowhere = {
+        "dataset": {"params": {"train_shards_path_or_url": "/nowhere/data/*.tar"}},
+        "experiment": {"init_from": source},
+    }
     with pytest.raises(CheckpointError) as caught:
         train(settings("semantic_injection", nowhere))
     assert source in str(caught.value) and "/nowhere/data" not in str(caught.value)
@@ -201,11 +298,18 @@ def test_a_missing_stage_before_is_said_before_any_data_is_read(source, settings
 # ---------------------------------------------------------------------------------------------------- stop signals
 def test_a_stop_signal_saves_and_the_same_command_goes_on(run, shapes_data, tmp_path):
     long = {"training": {"max_train_steps": 400}, "lr_scheduler": {"params": {"warmup_steps": 400}}}
-    config = run_config(tmp_path / "c.yaml", shapes_data, tmp_path / "stopped", "topology_warmup", long)
+    config = run_config(
+        tmp_path / "c.yaml", shapes_data, tmp_path / "stopped", "topology_warmup", long
+    )
     log = tmp_path / "stopped/metrics.jsonl"
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen([sys.executable, ROOT / "scripts/train_stage1.py", "--config", config, "--device", "cpu"],
-                               env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        [sys.executable, ROOT / "scripts/train_stage1.py", "--config", config, "--device", "cpu"],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     try:
         while process.poll() is None and not (log.exists() and log.read_text().count("\n") >= 2):
             time.sleep(0.05)
@@ -215,11 +319,13 @@ def test_a_stop_signal_saves_and_the_same_command_goes_on(run, shapes_data, tmp_
         process.kill()
     assert process.returncode == 0, output
     assert "on a signal; the same command goes on from there" in output
-    (step, path), = ckpt.checkpoints(tmp_path / "stopped")
+    ((step, path),) = checkpointer.checkpoints(tmp_path / "stopped")
     assert 2 <= step < 400 and not (tmp_path / "stopped/final").exists()
     # The very same numbers as a run that nobody stopped. (A shorter total changes nothing: the rate is still warming up.)
     total = [f"training.max_train_steps={step + 1}"]
     train(load_config(config, total))
     train(load_config(config, [*total, f"experiment.output_dir={tmp_path / 'unbroken'}"]))
-    hold_equal(tmp_path / f"stopped/checkpoint-{step + 1}", tmp_path / f"unbroken/checkpoint-{step + 1}")
+    hold_equal(
+        tmp_path / f"stopped/checkpoint-{step + 1}", tmp_path / f"unbroken/checkpoint-{step + 1}"
+    )
     assert records(tmp_path / "stopped") == records(tmp_path / "unbroken")

@@ -1,28 +1,49 @@
 """What a step must not do: keep graphs of frozen parts, step tensor by tensor, copy pageable memory."""
+
 import pytest
 import torch
 
 from muse.models.ema_model import EMAModel
-from muse.training import data
+from muse.data import dataloader
 from tests.helpers import random_images
 
 
-@pytest.mark.parametrize(("stage", "frozen"), [("topology_warmup", True), ("semantic_injection", True), ("synergistic_tuning", False)])
+@pytest.mark.parametrize(
+    ("stage", "frozen"),
+    [("topology_warmup", True), ("semantic_injection", True), ("synergistic_tuning", False)],
+)
 def test_frozen_parts_run_without_graph(stage, frozen, trainer):
     one = trainer(stage)
     seen = {}
-    hooks = [one.model.encoder.register_forward_hook(lambda module, inputs, out: seen.update(encoder=out))]
-    hooks += [term.teacher.register_forward_hook(lambda module, inputs, out, name=name: seen.update({name: out}))
-              for name, term in one.raw_loss.terms.items() if hasattr(term, "teacher")]
+    hooks = [
+        one.model.encoder.register_forward_hook(
+            lambda module, inputs, out: seen.update(encoder=out)
+        )
+    ]
+    hooks += [
+        term.teacher.register_forward_hook(
+            lambda module, inputs, out, name=name: seen.update({name: out})
+        )
+        for name, term in one.raw_loss.terms.items()
+        if hasattr(term, "teacher")
+    ]
     one.train_step([{"images": random_images(2, 32, 32), "text": ["a", "b"], "keys": ["a", "b"]}])
     for hook in hooks:
         hook.remove()
-    encoder = seen["encoder"][0] if isinstance(seen["encoder"], tuple) else seen["encoder"].last_hidden_state
+    encoder = (
+        seen["encoder"][0]
+        if isinstance(seen["encoder"], tuple)
+        else seen["encoder"].last_hidden_state
+    )
     assert encoder.requires_grad is not frozen
     assert all(not tensor.requires_grad for tensor in seen["topology"].maps)
     if "itc" in one.raw_loss.terms:
         assert not seen["itc"].requires_grad
-    assert all(p.grad is None and not p.requires_grad for term in one.raw_loss.terms.values() for p in term.parameters())
+    assert all(
+        p.grad is None and not p.requires_grad
+        for term in one.raw_loss.terms.values()
+        for p in term.parameters()
+    )
 
 
 def test_optimizers_are_fused_and_means_are_one_call(trainer, monkeypatch):
@@ -30,7 +51,9 @@ def test_optimizers_are_fused_and_means_are_one_call(trainer, monkeypatch):
     for optimizer in (one.optimizer, one.adversary.optimizer):
         assert all(group["fused"] for group in optimizer.param_groups)
     calls, real = [], torch._foreach_lerp_
-    monkeypatch.setattr(torch, "_foreach_lerp_", lambda *args: (calls.append(len(args[0])), real(*args)))
+    monkeypatch.setattr(
+        torch, "_foreach_lerp_", lambda *args: (calls.append(len(args[0])), real(*args))
+    )
     EMAModel(one.model).update()
     assert calls == [sum(p.requires_grad for p in one.model.parameters())]
 
@@ -41,6 +64,8 @@ def test_batches_are_pinned_for_gpus_and_prefetched_by_workers(kind, pinned, set
         process_index, num_processes, device = 0, 1, torch.device(kind)
 
     made = {}
-    monkeypatch.setattr(data, "train_loader", lambda *args, **options: made.update(options))
-    data.build_train_loader(settings("semantic_injection", {"dataset": {"params": {"num_workers_per_gpu": 3}}}), Place)
+    monkeypatch.setattr(dataloader, "train_loader", lambda *args, **options: made.update(options))
+    dataloader.build_train_loader(
+        settings("semantic_injection", {"dataset": {"params": {"num_workers_per_gpu": 3}}}), Place
+    )
     assert made["pin_memory"] is pinned and made["num_workers"] == 3

@@ -1,10 +1,10 @@
 """What each stage trains, and that all of it learns: FIDELITY rows 1 and 10."""
+
 import pytest
 import torch
 
 from muse.losses.muse_loss import TERMS, MuseLoss
-from muse.training.optim import select_trainable
-from muse.training.stages import STAGES
+from muse.stages import STAGES, select_trainable
 from tests.helpers import random_images, run_settings, tiny_model
 
 PAPER_STAGES = ("topology_warmup", "semantic_injection", "synergistic_tuning")
@@ -12,16 +12,38 @@ PAPER_STAGES = ("topology_warmup", "semantic_injection", "synergistic_tuning")
 
 def modules(names) -> set[str]:
     """Top-level modules, and the parts of blocks by their own name."""
-    return {name.split(".")[2] if name.startswith("muse_blocks.") else name.split(".")[0] for name in names}
+    return {
+        name.split(".")[2] if name.startswith("muse_blocks.") else name.split(".")[0]
+        for name in names
+    }
 
 
-BODY = {"adapter_mlp", "norm1", "q_topo", "k_topo", "q_norm", "k_norm", "v_sem", "proj", "norm2", "mlp", "to_latent", "decoder"}
+BODY = {
+    "adapter_mlp",
+    "norm1",
+    "q_topo",
+    "k_topo",
+    "q_norm",
+    "k_norm",
+    "v_sem",
+    "proj",
+    "norm2",
+    "mlp",
+    "to_latent",
+    "decoder",
+}
 SEMANTIC = {"v_itc", "semantic_projector", "logit_scale"}
 
 
-@pytest.mark.parametrize(("stage", "expected"), [
-    ("encoder_distillation", {"encoder"}), ("topology_warmup", BODY), ("semantic_injection", BODY | SEMANTIC),
-    ("synergistic_tuning", BODY | SEMANTIC | {"encoder"})])
+@pytest.mark.parametrize(
+    ("stage", "expected"),
+    [
+        ("encoder_distillation", {"encoder"}),
+        ("topology_warmup", BODY),
+        ("semantic_injection", BODY | SEMANTIC),
+        ("synergistic_tuning", BODY | SEMANTIC | {"encoder"}),
+    ],
+)
 def test_what_a_stage_trains(stage, expected):
     model = tiny_model()
     names = select_trainable(model, STAGES[stage].trainable)
@@ -43,10 +65,18 @@ def stage_gradients(settings, stage, changes=()):
             parameter.add_(0.1 * torch.randn_like(parameter))
     names = select_trainable(model, STAGES[stage].trainable)
     loss = MuseLoss.from_config(cfg, model)
-    batch = {"images": random_images(4, 32, 32), "text": ["a cat", "a dog", "a cup", "a tree"], "keys": list("abcd")}
+    batch = {
+        "images": random_images(4, 32, 32),
+        "text": ["a cat", "a dog", "a cup", "a tree"],
+        "keys": list("abcd"),
+    }
     total, _ = loss(model(batch["images"], **loss.needs), batch)
     total.backward()
-    return names, {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
+    return names, {
+        name: parameter.grad
+        for name, parameter in model.named_parameters()
+        if parameter.grad is not None
+    }
 
 
 @pytest.mark.parametrize("stage", PAPER_STAGES)
@@ -54,14 +84,24 @@ def test_every_tensor_a_stage_trains_gets_a_gradient_under_paper(stage, settings
     names, gradients = stage_gradients(settings, stage)
     assert sorted(gradients) == sorted(names)  # DDP needs no find_unused_parameters
     # A key's bias moves no softmax: its gradient is zero but for rounding.
-    still = [name for name in names if not gradients[name].abs().max() > 0 and not name.endswith("k_proj.bias")]
+    still = [
+        name
+        for name in names
+        if not gradients[name].abs().max() > 0 and not name.endswith("k_proj.bias")
+    ]
     assert not still
 
 
 def test_release_leaves_the_first_blocks_structure_and_semantics_untouched(settings):
-    names, gradients = stage_gradients(settings, "synergistic_tuning", [{"model": {"routing": "release", "isolate_streams": None}}])
-    dead = sorted(name for name in names if name not in gradients or not gradients[name].abs().max() > 0)
-    assert dead == sorted(f"muse_blocks.0.{part}.weight" for part in ("q_topo", "k_topo", "q_norm", "k_norm", "v_itc"))
+    names, gradients = stage_gradients(
+        settings, "synergistic_tuning", [{"model": {"routing": "release", "isolate_streams": None}}]
+    )
+    dead = sorted(
+        name for name in names if name not in gradients or not gradients[name].abs().max() > 0
+    )
+    assert dead == sorted(
+        f"muse_blocks.0.{part}.weight" for part in ("q_topo", "k_topo", "q_norm", "k_norm", "v_itc")
+    )
 
 
 def test_terms_without_weight_are_not_built(settings, monkeypatch):
@@ -71,55 +111,95 @@ def test_terms_without_weight_are_not_built(settings, monkeypatch):
     for name in ("perceptual", "topology", "itc", "distillation"):
         monkeypatch.setitem(TERMS, name, refuse)
     off = {name: {"weight": 0.0} for name in ("perceptual", "topology", "itc", "adversarial")}
-    cfg = settings("synergistic_tuning", {"losses": off, "teacher": {"topology": {"kind": "dinov3", "source": "/nowhere"},
-                                                                     "text": {"kind": "open_clip", "source": "/nowhere"}}})
+    cfg = settings(
+        "synergistic_tuning",
+        {
+            "losses": off,
+            "teacher": {
+                "topology": {"kind": "dinov3", "source": "/nowhere"},
+                "text": {"kind": "open_clip", "source": "/nowhere"},
+            },
+        },
+    )
     loss = MuseLoss.from_config(cfg, tiny_model(unshuffle=1))
     assert list(loss.terms) == ["reconstruction"]
-    assert loss.needs == {"topology": False, "semantics": False, "reconstruction": True, "encoder_only": False}
+    assert loss.needs == {
+        "topology": False,
+        "semantics": False,
+        "reconstruction": True,
+        "encoder_only": False,
+    }
 
 
 def test_teachers_neither_read_nor_move_the_run_s_generator(settings):
     """A process that holds a teacher already, and one that must build it, draw the same numbers afterwards, from the same teacher."""
-    from muse.losses import muse_loss
+    from muse.teachers import build
 
     cfg, built = settings("semantic_injection"), []
     for seed in (1, 2):
-        muse_loss._teacher.cache_clear()
+        build._teacher.cache_clear()
         torch.manual_seed(seed)
-        built.append(muse_loss.shared_topology_teacher(cfg, (4, 4)))
+        built.append(build.shared_topology_teacher(cfg, (4, 4)))
         drawn = torch.rand(3)
         torch.manual_seed(seed)
         assert torch.equal(torch.rand(3), drawn)
-        assert muse_loss.shared_topology_teacher(cfg, (4, 4)) is built[-1]
+        assert build.shared_topology_teacher(cfg, (4, 4)) is built[-1]
     assert built[0] is not built[1]
-    assert all(torch.equal(a, b) for a, b in zip(built[0].parameters(), built[1].parameters(), strict=True))
+    assert all(
+        torch.equal(a, b) for a, b in zip(built[0].parameters(), built[1].parameters(), strict=True)
+    )
 
 
 def test_the_composite_is_the_weighted_sum_written_by_hand(settings):
     """Every term by its formula on fixed inputs; weights as in the configuration."""
     from muse.losses.contrastive import itc_loss
 
-    cfg = settings("semantic_injection", {"losses": {"reconstruction": {"type": "l1", "weight": 0.7}, "topology": {"weight": 2.0},
-                                                     "itc": {"weight": 0.3}, "perceptual": {"weight": 0.0}}})
+    cfg = settings(
+        "semantic_injection",
+        {
+            "losses": {
+                "reconstruction": {"type": "l1", "weight": 0.7},
+                "topology": {"weight": 2.0},
+                "itc": {"weight": 0.3},
+                "perceptual": {"weight": 0.0},
+            }
+        },
+    )
     model = tiny_model(unshuffle=1)
     loss = MuseLoss.from_config(cfg, model)
-    batch = {"images": random_images(3, 32, 32), "text": ["one", "two", "three"], "keys": list("abc")}
+    batch = {
+        "images": random_images(3, 32, 32),
+        "text": ["one", "two", "three"],
+        "keys": list("abc"),
+    }
     with torch.no_grad():
         out = model(batch["images"])
         total, numbers = loss(out, batch)
         pixels = (out.reconstruction - batch["images"]).abs().mean()
         targets = loss.terms["topology"].targets(batch, out.grid)
-        kl = torch.stack([(target.mean(1) * (target.mean(1).log() - maps.exp().mean(1).log())).sum(-1).mean()
-                          for target, maps in zip(targets, out.log_topology)]).mean()
+        kl = torch.stack(
+            [
+                (target.mean(1) * (target.mean(1).log() - maps.exp().mean(1).log())).sum(-1).mean()
+                for target, maps in zip(targets, out.log_topology)
+            ]
+        ).mean()
         text = loss.terms["itc"].teacher(batch["text"])
         labels, ce = torch.arange(3), torch.nn.functional.cross_entropy
         logits = [out.logit_scale * embeds @ text.T for embeds in out.image_embeds]
         contrast = torch.stack([(ce(one, labels) + ce(one.T, labels)) / 2 for one in logits]).mean()
-    assert torch.allclose(contrast, itc_loss(out.image_embeds, text, out.logit_scale, gather=False), atol=1e-5)
+    assert torch.allclose(
+        contrast, itc_loss(out.image_embeds, text, out.logit_scale, gather=False), atol=1e-5
+    )
     assert torch.allclose(total, 0.7 * pixels + 2.0 * kl + 0.3 * contrast, atol=1e-4)
-    assert {name: float(numbers[name]) for name in ("reconstruction", "topology", "itc")} == pytest.approx(
-        {"reconstruction": float(pixels), "topology": float(kl), "itc": float(contrast)}, abs=1e-4)
+    assert {
+        name: float(numbers[name]) for name in ("reconstruction", "topology", "itc")
+    } == pytest.approx(
+        {"reconstruction": float(pixels), "topology": float(kl), "itc": float(contrast)}, abs=1e-4
+    )
 
 
 def test_settings_of_the_tests_name_real_stages(shapes_data, tmp_path):
-    assert all(run_settings(shapes_data, tmp_path, stage)["training"]["stage"] in STAGES for stage in PAPER_STAGES)
+    assert all(
+        run_settings(shapes_data, tmp_path, stage)["training"]["stage"] in STAGES
+        for stage in PAPER_STAGES
+    )

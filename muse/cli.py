@@ -1,0 +1,178 @@
+"""What every command shares: flags, overrides, loading, one-line errors with exit code 2, atomic JSON, the `protocol` object."""
+
+import argparse
+import functools
+import logging
+import os
+import platform
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from omegaconf import DictConfig
+from omegaconf.errors import InterpolationResolutionError
+
+from muse.config import load_config, unset_variable
+from muse.errors import ConfigError, MuseError
+from muse.utils.io import file_sha256, versions
+
+
+def entry(main: Callable[..., int | None]) -> Callable[..., int]:
+    """Decorate `main(argv=None)`: a user's mistake becomes one line on stderr and exit code 2."""
+
+    @functools.wraps(main)
+    def wrapped(argv: Sequence[str] | None = None) -> int:
+        setup_logging()
+        try:
+            return main(argv) or 0
+        except InterpolationResolutionError as error:
+            message = unset_variable(error)
+        except MuseError as error:
+            message = str(error)
+        except (PermissionError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+            message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        except OSError as error:
+            if (
+                error.errno is None
+            ):  # raised by a library, not by the system: a bug deserves its traceback
+                raise
+            message = f"{error.filename or 'input/output'}: {error.strerror}"
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            return 130
+        print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        return 2
+
+    return wrapped
+
+
+class _Stderr(logging.StreamHandler):
+    """Writes to whatever stderr is now: a caller of `main` may redirect it, and may have closed the one before."""
+
+    @property
+    def stream(self):
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, value: Any) -> None:
+        pass
+
+
+class _Parser(argparse.ArgumentParser):
+    """Its complaints are a user's mistakes like all others: one line, exit code 2."""
+
+    def error(self, message: str):
+        raise ConfigError(f"{message} (see {self.prog} --help)")
+
+
+def setup_logging() -> None:
+    """Log lines of the package on stderr, once."""
+    root = logging.getLogger("muse")
+    if not root.handlers:
+        handler = _Stderr()
+        handler.setFormatter(
+            logging.Formatter("%(asctime)s %(levelname).1s %(message)s", "%H:%M:%S")
+        )
+        root.addHandler(handler)
+        root.setLevel(os.environ.get("MUSE_LOG", "INFO").upper())
+
+
+def plain_parser(description: str) -> argparse.ArgumentParser:
+    """A parser without flags, whose errors are one line."""
+    return _Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+
+
+def parser(description: str, checkpoint: bool = False) -> argparse.ArgumentParser:
+    """A parser with the flags that every command takes."""
+    made = plain_parser(description)
+    made.add_argument(
+        "--config", required=True, help="YAML configuration, such as configs/muse_tiny/stage3.yaml"
+    )
+    if checkpoint:
+        made.add_argument(
+            "--checkpoint",
+            required=True,
+            help="save_pretrained directory, training checkpoint-N, .safetensors, "
+            "or the authors' .bin",
+        )
+    made.add_argument(
+        "--device", default=None, help="cuda, mps or cpu; the first that exists when not given"
+    )
+    made.add_argument("overrides", nargs="*", metavar="key=value", help="configuration overrides")
+    return made
+
+
+def parse(made: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Parse; a bare `config=C` (the release's form) means `--config C`, and overrides may stand anywhere."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    words = [
+        f"--config={word.removeprefix('config=')}" if word.startswith("config=") else word
+        for word in words
+    ]
+    return made.parse_intermixed_args(words)
+
+
+def load_cfg(args: argparse.Namespace) -> DictConfig:
+    """The configuration that the flags name."""
+    return load_config(args.config, args.overrides)
+
+
+def device(name: str | None) -> str:
+    """`name`, or the best device there is; `ConfigError` when the named one does not exist."""
+    import torch
+
+    available = {
+        "cuda": torch.cuda.is_available(),
+        "mps": torch.backends.mps.is_available(),
+        "cpu": True,
+    }
+    if name is None:
+        return next(kind for kind, there in available.items() if there)
+    kind = name.split(":")[0]
+    if not available.get(kind, False):
+        raise ConfigError(
+            f"--device {name}: not available here (there is: {', '.join(k for k, v in available.items() if v)})"
+        )
+    return name
+
+
+def load_model(args: argparse.Namespace, cfg: DictConfig):
+    """The checkpoint's model on the wanted device, in eval mode. `args.device` is resolved in place."""
+    from muse.models.loading import load_model as load
+
+    args.device = device(args.device)
+    return load(args.checkpoint, cfg.model, args.device)
+
+
+def protocol(args: argparse.Namespace, cfg: DictConfig, **extra: Any) -> dict[str, Any]:
+    """What was measured with what: checkpoint and its hash, configuration, seed, versions, and the caller's own facts."""
+    from muse import __version__
+    from muse.config import resolved
+
+    facts: dict[str, Any] = {
+        "muse": __version__,
+        "python": platform.python_version(),
+        "versions": versions(),
+    }
+    if getattr(args, "checkpoint", None):
+        from muse.models.loading import weights_file
+
+        file = weights_file(args.checkpoint)
+        facts["checkpoint"] = {
+            "path": str(args.checkpoint),
+            "file": file.name,
+            "sha256": file_sha256(file),
+        }
+    return {
+        **facts,
+        "seed": cfg.training.seed,
+        "device": args.device,
+        **extra,
+        "config": resolved(cfg),
+    }
+
+
+def choose_training_device(name: str | None) -> None:
+    """Make accelerate use `name`; without one it takes the best there is."""
+    if name is not None and device(name) == "cpu":
+        os.environ["ACCELERATE_USE_CPU"] = "true"

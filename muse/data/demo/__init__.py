@@ -1,5 +1,0 @@
-"""Demo data that a CPU can learn from: composited cut-outs (`stamps`) and drawn scenes (`shapes`)."""
-
-from muse.data.demo.build import make_demo_data
-
-__all__ = ["make_demo_data"]

@@ -1,0 +1,181 @@
+"""Every sample of a source exactly once, in order, shared out by sample index over ranks and workers."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from itertools import islice
+
+import torch
+from torch.utils.data import IterableDataset, get_worker_info
+
+from muse.data.decode import BadSample, BadSamples
+from muse.data.records import SHARD_FAULTS, Record, Source
+from muse.data.samples import Prepared, SampleMaker, torch_loader
+from muse.data.shards import split_shards
+from muse.errors import DataError
+
+# The first sample of remote shard i has index i * SHARD_STRIDE: nobody knows how many samples lie before it.
+SHARD_STRIDE = 2**32
+
+
+def count_samples(source: Source, limit: int | None = None) -> list[int]:
+    """Samples in each shard of a local source, by its tar headers; stops after `limit`.
+
+    Raises DataError if there are none.
+    """
+    counts: list[int] = []
+    for shard in source.shards:
+        if limit is not None and sum(counts) >= limit:
+            break
+        counts.append(1 if source.one_per_shard else _count_shard(source, shard))
+    if not sum(counts):
+        raise DataError(f"{source.name} holds no samples")
+    return counts
+
+
+def _count_shard(source: Source, shard: str) -> int:
+    count = 0
+    for record in source.read(shard):
+        if record.fault in SHARD_FAULTS:
+            raise broken_shard(record.fault, shard, count)
+        count += 1
+    return count
+
+
+def broken_shard(fault: str, shard: str, count: int) -> DataError:
+    """In training a broken shard counts as one bad sample; a measurement has to know over how many samples it is."""
+    if fault == "unreadable_shard" and not count:
+        return DataError(
+            f"shard {shard} cannot be read ({fault}): check its address, or the command of a pipe"
+        )
+    return DataError(
+        f"shard {shard} breaks off ({fault}) after {count} samples: fetch or write it again"
+    )
+
+
+@dataclass
+class EvalStream(IterableDataset):
+    """(batch or None, samples seen, faults) for one rank; torch's workers take its batches in turn."""
+
+    source: Source
+    maker: SampleMaker
+    batch_size: int
+    rank: int = 0
+    world: int = 1
+    max_images: int | None = None
+    counts: list[int] = field(default_factory=list)  # of a local source
+
+    def __post_init__(self) -> None:
+        super().__init__()
+
+    def span(self) -> tuple[int, int]:
+        """The rank's [first, last) sample index in a local source: contiguous, so that it opens only its own shards."""
+        total = sum(self.counts)
+        total = total if self.max_images is None else min(total, self.max_images)
+        return total * self.rank // self.world, total * (self.rank + 1) // self.world
+
+    def __iter__(self) -> Iterator[tuple[dict | None, int, list[tuple[str, str]]]]:
+        info = get_worker_info()
+        worker, workers = (info.id, info.num_workers) if info else (0, 1)
+        whole_shards = (
+            not self.source.local
+            and self.max_images is None
+            and len(self.source.shards) >= self.world * workers
+        )
+        if whole_shards:
+            records = self._own_shards(self.rank * workers + worker, self.world * workers)
+        else:
+            records = self._local() if self.source.local else self._strided()
+        number = 0
+        while chunk := list(islice(records, self.batch_size)):
+            if whole_shards or number % workers == worker:
+                yield self._batch(chunk)
+            number += 1
+
+    def _local(self) -> Iterator[tuple[int, Record]]:
+        first, last = self.span()
+        start = 0
+        for shard, count in zip(self.source.shards, self.counts, strict=False):
+            if start < last and start + count > first:
+                for index, record in enumerate(self.source.read(shard), start):
+                    if first <= index < last:
+                        yield index, record
+            start += count
+
+    def _strided(self) -> Iterator[tuple[int, Record]]:
+        """Remote shards too few to share out: everyone reads them through and decodes his own."""
+        records = (record for shard in self.source.shards for record in self.source.read(shard))
+        return islice(enumerate(records), self.rank, self.max_images, self.world)
+
+    def _own_shards(self, part: int, parts: int) -> Iterator[tuple[int, Record]]:
+        for number, shard in split_shards(list(enumerate(self.source.shards)), part, parts):
+            yield from enumerate(self.source.read(shard), number * SHARD_STRIDE)
+
+    def _batch(
+        self, chunk: list[tuple[int, Record]]
+    ) -> tuple[dict | None, int, list[tuple[str, str]]]:
+        samples: list[Prepared] = []
+        indices: list[int] = []
+        faults: list[tuple[str, str]] = []
+        for index, record in chunk:
+            try:
+                samples.append(self.maker.finish(self.maker.prepare(record)))
+                indices.append(index)
+            except BadSample as error:
+                faults.append((error.kind, record.key))
+        if not samples:
+            return None, len(chunk), faults
+        return {**self.maker.collate(samples), "indices": torch.tensor(indices)}, len(chunk), faults
+
+
+class EvalLoader:
+    """Iterable of batches over one rank's part; each pass starts anew, with a new `bad` count.
+
+    `num_samples` of all ranks together (None for remote shards); `len()` is this rank's number of batches if none is
+    lost.
+    """
+
+    def __init__(
+        self,
+        stream: EvalStream,
+        num_workers: int,
+        max_bad_fraction: float,
+        pin_memory: bool,
+        prefetch_factor: int | None,
+    ):
+        self.stream, self.num_workers, self.max_bad_fraction = stream, num_workers, max_bad_fraction
+        self.bad = BadSamples(max_bad_fraction)
+        self._pin_memory, self._prefetch = pin_memory, prefetch_factor
+        counts, limit = stream.counts, stream.max_images
+        self.num_samples = (
+            None
+            if not stream.source.local
+            else min(sum(counts), limit if limit is not None else sum(counts))
+        )
+        self.classes = getattr(stream.source, "classes", ())
+
+    def __len__(self) -> int:
+        if self.num_samples is None:
+            raise TypeError("the number of samples in remote shards is not known")
+        first, last = self.stream.span()
+        return -(-(last - first) // self.stream.batch_size)
+
+    def __iter__(self) -> Iterator[dict]:
+        self.bad = BadSamples(self.max_bad_fraction)
+        for batch, seen, faults in torch_loader(
+            self.stream, self.num_workers, 0, self._pin_memory, self._prefetch
+        ):
+            self.bad.add(seen, faults)
+            for kind, key in faults:
+                if kind in SHARD_FAULTS:
+                    raise broken_shard(kind, key, self.bad.seen - 1)
+            self.bad.check()
+            if batch is not None:
+                yield batch
+        self.bad.check(final=True)
+        if self.num_samples is not None:
+            first, last = self.stream.span()
+            if self.bad.seen != last - first:
+                name = self.stream.source.name
+                raise DataError(
+                    f"{name}: {self.bad.seen} samples read where {last - first} were counted at the start"
+                )

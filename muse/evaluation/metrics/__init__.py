@@ -1,0 +1,1 @@
+"""Single metrics, one a file; the table of them is in `muse/evaluation/evaluator.py`."""

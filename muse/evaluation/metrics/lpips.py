@@ -1,0 +1,63 @@
+"""LPIPS as a metric, by the `lpips` package. Other networks' distances are those of muse/losses/perceptual.py."""
+
+import urllib.error
+
+import torch
+from torch import nn
+
+from muse.errors import ConfigError, DataError
+from muse.evaluation.metrics.networks import state_sha256
+from muse.utils.weights import read_state_dict
+
+LPIPS_NETS = {"alex": "alexnet", "vgg": "vgg16", "squeeze": "squeezenet1_1"}
+
+
+class Lpips(nn.Module):
+    """LPIPS v0.1 of the `lpips` package: (B,3,H,W) in [0,1] twice -> (B,).
+
+    weights: a file with torchvision's state dict of the backbone (alex: alexnet, vgg: vgg16, squeeze: squeezenet1_1);
+    None lets torchvision download it. The linear heads come with the package. DataError, one line, when there is
+    neither.
+    """
+
+    def __init__(self, net: str = "alex", weights: str | None = None):
+        super().__init__()
+        import lpips
+        import torchvision
+
+        if net not in LPIPS_NETS:
+            raise ConfigError(f"unknown LPIPS backbone '{net}': one of {', '.join(LPIPS_NETS)}")
+        backbone = getattr(torchvision.models, LPIPS_NETS[net])
+        if weights is None:
+            try:
+                trained = backbone(weights="DEFAULT", progress=False)
+            except (urllib.error.URLError, OSError) as error:
+                raise DataError(
+                    f"lpips needs torchvision's {LPIPS_NETS[net]} weights, which could not be downloaded ({error}): "
+                    "pass the file with --lpips-weights FILE (in Python: lpips_weights=FILE), or choose other --metrics"
+                ) from error
+            state = trained.state_dict()
+        else:
+            state = read_state_dict(weights, f"LPIPS ({LPIPS_NETS[net]})")
+        self.name = f"lpips_{net}"
+        self.network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+        self._load_backbone(state, weights or LPIPS_NETS[net])
+        self.network.eval().requires_grad_(False)
+        self.weights_sha256 = state_sha256(self.network)
+
+    def _load_backbone(self, state: dict, source: str) -> None:
+        """lpips cuts torchvision's `features` into slices that keep the layers' numbers."""
+        own = self.network.net.state_dict()
+        renamed = {key: state.get("features." + key.split(".", 1)[1]) for key in own}
+        wrong = [
+            key for key, value in renamed.items() if value is None or value.shape != own[key].shape
+        ]
+        if wrong:
+            raise DataError(
+                f"{source} does not hold the weights of LPIPS's backbone: {len(wrong)} tensors differ ({wrong[0]})"
+            )
+        self.network.net.load_state_dict(renamed)
+
+    @torch.no_grad()
+    def forward(self, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
+        return self.network(real.float(), fake.float(), normalize=True).flatten()

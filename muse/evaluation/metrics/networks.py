@@ -1,0 +1,115 @@
+"""Feature networks of the Fréchet distance `fd_<name>`: frozen, [0,1] images in, (B, D) pooled features out.
+
+`REGISTRY` names those that need a builder of their own; any other name is taken as timm's. A distance in such a space
+is never called FID.
+"""
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from muse.errors import ConfigError, DataError
+from muse.utils.weights import read_state_dict
+
+
+class FeatureNetwork(nn.Module):
+    """A frozen network and what a protocol must say of it: `name`, `weights_sha256`."""
+
+    def __init__(
+        self,
+        name: str,
+        network: nn.Module,
+        pooled: Callable[[torch.Tensor], torch.Tensor],
+        sha256: str,
+    ):
+        super().__init__()
+        self.name = name
+        self.weights_sha256 = sha256
+        self.network = network.eval().requires_grad_(False)
+        self._pooled = pooled
+
+    def train(self, mode: bool = True) -> "FeatureNetwork":
+        """Stays in evaluation mode."""
+        return super().train(False)
+
+    @torch.no_grad()
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self._pooled(images).float()
+
+
+def state_sha256(module: nn.Module) -> str:
+    """SHA-256 over the names and bytes of a module's tensors, in the order of the names."""
+    digest = hashlib.sha256()
+    for key, tensor in sorted(module.state_dict().items()):
+        digest.update(key.encode())
+        digest.update(
+            tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+        )
+    return digest.hexdigest()
+
+
+def _efficientnet_lite0(weights: str | Path | None) -> FeatureNetwork:
+    from muse.teachers.efficientnet_lite import load_efficientnet_lite0
+
+    network = load_efficientnet_lite0(weights)
+    return FeatureNetwork("efficientnet_lite0", network, network.pooled, network.weights_sha256)
+
+
+def _timm(name: str, weights: str | Path | None) -> FeatureNetwork:
+    import timm
+
+    if not timm.is_model(name.split(".")[0]):
+        raise ConfigError(
+            f"unknown feature network '{name}': not one of {', '.join(sorted(REGISTRY))}, nor of timm's"
+        )
+    # strict loading of a checkpoint wants the classifier that the file holds, so it is dropped afterwards
+    if weights is not None:
+        read_state_dict(
+            weights, f"the feature network {name}"
+        )  # one clear error for a missing or foreign file
+        try:
+            network = timm.create_model(name, checkpoint_path=str(weights))
+        except (RuntimeError, KeyError) as error:
+            raise DataError(
+                f"{weights} does not hold the weights of the feature network {name}"
+            ) from error
+    else:
+        try:
+            network = timm.create_model(name, pretrained=True)
+        except (OSError, RuntimeError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise DataError(
+                f"no weights for the feature network {name} ({reason}): pass a file with --feature-weights FILE, "
+                "or use efficientnet_lite0, whose weights come with a package"
+            ) from error
+    network.reset_classifier(0)
+    cfg = network.pretrained_cfg
+    size = cfg.get("input_size", (3, 224, 224))[-2:]
+    mean, std = (torch.tensor(cfg[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
+
+    def pooled(images: torch.Tensor) -> torch.Tensor:
+        images = F.interpolate(
+            images, size, mode="bicubic", align_corners=False, antialias=True
+        ).clamp(0, 1)
+        return network((images - mean.to(images)) / std.to(images))
+
+    return FeatureNetwork(name, network, pooled, state_sha256(network))
+
+
+REGISTRY: dict[str, Callable[[str | Path | None], FeatureNetwork]] = {
+    "efficientnet_lite0": _efficientnet_lite0
+}
+
+
+def load_feature_network(name: str, weights: str | Path | None = None) -> FeatureNetwork:
+    """Network by name, pretrained; `weights` is a local file for it.
+
+    ConfigError for a name nobody knows; DataError or CheckpointError, one line, when its weights cannot be had.
+    """
+    if name in ("inception", "inception_v3_compat"):
+        raise ConfigError("the Inception distance is the metric 'rfid', not 'fd_inception'")
+    return REGISTRY[name](weights) if name in REGISTRY else _timm(name, weights)

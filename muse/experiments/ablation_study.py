@@ -1,0 +1,217 @@
+"""Runs the table of ablations: what depends on what, several processes at once, and the page that comes out."""
+
+import functools
+import json
+import logging
+import multiprocessing
+import os
+import statistics
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+import muse
+from muse import cli
+from muse.analysis.gradients import PAIRS, gradient_records
+from muse.config import resolved
+from muse.experiments.ablation import VARIANTS, Study, measure, train_base, train_run
+from muse.experiments.gradient_figure import draw_gradients
+from muse.utils.io import versions, write_json, write_text
+
+log = logging.getLogger(__name__)
+
+# Column -> how it is read from a measurement, digits. Arrows: which way is better.
+COLUMNS: dict[str, tuple[Callable[[dict[str, Any]], float | None], int]] = {
+    "PSNR, dB ↑": (lambda m: m["psnr"], 2),
+    "perceptual ↓": (lambda m: m["perceptual_efficientnet_lite0"], 3),
+    "zero-shot ↑": (lambda m: m["zero_shot_macro"], 3),
+    "R@5 of 32 ↑": (lambda m: m["retrieval_r5"], 3),
+    "linear probe ↑": (lambda m: m["linear_probe_macro"], 3),
+    "mIoU ↑": (lambda m: m["miou"], 3),
+    "topology KL ↓": (lambda m: m["topology"]["kl"], 3),
+    "conflict ↓": (lambda m: _gradient(m, "reconstruction~semantics", "blocks", "conflict"), 3),
+    "abs. cosine W_QK": (lambda m: _gradient(m, "structure~semantics", "W_QK", "abs"), 3),
+    "abs. cosine W_V": (lambda m: _gradient(m, "structure~semantics", "W_V", "abs"), 3),
+}
+
+
+def _gradient(measured: dict[str, Any], pair: str, space: str, number: str) -> float | None:
+    found = (measured["gradients"].get(pair) or {}).get(space)
+    return found[number] if found else None
+
+
+class Task(NamedTuple):
+    """A piece of work for one process, and the tasks it needs done."""
+
+    name: str
+    work: Callable[..., None]
+    arguments: tuple[Any, ...]
+    after: tuple[str, ...]
+
+
+def run_study(
+    study: Study, variants: Sequence[str], seeds: Sequence[int], jobs: int
+) -> dict[str, Any]:
+    """Do everything that is not there yet, seed by seed, `jobs` processes at once; write `ablation.json`, `ablation.md` and, where both
+    `paper` and `baseline` are among the variants, `gradients.png`."""
+    tasks = plan_tasks(study, variants, seeds)
+    log.info("%d trainings and measurements, %d at once", len(tasks), jobs)
+    spawn = multiprocessing.get_context(
+        "spawn"
+    )  # a fork of a process whose threads have run can hang
+    with ProcessPoolExecutor(1, spawn, _prepare, (1,)) as pool:
+        pool.submit(train_base, study).result()  # with all cores, before the others need it
+    with ProcessPoolExecutor(jobs, spawn, _prepare, (jobs,)) as pool:
+        work_through(tasks, pool, jobs)
+    results = collect(study, variants, seeds)
+    write_json(study.output / "ablation.json", results)
+    write_text(study.output / "ablation.md", markdown(results))
+    if {"paper", "baseline"} <= set(variants):
+        arms = {
+            arm: [
+                list(gradient_records([run.folder for run in study.runs(name, seed)]))
+                for seed in seeds
+            ]
+            for arm, name in (("baseline", "baseline"), ("muse", "paper"))
+        }
+        draw_gradients(arms, study.output / "gradients.png")
+    return results
+
+
+def plan_tasks(study: Study, variants: Sequence[str], seeds: Sequence[int]) -> list[Task]:
+    """Every training once, whoever shares it, and a measurement for each variant and seed; in the order in which they are wanted."""
+    tasks: dict[str, Task] = {}
+    for seed in seeds:
+        runs = {name: study.runs(name, seed) for name in variants}
+        for depth in range(max(map(len, runs.values()))):
+            for own in runs.values():
+                for run in own[depth : depth + 1]:
+                    after = (str(run.before.folder),) if run.before else ()
+                    tasks.setdefault(
+                        str(run.folder), Task(str(run.folder), train_run, (run,), after)
+                    )
+        for name, own in runs.items():
+            task = Task(
+                str(study.record(name, seed)), _measure, (study, name, seed), (str(own[-1].folder),)
+            )
+            tasks[task.name] = task
+    return list(tasks.values())
+
+
+def work_through(tasks: Sequence[Task], pool: ProcessPoolExecutor, jobs: int) -> None:
+    """Start each task as soon as what it needs is done, earlier ones first. The first failure ends the study."""
+    waiting, running, done = list(tasks), {}, set()
+    while waiting or running:
+        ready = [task for task in waiting if done.issuperset(task.after)][: jobs - len(running)]
+        for task in ready:
+            waiting.remove(task)
+            running[pool.submit(task.work, *task.arguments)] = task
+        for future in wait(running, return_when=FIRST_COMPLETED).done:
+            task = running.pop(future)
+            try:
+                future.result()
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                log.error("%s failed; the same command goes on from here", task.name)
+                raise
+            done.add(task.name)
+            log.info("%d of %d: %s", len(done), len(tasks), Path(task.name).name)
+
+
+def _prepare(jobs: int) -> None:
+    """Of a worker process: its share of the cores, and log lines of what matters."""
+    os.environ["TQDM_DISABLE"] = "1"
+    os.environ["MUSE_LOG"] = "WARNING"
+    cli.setup_logging()
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // jobs))
+
+
+def _measure(study: Study, name: str, seed: int) -> None:
+    if not study.record(name, seed).is_file():
+        measure(study, name, seed, _yardstick(study))
+
+
+@functools.lru_cache(maxsize=1)
+def _yardstick(study: Study) -> Any:
+    """Pictures and teachers of the measurements, which a process makes once. The paper's teachers measure every variant."""
+    from muse.evaluation.suite import Yardstick, latent_grid
+    from muse.teachers.build import shared_text_teacher, shared_topology_teacher
+
+    cfg = study.runs("paper", 0)[-1].cfg
+    return Yardstick(
+        cfg,
+        shared_topology_teacher(cfg, latent_grid(cfg)),
+        shared_text_teacher(cfg),
+        study.plan.probe_images,
+        study.plan.val_images,
+    )
+
+
+def collect(study: Study, variants: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
+    """All measurements, with mean and standard deviation (n - 1) over seeds of every column."""
+    rows = {}
+    for name in variants:
+        measured = {
+            seed: json.loads(study.record(name, seed).read_text())["measured"] for seed in seeds
+        }
+        columns = {
+            column: _spread([read(one) for one in measured.values()])
+            for column, (read, _) in COLUMNS.items()
+        }
+        rows[name] = {
+            "label": VARIANTS[name].label,
+            "columns": columns,
+            "seeds": measured,
+            "runs": {
+                seed: [str(run.folder.relative_to(study.output)) for run in study.runs(name, seed)]
+                for seed in seeds
+            },
+        }
+    return {
+        "variants": rows,
+        "protocol": {
+            "muse": muse.__version__,
+            "versions": versions(),
+            "seeds": list(seeds),
+            "plan": asdict(study.plan),
+            "pairs": list(PAIRS),
+            "config": resolved(study.runs(variants[0], seeds[0])[-1].cfg),
+        },
+    }
+
+
+def _spread(values: Sequence[float | None]) -> dict[str, Any]:
+    found = [value for value in values if value is not None]
+    return {
+        "mean": statistics.fmean(found) if found else None,
+        "std": statistics.stdev(found) if len(found) > 1 else None,
+        "values": list(values),
+    }
+
+
+def markdown(results: dict[str, Any]) -> str:
+    """The table, and what its columns are."""
+    lines = ["| variant | " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * len(COLUMNS)]
+    for row in results["variants"].values():
+        cells = [_cell(row["columns"][column], digits) for column, (_, digits) in COLUMNS.items()]
+        lines.append(f"| {row['label']} | {' | '.join(cells)} |")
+    plan, seeds = results["protocol"]["plan"], results["protocol"]["seeds"]
+    note = (
+        f"Mean ± standard deviation over {len(seeds)} seeds; {' + '.join(map(str, plan['steps']))} steps of {plan['batch_size']} "
+        f"pictures after one encoder distilled for {plan['base_steps']} steps. Zero-shot, linear probe: macro means; R@5: caption "
+        "retrieval. conflict: mean max(0, −cosine) of the reconstruction's and the semantics' gradients on the blocks; abs. cosine: "
+        "between the gradients of structure and semantics. Over the steps in which both reach a tensor there; none: they never share "
+        "one."
+    )
+    return "\n".join(lines) + f"\n\n{note}\n"
+
+
+def _cell(column: dict[str, Any], digits: int) -> str:
+    if column["mean"] is None:
+        return "none"
+    spread = f" ± {column['std']:.{digits}f}" if column["std"] is not None else ""
+    return f"{column['mean']:.{digits}f}{spread}"

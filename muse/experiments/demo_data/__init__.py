@@ -1,0 +1,5 @@
+"""Demo data that a CPU can learn from: composited cut-outs (`stamps`) and drawn scenes (`shapes`)."""
+
+from muse.experiments.demo_data.build import make_demo_data
+
+__all__ = ["make_demo_data"]

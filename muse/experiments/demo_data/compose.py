@@ -1,0 +1,129 @@
+"""One composite: a cut-out at random place, size, angle and light on a random piece of background."""
+
+import numpy
+from PIL import Image, ImageFilter
+
+from muse.experiments.demo_data import captions
+from muse.experiments.demo_data.catalogue import CLASSES, names_category
+from muse.experiments.demo_data.library import Library
+from muse.experiments.demo_data.sample import Sample
+
+SCALE = (0.65, 0.95)  # longest side of the object, in picture sides
+_MIN_EXTENT = 0.55  # geometric mean of its two sides, where SCALE allows: long thin things are drawn longer, not lost
+ROTATION = 15.0  # degrees, both ways
+PLAIN, BLURRED = 0.2, 0.35  # shares of synthetic and of out-of-focus backgrounds
+CATEGORY_SHARE = 0.5  # of the captions name the category
+_MIN_CONTRAST = (
+    0.22  # RGB distance of object and background below which another background is tried
+)
+_TRIES = 4
+
+
+def composite(library: Library, index: int, size: int, rng: numpy.random.Generator) -> Sample:
+    """Object `index` of the library on a background drawn by `rng`."""
+    item = library.objects[index]
+    colour, alpha = _place(library.cutouts[index], item.flip, size, rng)
+    colour = _jitter(colour, rng, light=0.15, saturation=0.2)
+    weight = alpha[..., None]
+    mean = (colour * weight).sum((0, 1)) / max(weight.sum(), 1e-6)
+    best, best_name, best_distance = None, "", -1.0
+    for _ in range(_TRIES):
+        background, name = _background(library, size, rng)
+        distance = float(
+            numpy.linalg.norm((background * weight).sum((0, 1)) / max(weight.sum(), 1e-6) - mean)
+        )
+        if distance > best_distance:
+            best, best_name, best_distance = background, name, distance
+        if distance >= _MIN_CONTRAST:
+            break
+    image = colour * weight + best * (1 - weight)
+    kind = CLASSES[item.label] if rng.random() < CATEGORY_SHARE and names_category(item) else None
+    return Sample(
+        (image.clip(0, 1) * 255).round().astype(numpy.uint8),
+        numpy.where(alpha >= 0.5, 1 + item.label, 0).astype(numpy.uint8),
+        captions.sentence(item.phrase, item.style, kind),
+        item.label,
+        {"object": item.name, "background": best_name},
+    )
+
+
+def _place(
+    cutout: Image.Image, flip: bool, size: int, rng: numpy.random.Generator
+) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Colour (H,W,3) and alpha (H,W), both float32 in [0,1], of the cut-out laid wholly into the picture."""
+    angle = numpy.deg2rad(rng.uniform(-ROTATION, ROTATION))
+    share = rng.uniform(*SCALE)
+    mirrored = -1.0 if flip and rng.random() < 0.5 else 1.0
+    cos, sin = numpy.cos(angle), numpy.sin(angle)
+    width, height = cutout.size
+    box = numpy.array([width * abs(cos) + height * abs(sin), width * abs(sin) + height * abs(cos)])
+    share = min(
+        SCALE[1], max(share, _MIN_EXTENT * numpy.sqrt(max(width, height) / min(width, height)))
+    )
+    scale = min(share * size / max(width, height), 0.99 * size / box.max())
+    centre = rng.uniform(0.5 * scale * box, size - 0.5 * scale * box)
+    # PIL wants output -> input: undo the shift, the rotation, the scale, the flip.
+    turn = numpy.array([[cos, sin], [-sin, cos]]) / scale
+    turn[0] *= mirrored
+    shift = numpy.array([width, height]) / 2 - turn @ centre
+    placed = cutout.transform(
+        (size, size),
+        Image.Transform.AFFINE,
+        (*turn[0], shift[0], *turn[1], shift[1]),
+        Image.Resampling.BICUBIC,
+    )
+    values = numpy.asarray(placed, dtype=numpy.float32) / 255
+    return values[..., :3], values[..., 3]
+
+
+def _jitter(
+    colour: numpy.ndarray, rng: numpy.random.Generator, light: float, saturation: float
+) -> numpy.ndarray:
+    """Random brightness, contrast about the middle grey, and saturation."""
+    grey = colour @ numpy.array([0.299, 0.587, 0.114], dtype=numpy.float32)
+    colour = grey[..., None] + (colour - grey[..., None]) * numpy.float32(
+        rng.uniform(1 - saturation, 1 + saturation)
+    )
+    contrast, gain = rng.uniform(1 - light, 1 + light, 2).astype(numpy.float32)
+    return ((colour - 0.5) * contrast + 0.5) * gain
+
+
+def _background(
+    library: Library, size: int, rng: numpy.random.Generator
+) -> tuple[numpy.ndarray, str]:
+    """Background (H,W,3) float32 and its name."""
+    if rng.random() < PLAIN:
+        return gradient(size, rng), "gradient"
+    index = int(rng.integers(len(library.photographs)))
+    photograph = library.photographs[index]
+    side = rng.uniform(0.4, 1.0) * min(photograph.size)
+    left, top = rng.uniform(0, numpy.array(photograph.size) - side)
+    crop = photograph.resize(
+        (size, size), Image.Resampling.BILINEAR, (left, top, left + side, top + side)
+    )
+    if rng.random() < BLURRED:
+        crop = crop.filter(ImageFilter.GaussianBlur(rng.uniform(0.01, 0.04) * size))
+    values = numpy.asarray(crop, dtype=numpy.float32) / 255
+    if rng.random() < 0.5:
+        values = values[:, ::-1]
+    return _tint(_jitter(values, rng, light=0.25, saturation=0.4), rng), library.backgrounds[
+        index
+    ].name
+
+
+def _tint(values: numpy.ndarray, rng: numpy.random.Generator) -> numpy.ndarray:
+    """A coloured light: mild on colour pictures, strong on grey ones (brick, gravel, grass)."""
+    grey = float(numpy.abs(values - values.mean(-1, keepdims=True)).mean()) < 0.01
+    light = rng.uniform(1 - (0.45 if grey else 0.1), 1.1, 3).astype(numpy.float32)
+    return (values * light).clip(0, 1)
+
+
+def gradient(size: int, rng: numpy.random.Generator) -> numpy.ndarray:
+    """A plain or linearly shaded background (H,W,3) float32 in [0,1]."""
+    first = rng.uniform(0.1, 0.95, 3)
+    first += rng.uniform(0.2, 0.7) * (first.mean() - first)  # few neon colours
+    second = (first + rng.normal(0, 0.15, 3)).clip(0, 1)
+    angle = rng.uniform(0, 2 * numpy.pi)
+    y, x = numpy.mgrid[0:size, 0:size] / size - 0.5
+    ramp = (numpy.cos(angle) * x + numpy.sin(angle) * y + 0.7) / 1.4
+    return (first + (second - first) * ramp[..., None]).astype(numpy.float32)

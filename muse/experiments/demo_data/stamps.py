@@ -1,0 +1,62 @@
+"""The kind `stamps`: real cut-outs on real photographs, split by object and by background."""
+
+from dataclasses import dataclass
+
+import numpy
+
+from muse.experiments.demo_data import catalogue, debian
+from muse.experiments.demo_data.compose import composite
+from muse.experiments.demo_data.library import Library, load_library
+from muse.experiments.demo_data.sample import Sample
+
+CLASSES = catalogue.CLASSES
+VERSION = 1  # raise when the same arguments give other pictures
+EXTRA_SHARE = 0.3  # of the training pictures show the second domain, with objects="all"
+_SPLITS = {"train": 0, "val": 1}
+
+
+@dataclass(frozen=True)
+class Stamps:
+    """Callable (split, index) -> Sample; every picture has its own generator, whoever makes it."""
+
+    train: Library
+    val: Library
+    main: int  # the first `main` objects of `train` are the photo-like ones
+    size: int
+    seed: int
+
+    def __call__(self, split: str, index: int) -> Sample:
+        rng = numpy.random.default_rng([self.seed, _SPLITS[split], index])
+        library = getattr(self, split)
+        return composite(library, self._object(split, index, rng), self.size, rng)
+
+    def _object(self, split: str, index: int, rng: numpy.random.Generator) -> int:
+        """Each object equally often: the pictures run through shuffled rounds of all objects."""
+        if split == "val":
+            return self._round(len(self.val.objects), split, index)
+        extra = len(self.train.objects) - self.main
+        if extra and rng.random() < EXTRA_SHARE:
+            return self.main + int(rng.integers(extra))
+        return self._round(self.main, split, index)
+
+    def _round(self, count: int, split: str, index: int) -> int:
+        order = numpy.random.default_rng(
+            [self.seed, _SPLITS[split], index // count, count]
+        ).permutation(count)
+        return int(order[index % count])
+
+
+def prepare(size: int, seed: int, objects: str = "photo") -> Stamps:
+    """Fetch the packages, split, and shrink every layer once. DataError where DEMO data cannot be had."""
+    roots = debian.fetch(catalogue.PACKAGES)
+    items = catalogue.find_cutouts(roots[catalogue.STAMPS_PACKAGE])
+    train, val, extra = catalogue.split_objects(items)
+    train_photos, val_photos = catalogue.find_backgrounds(roots)
+    chosen = train + (extra if objects == "all" else [])
+    return Stamps(
+        load_library(chosen, train_photos, size),
+        load_library(val, val_photos, size),
+        len(train),
+        size,
+        seed,
+    )

@@ -1,8 +1,0 @@
-"""Frozen teachers, beside the model and never inside it: attention or affinity maps, text embeddings, features."""
-from muse.models.teachers.base import FrozenTeacher, TopologyTarget
-from muse.models.teachers.build import build_feature_teacher, build_text_teacher, build_topology_teacher
-from muse.models.teachers.cache import CachedTeacher
-from muse.models.teachers.prompts import class_embeddings
-
-__all__ = ["CachedTeacher", "FrozenTeacher", "TopologyTarget", "build_feature_teacher", "build_text_teacher",
-           "build_topology_teacher", "class_embeddings"]

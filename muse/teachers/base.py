@@ -1,0 +1,126 @@
+"""What every teacher shares: it is frozen, it takes [0,1] pixels, and it speaks of its options by name."""
+
+import logging
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from muse.config import nearest, plain
+from muse.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+HEADS = ("mean", "per_head")
+
+
+class TopologyTarget(NamedTuple):
+    """What a topology teacher says of a batch (paper: A_T).
+
+    maps: one tensor for each student block, (B, heads or 1, Nt, Nt) float32, rows sum to 1. The same tensor may stand
+    in several places. grid: (ht, wt) with ht * wt = Nt.
+    """
+
+    maps: tuple[Tensor, ...]
+    grid: tuple[int, int]
+
+
+class FrozenTeacher(nn.Module):
+    """A module without gradients that stays in eval mode whatever `train()` is told. Call `freeze()` once built."""
+
+    def freeze(self) -> "FrozenTeacher":
+        self.requires_grad_(False)
+        return self.train(False)
+
+    def train(self, mode: bool = True) -> "FrozenTeacher":
+        """Stay in eval mode."""
+        return super().train(False)
+
+    @property
+    def device(self) -> torch.device:
+        tensors = [*self.parameters(), *self.buffers()]
+        return tensors[0].device if tensors else torch.device("cpu")
+
+
+class Normalise(nn.Module):
+    """[0,1] pixels to the range a network was trained on: (x - mean) / std, once (FIDELITY row 3)."""
+
+    def __init__(self, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD):
+        super().__init__()
+        self.register_buffer("mean", torch.tensor(mean).view(1, -1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(std).view(1, -1, 1, 1), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        return (images.float() - self.mean) / self.std
+
+
+def resize_images(images: Tensor, size: tuple[int, int] | None) -> Tensor:
+    """Images (B,3,H,W) at `size` (bilinear, anti-aliased: no overshoot out of [0,1]); unchanged where it is None."""
+    if size is None or tuple(images.shape[-2:]) == tuple(size):
+        return images
+    return F.interpolate(images.float(), size=tuple(size), mode="bilinear", antialias=True)
+
+
+def evenly_spaced_layers(depth: int, count: int) -> list[int]:
+    """`count` of `depth` layers, evenly spaced, the last one last (FIDELITY row 2): 32, 6 -> 5, 10, 15, 21, 26, 31."""
+    return [-(-(index + 1) * depth // count) - 1 for index in range(count)]
+
+
+def choose_layers(layers: Sequence[int] | None, depth: int, count: int) -> list[int]:
+    """The teacher layer of each of `count` student blocks: evenly spaced, or as named (one for all, or one each).
+
+    Negative indices count from the end. Raises ConfigError on a layer that does not exist or on a wrong number of them.
+    """
+    if layers is None:
+        return evenly_spaced_layers(depth, count)
+    if not all(isinstance(layer, int) for layer in layers):
+        raise ConfigError(
+            f"teacher.topology.layers must be layer numbers for an attention teacher, got {list(layers)}"
+        )
+    if len(layers) not in (1, count):
+        raise ConfigError(
+            f"teacher.topology.layers names {len(layers)} layers for {count} student blocks: "
+            f"name 1 or {count}"
+        )
+    if not all(-depth <= layer < depth for layer in layers):
+        raise ConfigError(
+            f"teacher.topology.layers {list(layers)}: the teacher has layers 0..{depth - 1}"
+        )
+    chosen = [layer % depth for layer in layers]
+    return chosen * count if len(chosen) == 1 else chosen
+
+
+def read_options(section: Any, known: dict[str, Any], where: str) -> dict[str, Any]:
+    """`known` (key -> default) overlaid with the keys of `section` (a dict or an OmegaConf node) that are not null.
+
+    Raises ConfigError naming an unknown key and the nearest known one.
+    """
+    given = plain(section) or {}
+    for key in given:
+        if key not in known:
+            raise ConfigError(f"unknown key {where}.{key}{nearest(key, known)}")
+    return known | {key: value for key, value in given.items() if value is not None}
+
+
+def check_choice(value: Any, choices: Sequence[Any], where: str) -> None:
+    """Raise ConfigError unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ConfigError(f"{where} must be one of {', '.join(map(str, choices))}, got {value!r}")
+
+
+def image_size_option(value: Any, where: str) -> tuple[int, int] | None:
+    """An image size given as one number or as [height, width]; None stays None. Raises ConfigError on anything else."""
+    if value is None:
+        return None
+    sides = [value, value] if isinstance(value, int) else value
+    if (
+        not isinstance(sides, (list, tuple))
+        or len(sides) != 2
+        or not all(isinstance(s, int) and s > 0 for s in sides)
+    ):
+        raise ConfigError(f"{where} must be a number of pixels or [height, width], got {value!r}")
+    return sides[0], sides[1]
