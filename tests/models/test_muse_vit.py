@@ -99,7 +99,8 @@ def test_unshuffle_of_one_keeps_every_encoder_token():
 def test_encode_refuses_sizes_that_are_no_multiple(model):
     with pytest.raises(
         ValueError,
-        match=r"multiples of 16 \(patch 8 x unshuffle 2\), got 37x48; reconstruct\(\) takes any size",
+        match=r"multiples of 16 \(patch 8 x unshuffle 2\), got 37x48; "
+        r"reconstruct\(\) takes any size",
     ):
         model.encode(random_images(1, 37, 48))
 
@@ -247,7 +248,7 @@ def test_a_picture_does_not_see_its_batch(model):
 
 
 def test_larger_pictures_interpolate_the_positions(model):
-    """The encoder's positions are those of its own size; elsewhere transformers interpolates them."""
+    """The encoder's positions are of its own size; elsewhere transformers interpolates them."""
     with torch.no_grad():
         embeddings = model.encoder.embeddings
         own = embeddings.interpolate_pos_encoding(torch.zeros(1, 17, 16), 32, 32)
