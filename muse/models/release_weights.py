@@ -1,6 +1,4 @@
-"""The authors' checkpoint file: its layout in this project's names, and a key report by module
-(FIDELITY rows 21, 22).
-"""
+"""The authors' checkpoint file: names there and here, and a key report (FIDELITY rows 21, 22)."""
 
 import logging
 import re
@@ -59,9 +57,7 @@ class KeyReport:
 
 
 def read_release_file(path: str | Path) -> dict[str, Tensor]:
-    """The student's tensors of a `.bin`/`.pt` (tensors only, never code) or `.safetensors` file,
-    without the wrappers and prefixes that training leaves around them.
-    """
+    """The student's tensors, without the wrappers and prefixes that training leaves around them."""
     state = read_state_dict(path, "the authors' model", WRAPPERS)
     if not state:
         raise CheckpointError(f"{path}: holds no mapping of names to tensors")
