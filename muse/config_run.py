@@ -26,6 +26,12 @@ class DatasetParamsConfig:
         "draw shards with replacement: for remote shards on many processes; a resume is then "
         "approximate",
     )
+    mix: str = key(
+        "sample",
+        "what a draw from the mixture gives; batch: whole batches of one source, which decides "
+        "the negatives of the contrast",
+        choices=("sample", "batch"),
+    )
     cache_in_memory: bool = key(False, "keep decoded pictures (small sets, num_workers_per_gpu 0)")
     eval_batch_size: int = key(32, "changes no result", least=1)
     max_eval_images: int | None = key(None, "null: all")

@@ -230,6 +230,7 @@ def test_keys_with_choices():
         "losses.topology.heads",
         "losses.itc.blocks",
         "losses.itc.objective",
+        "dataset.params.mix",
         "optimizer.name",
         "lr_scheduler.scheduler",
         "training.stage",
