@@ -260,8 +260,8 @@ class TrainLoader:
         """Go on from `state`.
 
         Exact (the same batches, bit for bit) where seed, rank, world, workers, buffer, weights, mix
-        and shards are what they were. Otherwise, and for resampled shards, approximate: the sources'
-        next epoch begins, with a warning. The batch size may change.
+        and shards are what they were. Otherwise, and for resampled shards, approximate: the next
+        epoch of the sources begins, with a warning. The batch size may change.
         """
         try:
             # Positions written before there was a choice have no `mix`.

@@ -131,7 +131,8 @@ def _open(checkpoint: str | Path, config: Any) -> tuple[MUSE_ViT, dict[str, Any]
                 f"model.routing={own['routing']}"
             )
         # Encoder and decoder as they were built, so that their sources need not be read again.
-        config = {**plain(config), "encoder": own["encoder"], "decoder": own["decoder"]}
+        encoder = {**own["encoder"], "drop_path": config.encoder.drop_path}
+        config = {**plain(config), "encoder": encoder, "decoder": own["decoder"]}
     model = MUSE_ViT(config, load_backbones=False)
     load_into(model, state, checkpoint)
     return model, own
