@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import skip_init
 
 from muse.evaluation.frozen_features import frozen_sets, probe_facts, read_rows
 from muse.evaluation.measurement import (
@@ -66,7 +67,8 @@ class LinearProbe(nn.Module):
         self.norm = nn.BatchNorm1d(channels, affine=False)
         generator = torch.Generator().manual_seed(seed)
         start = torch.randn(channels, num_classes, generator=generator) * 0.01
-        self.heads = nn.ModuleList(nn.Linear(channels, num_classes) for _ in rates)
+        # skip_init: a measurement must not draw from the global generator
+        self.heads = nn.ModuleList(skip_init(nn.Linear, channels, num_classes) for _ in rates)
         for head in self.heads:  # all rates start from the same weights
             head.weight.data.copy_(start.T)
             nn.init.zeros_(head.bias)
@@ -243,9 +245,11 @@ class ProbeRecipe:
 
     def facts(self) -> dict:
         """For the protocol."""
-        facts = asdict(self)
-        del facts["num_classes"]  # stands among the values
-        return facts
+        return {
+            "epochs": self.epochs,
+            "batch_size": self.batch_size,
+            "learning_rates": list(self.learning_rates),
+        }
 
 
 def run_linear_probe(

@@ -1,7 +1,7 @@
 """Segmentation probe: BatchNorm and a 1×1 convolution on frozen features, mIoU over all pixels."""
 
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import numpy
 import torch
@@ -234,10 +234,12 @@ class SegmentRecipe:
 
     def facts(self) -> dict:
         """For the protocol."""
-        facts = asdict(self)
-        facts["probe_batch_size"] = facts.pop("batch_size")
-        del facts["num_classes"]  # stands among the values
-        return facts
+        return {
+            "labels": self.labels,
+            "steps": self.steps,
+            "probe_batch_size": self.batch_size,
+            "learning_rate": self.learning_rate,
+        }
 
 
 def run_segment_probe(
