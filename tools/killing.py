@@ -65,7 +65,7 @@ def unfinished(output: Path) -> tuple[str, ...]:
 def hold_whole(output: Path) -> int:
     """Read every file of every checkpoint, as a resume would; gives the newest one's step (0: there is none)."""
     from muse.models.pretrained import read_weights
-    from muse.training.checkpointer import checkpoints
+    from muse.utils.checkpoints import checkpoints
 
     found = checkpoints(output)
     for _, path in found:
@@ -141,7 +141,7 @@ def records(output: Path) -> list[dict]:
 
 def differences(left: Path, right: Path) -> list[str]:
     """What is not equal, bit for bit, between the ends of two runs; empty where everything is."""
-    from muse.training.checkpointer import checkpoints
+    from muse.utils.checkpoints import checkpoints
 
     (step, a), (other, b) = checkpoints(left)[-1], checkpoints(right)[-1]
     found = [f"last checkpoint {step} and {other}"] if step != other else []

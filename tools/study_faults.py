@@ -74,7 +74,7 @@ class Script:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(
             [
-                "muse.training.trainer",
+                "muse.training.tokenizer_task",
                 "muse.training.main",
                 "muse.data.dataloader",
                 "transformers.models.internvl.modeling_internvl",

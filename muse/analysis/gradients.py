@@ -130,25 +130,6 @@ def gradient_report(gradients: Mapping[str, Gradients]) -> dict[str, Any]:
     return report
 
 
-def report_of(trainer: Any, batch: dict[str, Any]) -> dict[str, Any]:
-    """`gradient_report` of a `Trainer` on one of its batches: a pass of its own, which moves neither weights nor generators.
-
-    Under FSDP, which hands out gradients by hooks alone, an unsharded copy of the model is asked.
-    """
-    from muse.training.fsdp import plain_copy
-
-    model = plain_copy(trainer.model, trainer.accelerator)
-    if model is not trainer.model:
-        for own, parameter in zip(trainer.model.parameters(), model.parameters()):
-            parameter.requires_grad_(own.requires_grad)
-    model.train()
-    with trainer.accelerator.autocast():
-        out = model(batch["images"], **trainer.raw_loss.needs)
-    values, _ = trainer.raw_loss.weighted(out, batch)
-    on = objectives(values)
-    return gradient_report(take_gradients(model, on, trainer.accelerator)) if on else {}
-
-
 # --------------------------------------------------------------------------------------------------- what runs have kept
 def gradient_records(folders: Sequence[Path]) -> Iterator[dict[str, Any]]:
     """What successive runs measured of their gradients (`experiment.log_grad_every`), `total_step` counted through them."""

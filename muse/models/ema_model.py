@@ -1,4 +1,8 @@
-"""Exponential moving average of the trainable tensors (FIDELITY row 23: decay 0.999, trainable tensors only)."""
+"""Exponential moving average of the trainable tensors (FIDELITY row 23: decay 0.999, trainable tensors only).
+
+diffusers' `EMAModel` keeps a list of all parameters in their own precision; here a checkpoint holds the
+trained ones alone, by name, in float32, and FSDP's shards are averaged as shards.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -16,6 +16,7 @@ from muse.analysis.gradients import (
     take_gradients,
 )
 from muse.config import load_config
+from muse.training.tokenizer_task import TokenizerTask
 from muse.training.trainer import Trainer
 from scripts.analyze_gradients import main
 from tests.helpers import one_error, run_config
@@ -107,10 +108,10 @@ def report(shapes_data, tmp_path):
         cfg = load_config(
             run_config(tmp_path / "run.yaml", shapes_data, tmp_path / "run", stage, ALL, *changes)
         )
-        trainer = Trainer(cfg)
-        batch = next(trainer._batches())
-        out = trainer.model(batch["images"], **trainer.raw_loss.needs)
-        values, _ = trainer.raw_loss.weighted(out, batch)
+        trainer = Trainer(cfg, TokenizerTask(cfg))
+        batch = next(trainer.batches())
+        out = trainer.model(batch["images"], **trainer.task.loss.needs)
+        values, _ = trainer.task.loss.weighted(out, batch)
         grads = take_gradients(trainer.model, objectives(values))
         return trainer, batch, grads, gradient_report(grads)
 
@@ -121,8 +122,8 @@ def test_objectives_gradients_add_up_to_the_step_s_own(report):
     trainer, batch, grads, _ = report(
         "synergistic_tuning", {"losses": {"adversarial": {"weight": 0.0}}}
     )
-    out = trainer.model(batch["images"], **trainer.raw_loss.needs)
-    total, _ = trainer.raw_loss(out, batch)
+    out = trainer.model(batch["images"], **trainer.task.loss.needs)
+    total, _ = trainer.task.loss(out, batch)
     total.backward()
     checked = 0
     for name, parameter in trainer.model.named_parameters():
@@ -162,7 +163,7 @@ def test_isolated_streams_share_nothing_and_the_baseline_shares_everything(repor
 def test_measuring_changes_nothing_of_the_run(shapes_data, tmp_path):
     """Weights of a run whose gradients are looked at each step equal those of one that is left alone, bit for bit."""
     from muse.models.pretrained import read_weights
-    from muse.training.trainer import train
+    from muse.training.tokenizer_task import train
 
     finals = []
     for every in (0, 1):

@@ -3,7 +3,8 @@
 import pytest
 
 from muse.config import load_config
-from muse.training.trainer import Trainer, train
+from muse.training.tokenizer_task import TokenizerTask, train
+from muse.training.trainer import Trainer
 from tests import helpers
 from tests.data.helpers import encode, key, picture, write_tar
 
@@ -36,7 +37,8 @@ def trainer(settings):
     """A `Trainer` that has not taken a step."""
 
     def make(*args, **kwargs):
-        return Trainer(settings(*args, **kwargs))
+        cfg = settings(*args, **kwargs)
+        return Trainer(cfg, TokenizerTask(cfg))
 
     return make
 

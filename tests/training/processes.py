@@ -13,7 +13,7 @@ from tests.helpers import ROOT
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(
     [
-        "muse.training.trainer",
+        "muse.training.tokenizer_task",
         "muse.models.muse_vit",
         "muse.data.dataloader",
         "tests.training.processes",
@@ -54,7 +54,7 @@ def train_alone(config: str, log: str, *overrides: str) -> None:
     import torch
 
     from muse import load_config
-    from muse.training.trainer import train
+    from muse.training.tokenizer_task import train
 
     _quiet(log)
     torch.set_num_threads(1)

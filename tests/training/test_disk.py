@@ -9,9 +9,9 @@ from safetensors import SafetensorError
 
 from muse.errors import CheckpointError
 from muse.models.pretrained import read_weights
-from muse.training import checkpointer
-from muse.training.run_directory import prepare, resume
-from muse.training.trainer import Trainer, train
+from muse.training.tokenizer_task import train
+from muse.training.trainer import Trainer
+from muse.utils.checkpoints import checkpoints
 from tests.helpers import run_config
 from tests.training.processes import Forked, run_script
 from tools.killing import hold_whole
@@ -20,10 +20,10 @@ from tools.killing import hold_whole
 def at_step_two(trainer) -> Trainer:
     """A run that stands at its second step, with a checkpoint of its first."""
     one = trainer("synergistic_tuning", {"experiment": {"keep_last": 5}}, output="run")
-    prepare(one)
-    batches = one._batches()
+    one.checkpointer.open()
+    batches = one.batches()
     one.train_step([next(batches)])
-    one.save()
+    one.checkpointer.save()
     one.train_step([next(batches)])
     return one
 
@@ -63,16 +63,16 @@ def test_every_write_of_a_save_may_be_refused(trainer, monkeypatch, tmp_path):
     while True:
         left[0] = writes
         try:
-            one.save()
+            one.checkpointer.save()
             break
         except CheckpointError as error:
             assert "checkpoint-2: cannot be written" in str(
                 error
             ) and "No space left on device" in str(error)
             assert "\n" not in str(error)
-        assert [step for step, _ in checkpointer.checkpoints(tmp_path / "run")] == [
-            1
-        ] and hold_whole(tmp_path / "run") == 1
+        assert [step for step, _ in checkpoints(tmp_path / "run")] == [1] and hold_whole(
+            tmp_path / "run"
+        ) == 1
         assert not list(
             (tmp_path / "run").glob(".*")
         )  # nothing of the attempt is left to fill the disk
@@ -126,7 +126,7 @@ def test_a_folder_that_is_gone_or_no_folder(trainer, settings, tmp_path):
     shutil.rmtree(tmp_path / "run")
     (tmp_path / "run").write_text("")
     with pytest.raises(CheckpointError, match="checkpoint-2: cannot be written"):
-        one.save()
+        one.checkpointer.save()
 
 
 # ---------------------------------------------------------------------------------------------------- what was left
@@ -163,9 +163,9 @@ def test_another_number_of_processes_is_said_in_one_line(run, trainer, caplog):
         assert old in file.read_text()
         file.write_text(file.read_text().replace(old, new))
     one = trainer()
-    resume(one)
+    one.checkpointer.restore()
     said = [record.message for record in caplog.records if "goes on with 1" in record.message]
     assert len(said) == 1 and "was written by 4 processes" in said[0] and "next epoch" in said[0]
-    assert one.loader.epoch == 1 and one.step == 1
+    assert one.loader.epoch == 1 and one.progress.step == 1
     weights = read_weights(output / "checkpoint-1/model.safetensors")
     assert all((tensor == weights[name]).all() for name, tensor in one.model.state_dict().items())

@@ -9,7 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from muse.errors import MuseError
 from muse.training.nonfinite import FiniteGuard
-from muse.training.trainer import Trainer, train
+from muse.training.progress import Progress
+from muse.training.tokenizer_task import train
+from muse.training.trainer import Trainer
 from tests.helpers import random_images
 
 NAN, INF = float("nan"), float("inf")
@@ -43,15 +45,15 @@ def state_of(one: Trainer) -> dict[str, torch.Tensor]:
     """All that a step moves: weights, moments, LeCam's means, the discriminator, but for the running means and counters."""
     tensors = {f"model.{name}": tensor for name, tensor in one.model.state_dict().items()}
     optimizers = {"student": one.optimizer}
-    if one.adversary:
+    if one.task.adversary:
         tensors |= {
-            f"lecam.{name}": tensor for name, tensor in one.adversary.loss.state_dict().items()
+            f"lecam.{name}": tensor for name, tensor in one.task.adversary.loss.state_dict().items()
         }
         tensors |= {
             f"discriminator.{name}": tensor
-            for name, tensor in one.adversary.discriminator.state_dict().items()
+            for name, tensor in one.task.adversary.discriminator.state_dict().items()
         }
-        optimizers["discriminator"] = one.adversary.optimizer
+        optimizers["discriminator"] = one.task.adversary.optimizer
     for kind, optimizer in optimizers.items():
         tensors |= {
             f"{kind}.{index}.{key}": value
@@ -92,7 +94,7 @@ def test_the_batch_is_dumped(lazy, broken_at, trainer, tmp_path):
     one.guard.lazy = lazy
     for number in range(3):  # two micro-batches each: calls 1 and 2 are of steps 1 and 2
         one.train_step([batch(2 * number), batch(2 * number + 1)])
-    one.settle()
+    one.guard.settle()
     assert sorted(path.name for path in tmp_path.glob("nonfinite-*.json")) == [
         "nonfinite-1-rank-0.json",
         "nonfinite-2-rank-0.json",
@@ -109,7 +111,7 @@ def test_the_batch_is_dumped(lazy, broken_at, trainer, tmp_path):
     images = load_file(tmp_path / "nonfinite-1-rank-0.safetensors")["images"]
     assert torch.equal(images, torch.cat([batch(0)["images"], batch(1)["images"]]))
     assert (tmp_path / "nonfinite-2-rank-0.safetensors").exists() is not lazy
-    assert (one.step, one.guard.skipped, one.images_seen) == (3, 2, 4)
+    assert one.progress == Progress(step=3, images_seen=4, skipped=2)
 
 
 def test_a_dump_that_cannot_be_written_hides_nothing(broken_at, trainer, tmp_path):
@@ -127,15 +129,12 @@ def test_steps_may_be_skipped_as_often_as_allowed(broken_at, trainer):
     one = trainer("topology_warmup", {"training": {"max_skipped_steps": 1}})
     before = state_of(one)
     numbers = one.train_step([batch()])
-    assert not torch.isfinite(numbers["loss"]) and (
-        one.step,
-        one.guard.skipped,
-        one.images_seen,
-    ) == (1, 1, 0)
+    assert not torch.isfinite(numbers["loss"])
+    assert one.progress == Progress(step=1, images_seen=0, skipped=1)
     hold_same(before, state_of(one))
     assert all(parameter.grad is None for parameter in one.model.parameters())
     one.train_step([batch()])
-    assert (one.step, one.guard.skipped, one.images_seen) == (2, 1, 2)
+    assert one.progress == Progress(step=2, images_seen=2, skipped=1)
     assert not torch.equal(
         one.model.state_dict()["to_latent.weight"], before["model.to_latent.weight"]
     )
@@ -153,7 +152,7 @@ def test_a_gradient_that_is_not_finite_is_caught_before_the_step(lazy, trainer):
         MuseError, match="grad_norm is not finite at step 1; samples key1.0, key1.1"
     ):
         one.train_step([batch()])
-        one.settle()
+        one.guard.settle()
     assert torch.equal(one.model.to_latent.weight, before)
 
 
@@ -178,18 +177,18 @@ def test_a_skipped_step_moves_nothing_of_either_optimizer(lazy, where, broken_at
         if broken:
             hook = None
             if where == "discriminator":
-                hook = next(one.adversary.discriminator.parameters()).register_hook(
+                hook = next(one.task.adversary.discriminator.parameters()).register_hook(
                     lambda gradient: gradient * NAN
                 )
             before = state_of(one)
             one.train_step([batch(2)])
             hold_same(before, state_of(one))
-            one.settle()
-            assert one.guard.skipped == 1
+            one.guard.settle()
+            assert one.progress.skipped == 1
             if hook:
                 hook.remove()
         one.train_step([batch(3)])
-        one.settle()
+        one.guard.settle()
         runs.append(state_of(one))
     hold_same(*runs)
 
@@ -243,7 +242,7 @@ def test_a_step_on_an_accelerator_waits_for_nothing(stage, trainer, waits, monke
         for number in range(2, 5):
             one.train_step([batch(number)])
         assert waits.waits == []
-        one.settle()
+        one.guard.settle()
         assert waits.waits == ["tolist"]  # one reading for all the steps since
         one.guard.lazy = False
         one.train_step([batch(5)])
@@ -254,8 +253,10 @@ def test_the_loop_settles_where_it_logs_saves_and_ends(settings, monkeypatch):
     """log_every 4, save_every 5, 7 steps: the device is asked after steps 4, 5 and 7, and all records are as on a CPU."""
     plan = {"experiment": {"log_every": 4, "save_every": 5}, "training": {"max_train_steps": 7}}
     cpu = train(settings("semantic_injection", plan, output="cpu")).parent
-    asked, settle = [], Trainer.settle
-    monkeypatch.setattr(Trainer, "settle", lambda self: (asked.append(self.step), settle(self)))
+    asked, settle = [], FiniteGuard.settle
+    monkeypatch.setattr(
+        FiniteGuard, "settle", lambda self: (asked.append(self.progress.step), settle(self))
+    )
     monkeypatch.setattr(
         FiniteGuard,
         "__init__",
@@ -318,7 +319,7 @@ def test_gradients_that_overflow_are_the_scaler_s_business(stage, trainer):
     try:
         start = state_of(one)
         assert not torch.isfinite(one.train_step([batch()])["grad_norm"])
-        assert scaler.get_scale() == 2.0**97 and one.guard.skipped == 0
+        assert scaler.get_scale() == 2.0**97 and one.progress.skipped == 0
         kept = {
             name: tensor
             for name, tensor in state_of(one).items()

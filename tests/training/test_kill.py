@@ -6,7 +6,7 @@ import time
 import pytest
 
 from muse import load_config
-from muse.training.trainer import train
+from muse.training.tokenizer_task import train
 from tests.helpers import run_config
 from tests.training.processes import Forked, train_alone
 from tools.killing import differences, kill_often, logged

@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from muse import MUSE_ViT, load_config
-from muse.training.trainer import train
+from muse.training.tokenizer_task import train
 from tests.helpers import run_config
 from tests.training.processes import train_in_two
 from tools.killing import records

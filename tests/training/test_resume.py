@@ -16,11 +16,12 @@ from safetensors.torch import load_file
 from muse import MUSE_ViT, load_config
 from muse.errors import CheckpointError, ConfigError
 from muse.losses import reconstruction
-from muse.training import checkpointer
-from muse.training.run_directory import resume
-from muse.training.trainer import Trainer, train
+from muse.training.checkpointer import read_tree
+from muse.training.tokenizer_task import TokenizerTask, train
+from muse.training.trainer import Trainer
+from muse.utils.checkpoints import checkpoints
 from tests.helpers import ROOT, run_config
-from tests.training.test_checkpoint import same
+from tests.training.helpers import same_tree
 from tools.killing import records
 
 TENSORS = ("model.safetensors", "ema.safetensors", "state.safetensors", "rank-0.safetensors")
@@ -49,6 +50,10 @@ CASES = {
 }
 
 
+def new_trainer(cfg) -> Trainer:
+    return Trainer(cfg, TokenizerTask(cfg))
+
+
 def hold_equal(left, right) -> None:
     """Two checkpoint directories with the same tensors, generators, data position and counters."""
     assert sorted(os.listdir(left)) == sorted(os.listdir(right))
@@ -57,14 +62,10 @@ def hold_equal(left, right) -> None:
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), name
     assert (left / "rank-0.json").read_text() == (right / "rank-0.json").read_text()
     states = [
-        {
-            key: value
-            for key, value in checkpointer.read_tree(path, "state").items()
-            if key != "config"
-        }
+        {key: value for key, value in read_tree(path, "state").items() if key != "config"}
         for path in (left, right)
     ]
-    assert same(*states)
+    assert same_tree(*states)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -145,8 +146,8 @@ def test_moments_are_never_given_to_other_tensors(run, settings):
                 output="done",
             )
         )
-    before = moments(checkpointer.read_tree(done / "checkpoint-2", "state")["optimizer"])
-    other = Trainer(
+    before = moments(read_tree(done / "checkpoint-2", "state")["optimizer"])
+    other = new_trainer(
         settings(
             "topology_warmup",
             longer,
@@ -154,7 +155,7 @@ def test_moments_are_never_given_to_other_tensors(run, settings):
             output="done",
         )
     )
-    resume(other)
+    other.checkpointer.restore()
     after = moments(other.optimizer.state_dict())
     assert (
         list(before) != list(after) and before.keys() == after.keys()
@@ -163,7 +164,7 @@ def test_moments_are_never_given_to_other_tensors(run, settings):
     assert not torch.equal(
         before["muse_blocks.0.q_topo.weight"], before["muse_blocks.0.k_topo.weight"]
     )
-    one = Trainer(
+    one = new_trainer(
         settings(
             "topology_warmup",
             longer,
@@ -262,7 +263,7 @@ def test_three_stages_hand_over(run, settings):
     runs, before = {}, None
     for stage in ("topology_warmup", "semantic_injection", "synergistic_tuning"):
         change = {"experiment": {"init_from": str(before) if before else None}}
-        start = Trainer(settings(stage, change, output=stage)).model
+        start = new_trainer(settings(stage, change, output=stage)).model
         if before:
             expected = load_file(before / "final/model.safetensors")
             assert all(
@@ -319,7 +320,7 @@ def test_a_stop_signal_saves_and_the_same_command_goes_on(run, shapes_data, tmp_
         process.kill()
     assert process.returncode == 0, output
     assert "on a signal; the same command goes on from there" in output
-    ((step, path),) = checkpointer.checkpoints(tmp_path / "stopped")
+    ((step, path),) = checkpoints(tmp_path / "stopped")
     assert 2 <= step < 400 and not (tmp_path / "stopped/final").exists()
     # The very same numbers as a run that nobody stopped. (A shorter total changes nothing: the rate is still warming up.)
     total = [f"training.max_train_steps={step + 1}"]

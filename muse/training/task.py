@@ -1,0 +1,108 @@
+"""What a training run is about: the model, its loss, its data, its pictures. The trainer only knows how to run it.
+
+A new kind of model is one subclass of `Task`; the tokenizer's is `tokenizer_task.py`.
+"""
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+
+class Opponent(Protocol):
+    """A network that is trained against the model, in the same steps, by an optimizer of its own."""
+
+    name: str  # its gradient norm is logged as NAME_grad_norm
+    optimizer: Any  # as accelerate wraps it; each group has an `lr_multiplier`
+    parameters: list[nn.Parameter]
+    learning_rate: float  # the model's schedule scales it
+
+    def active(self, step: int) -> bool:
+        """Whether it takes part in this optimizer step."""
+
+    def backward(self, step: int) -> dict[str, Tensor]:
+        """Add its gradients on what the loss showed it in this step; numbers to log, by name."""
+
+    def restore(self, skip: Tensor) -> None:
+        """Undo what the step moved outside the optimizer where `skip` is above 0."""
+
+
+class Task(ABC):
+    """One kind of training. The trainer calls `build`, makes the optimizer, and then calls `prepare`.
+
+    A batch is a dict of tensors (the trainer moves them to the device) and of lists of strings, one
+    entry a sample; `keys` holds the samples' names. The configuration needs the sections `training`,
+    `optimizer`, `lr_scheduler` and `experiment`; the others are the task's own.
+    """
+
+    opponents: Sequence[Opponent] = ()
+
+    def __init__(self, cfg: DictConfig):
+        self.cfg = cfg
+
+    # ------------------------------------------------------------------------------- building
+    @abstractmethod
+    def build(self, accelerator: Any) -> nn.Module:
+        """The model on the accelerator's device; the tensors that learn have `requires_grad`.
+
+        It has a method `portable_config()`, which goes into config.json beside its weights.
+        """
+
+    @abstractmethod
+    def empty_model(self) -> nn.Module:
+        """A model built like the one of `build`; its weights will be overwritten."""
+
+    def loss_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters of the loss itself that the model's optimizer trains too, by name."""
+        return {}
+
+    def prepare(self) -> None:
+        """Let accelerate wrap what the task itself trains; the model and its optimizer are wrapped."""
+
+    def leaves_tensors_unused(self) -> bool:
+        """Whether a tensor that learns may get no gradient in a step, which DDP must be told."""
+        return False
+
+    # ------------------------------------------------------------------------------- a step
+    @abstractmethod
+    def train_loader(self) -> Any:
+        """Endless batches of this process: a `muse.data.train.TrainLoader`, or what works like one."""
+
+    @abstractmethod
+    def compute_loss(
+        self, model: nn.Module, batch: dict[str, Any], step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """What the model minimises on a micro-batch, and the numbers to log, detached, by name.
+
+        Args:
+            model: the model as accelerate wraps it.
+            batch: a batch of `train_loader` on the device.
+            step: the optimizer step, counted from 0.
+        """
+
+    # ------------------------------------------------------------------------------- watching
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """Numbers of the averaged model for the log; all processes call it together."""
+        return {}
+
+    def pictures(self, model: nn.Module) -> dict[str, Tensor]:
+        """Pictures (3, H, W) in [0, 1] of what the averaged model does; the main process calls it."""
+        return {}
+
+    def gradient_report(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+        """What `experiment.log_grad_every` writes; it moves neither weights nor generators."""
+        return {}
+
+    # ------------------------------------------------------------------------------- saving
+    @abstractmethod
+    def continues(self, saved: dict[str, Any]) -> bool:
+        """Whether a run of the configuration `saved` may be resumed with the task's own."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """What moves besides the model, its averages and its optimizer; full tensors."""
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restore what `state_dict` gave; `state` may hold other keys."""
