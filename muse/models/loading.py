@@ -19,6 +19,7 @@ from muse.models.pretrained import (
     read_weights,
 )
 from muse.models.release_weights import load_release_checkpoint
+from muse.utils.checkpoints import latest_checkpoint
 
 log = logging.getLogger(__name__)
 
@@ -69,9 +70,7 @@ def initial_model(cfg: DictConfig) -> MUSE_ViT:
     if (path / "final").is_dir():
         path = path / "final"
     elif path.is_dir() and not (path / WEIGHTS_FILE).is_file():
-        from muse.training.checkpointer import latest
-
-        path = latest(path) or path
+        path = latest_checkpoint(path) or path
     if not path.exists():
         raise CheckpointError(
             f"experiment.init_from={source}: no such checkpoint; run the stage before this one, or set "
