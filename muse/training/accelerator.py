@@ -2,7 +2,6 @@
 
 import os
 from importlib.util import find_spec
-from typing import Any
 
 from accelerate import Accelerator, PartialState
 from accelerate.utils import (

@@ -1,4 +1,4 @@
-"""The discriminator with its loss, optimizer and schedule: the one term that trains a network against the student."""
+"""The discriminator with its loss and optimizer: the network that trains against the student."""
 
 import math
 from typing import Any
@@ -40,7 +40,7 @@ class Adversary:
         return self.loss.active(step)
 
     def generator_term(self, images: Tensor, reconstruction: Tensor, step: int) -> Tensor:
-        """-mean logits of the reconstruction, without learning from it; keeps both for `backward`."""
+        """-mean logits of the reconstruction, in the student's loss; keeps both for `backward`."""
         self._pairs.append((images, reconstruction.detach()))
         if fsdp.is_sharded(self.accelerator):
             # FSDP needs requires_grad to stay as it is: `backward` drops these gradients.

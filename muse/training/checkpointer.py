@@ -1,8 +1,8 @@
-"""Training checkpoints: `OUTPUT/checkpoint-N/` holds everything that moves, in safetensors and JSON.
+"""Training checkpoints: `OUTPUT/checkpoint-N/` holds all that moves, in safetensors and JSON.
 
 config.json, model.safetensors   the model as it is (what `from_pretrained` reads)
 ema.safetensors                  running means of the tensors that this stage trains
-state.safetensors, state.json    optimizers, loss heads, discriminator, LeCam; step, images, configuration
+state.safetensors, state.json    optimizers, loss heads, discriminator; counters, configuration
 rank-K.safetensors, rank-K.json  random generators and data position of every process
 """
 

@@ -27,7 +27,7 @@ def is_sharded(accelerator: Any) -> bool:
 def prepare_student(
     accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[Any, Any]:
-    """accelerate's `prepare` for the model; every process keeps its scalars, which have no shards."""
+    """accelerate's `prepare` for the model; scalars, which FSDP cannot shard, stay as they are."""
     if is_sharded(accelerator):
         scalars = [parameter for parameter in model.parameters() if parameter.ndim == 0]
         plugin = accelerator.state.fsdp_plugin
@@ -39,7 +39,7 @@ def prepare_student(
 
 
 def _average_gradient(parameter: nn.Parameter) -> None:
-    """After each backward pass; an average averaged again stays what it is, so accumulation works."""
+    """After each backward pass; averaging an average changes nothing, so accumulation works."""
     dist.all_reduce(parameter.grad)
     parameter.grad /= dist.get_world_size()
 

@@ -1,8 +1,9 @@
-"""Numbers that are not finite: no optimizer steps on one, and the run says which, where, of which samples.
+"""Numbers that are not finite: no optimizer steps on one, and the run says which, at which step.
 
-Whether a step must be skipped is a flag on the device. On a CPU it is read at once. On an accelerator
-reading means waiting, so there the fused optimizers take the flag and leave everything as it is, and
-`settle` reads the flags of all steps since, where the run waits anyway (to log, evaluate or save).
+Whether a step must be skipped is a flag on the device. On a CPU it is read at once. On an
+accelerator reading it means waiting, so there the fused optimizers take the flag and leave
+everything as it is, and `settle` reads the flags of the skipped steps where the run waits anyway
+(to log, evaluate or save).
 """
 
 import json

@@ -1,4 +1,4 @@
-"""How parameters learn: groups of an AdamW by rate and decay, the schedule of the rate, norms of gradients."""
+"""How parameters learn: groups of an AdamW, the schedule of its rate, norms of gradients."""
 
 import math
 from collections.abc import Iterable, Mapping

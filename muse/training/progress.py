@@ -20,7 +20,7 @@ class Progress:
 
 
 def check_global_batch(cfg: DictConfig, processes: int) -> None:
-    """A recipe is images as much as steps: `ConfigError` unless these processes do what it promises."""
+    """`ConfigError` unless these processes see as many images as the recipe promises."""
     training = cfg.training
     actual = training.per_gpu_batch_size * training.gradient_accumulation_steps * processes
     if training.global_batch_size not in (None, actual):

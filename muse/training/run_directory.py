@@ -1,4 +1,4 @@
-"""OUTPUT of a run on disk: its configuration, what a killed run left, old checkpoints, full disks."""
+"""A run's directory: its configuration, what a killed run left, old checkpoints, full disks."""
 
 import contextlib
 import logging
@@ -17,7 +17,7 @@ from muse.utils.io import writable_directory
 
 log = logging.getLogger(__name__)
 
-# Folders that a killed process was writing, replacing or removing; no reader takes them for a checkpoint.
+# Folders that a killed process was writing, replacing or removing; they are no checkpoints.
 UNFINISHED = (".partial-*", ".checkpoint-*", ".final.*", ".removed-*")
 
 

@@ -1,6 +1,6 @@
-"""What a training run is about: the model, its loss, its data, its pictures. The trainer only knows how to run it.
+"""What a training run is about: the model, its loss, its data, its pictures. The trainer runs it.
 
-A new kind of model is one subclass of `Task`; the tokenizer's is `tokenizer_task.py`.
+A new kind of model is one subclass of `Task`; the tokenizer's is in `tokenizer_task.py`.
 """
 
 from abc import ABC, abstractmethod
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 class Opponent(Protocol):
-    """A network that is trained against the model, in the same steps, by an optimizer of its own."""
+    """A network that trains against the model, in the same steps, with an optimizer of its own."""
 
     name: str  # its gradient norm is logged as NAME_grad_norm
     optimizer: Any  # as accelerate wraps it; each group has an `lr_multiplier`
@@ -30,11 +30,11 @@ class Opponent(Protocol):
 
 
 class Task(ABC):
-    """One kind of training. The trainer calls `build`, makes the optimizer, and then calls `prepare`.
+    """One kind of training. The trainer calls `build`, makes the optimizer, and calls `prepare`.
 
-    A batch is a dict of tensors (the trainer moves them to the device) and of lists of strings, one
-    entry a sample; `keys` holds the samples' names. The configuration needs the sections `training`,
-    `optimizer`, `lr_scheduler` and `experiment`; the others are the task's own.
+    A batch is a dict of tensors (the trainer moves them to the device) and lists of strings, one
+    entry a sample; `keys` holds the samples' names. The configuration has the sections `training`,
+    `optimizer`, `lr_scheduler` and `experiment`; others are the task's own.
     """
 
     opponents: Sequence[Opponent] = ()
@@ -58,8 +58,8 @@ class Task(ABC):
         """Parameters of the loss itself that the model's optimizer trains too, by name."""
         return {}
 
-    def prepare(self) -> None:
-        """Let accelerate wrap what the task itself trains; the model and its optimizer are wrapped."""
+    def prepare(self) -> None:  # noqa: B027 (most tasks have nothing to add)
+        """Let accelerate wrap what the task trains besides the model, which is wrapped by now."""
 
     def leaves_tensors_unused(self) -> bool:
         """Whether a tensor that learns may get no gradient in a step, which DDP must be told."""
@@ -68,7 +68,7 @@ class Task(ABC):
     # ------------------------------------------------------------------------------- a step
     @abstractmethod
     def train_loader(self) -> Any:
-        """Endless batches of this process: a `muse.data.train.TrainLoader`, or what works like one."""
+        """Endless batches of this process: a `TrainLoader`, or what works like one."""
 
     @abstractmethod
     def compute_loss(
@@ -88,7 +88,7 @@ class Task(ABC):
         return {}
 
     def pictures(self, model: nn.Module) -> dict[str, Tensor]:
-        """Pictures (3, H, W) in [0, 1] of what the averaged model does; the main process calls it."""
+        """Pictures (3, H, W) in [0, 1] of what the averaged model does, on the main process."""
         return {}
 
     def gradient_report(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
@@ -104,5 +104,5 @@ class Task(ABC):
         """What moves besides the model, its averages and its optimizer; full tensors."""
         return {}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: dict[str, Any]) -> None:  # noqa: B027
         """Restore what `state_dict` gave; `state` may hold other keys."""

@@ -1,4 +1,4 @@
-"""Training MUSE's tokenizer: one stage of `stages.py`, with the losses that the configuration weighs."""
+"""Training MUSE's tokenizer: one stage of `stages.py`, with the losses that have a weight."""
 
 import logging
 from collections.abc import Sequence

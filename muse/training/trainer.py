@@ -164,7 +164,7 @@ class Trainer:
         self.progress.images_seen += samples * self.accelerator.num_processes
         return numbers
 
-    # ------------------------------------------------------------------------------- parts of a step
+    # ---------------------------------------------------------------------------- parts of a step
     def batches(self) -> Iterator[dict[str, Any]]:
         """The loader's batches with their tensors on the device."""
         device = self.accelerator.device
@@ -190,7 +190,7 @@ class Trainer:
         return bool(every) and (self.progress.step + 1) % every == 0
 
     def _waits_for_the_device(self) -> bool:
-        """Whether this step reads something from the device anyway: to log, look, save or finish."""
+        """Whether this step reads from the device anyway: to log, look, save or finish."""
         every = self.cfg.experiment
         return self.progress.step == self.cfg.training.max_train_steps or any(
             self._due(n)
@@ -200,7 +200,7 @@ class Trainer:
     # ------------------------------------------------------------------------------- looking at it
     @contextlib.contextmanager
     def averaged(self) -> Iterator[nn.Module]:
-        """The model with its running means (its own weights without EMA), in eval mode, unsharded."""
+        """The model with its running means (without EMA its own weights), in eval mode."""
         self.model.eval()
         with self.ema.swapped_in() if self.ema else contextlib.nullcontext():
             yield fsdp.unsharded(self.model, self.accelerator, self.task.empty_model)

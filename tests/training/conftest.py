@@ -11,7 +11,7 @@ from tests.data.helpers import encode, key, picture, write_tar
 
 @pytest.fixture
 def settings(shapes_data, tmp_path):
-    """`settings(stage, changes…, output=…)` -> the loaded configuration of a run below `tmp_path`."""
+    """`settings(stage, changes…, output=…)` -> the configuration of a run below `tmp_path`."""
 
     def make(stage="topology_warmup", *changes, output="run"):
         name = f"{len(list(tmp_path.glob('*.yaml')))}.yaml"
@@ -45,7 +45,9 @@ def trainer(settings):
 
 @pytest.fixture
 def two_shards(tmp_path):
-    """Two shards of four pictures: an epoch is one shard for each of two processes, and one batch of eight for a single one."""
+    """Two shards of four pictures: an epoch is one shard for each of two processes, and one batch
+    of eight for a single one.
+    """
     folder = tmp_path / "shards"
     folder.mkdir()
     for shard in range(2):

@@ -1,10 +1,13 @@
-"""A disk that is full, a folder that may not be written, what killed runs left: one line, and the checkpoint before stays whole."""
+"""A disk that is full, a folder that may not be written, what killed runs left: one line, and the
+checkpoint before stays whole.
+"""
 
 import errno
 import os
 import shutil
 
 import pytest
+import safetensors.torch
 from safetensors import SafetensorError
 
 from muse.errors import CheckpointError
@@ -30,8 +33,6 @@ def at_step_two(trainer) -> Trainer:
 
 def test_every_write_of_a_save_may_be_refused(trainer, monkeypatch, tmp_path):
     """The system says ENOSPC at the first write, at the second, … until all are through."""
-    import safetensors.torch
-
     one = at_step_two(trainer)
     real_text, real_tensors, left = type(tmp_path).write_text, safetensors.torch.serialize_file, [0]
 
@@ -129,7 +130,7 @@ def test_a_folder_that_is_gone_or_no_folder(trainer, settings, tmp_path):
         one.checkpointer.save()
 
 
-# ---------------------------------------------------------------------------------------------------- what was left
+# ------------------------------------------------------------------------------- what was left
 def test_what_killed_runs_left_goes_and_does_not_come_back(run, settings, tmp_path, caplog):
     """Files of a process that is no more must not get into the next checkpoint."""
     output = run("topology_warmup", {"training": {"max_train_steps": 1}})
@@ -145,15 +146,17 @@ def test_what_killed_runs_left_goes_and_does_not_come_back(run, settings, tmp_pa
     with caplog.at_level("INFO"):
         train(settings())
     assert (
-        "removed what an interrupted run had not finished: .checkpoint-2.x1, .checkpoint-2.x1.old, .final.y2, .partial-2"
-        in caplog.text
+        "removed what an interrupted run had not finished: .checkpoint-2.x1, .checkpoint-2.x1.old, "
+        ".final.y2, .partial-2" in caplog.text
     )
     assert not list(output.glob(".*"))
     assert [path.name for path in (output / "checkpoint-2").glob("rank-*.json")] == ["rank-0.json"]
 
 
 def test_another_number_of_processes_is_said_in_one_line(run, trainer, caplog):
-    """As a checkpoint of four processes looks to a run of one: all exact but the data, which go on with the next epoch."""
+    """As a checkpoint of four processes looks to a run of one: all exact but the data, which go on
+    with the next epoch.
+    """
     output = run("topology_warmup", {"training": {"max_train_steps": 1}})
     for name, old, new in (
         ("state.json", '["processes", 1]', '["processes", 4]'),

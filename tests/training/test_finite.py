@@ -1,4 +1,6 @@
-"""Numbers that blow up: named, dumped, never stepped on; and on an accelerator found without waiting for the device."""
+"""Numbers that blow up: named, dumped, never stepped on; and on an accelerator found without
+waiting for the device.
+"""
 
 import json
 
@@ -8,6 +10,7 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from muse.errors import MuseError
+from muse.losses import reconstruction
 from muse.training.nonfinite import FiniteGuard
 from muse.training.progress import Progress
 from muse.training.tokenizer_task import train
@@ -28,7 +31,6 @@ def batch(seed: int = 1, count: int = 2) -> dict:
 @pytest.fixture
 def broken_at(monkeypatch):
     """Multiply the pixel loss by a value (NaN) at the calls given (counted from 0)."""
-    from muse.losses import reconstruction
 
     def install(*calls, value=NAN):
         count, real = iter(range(10**6)), reconstruction.pixel_loss
@@ -42,7 +44,9 @@ def broken_at(monkeypatch):
 
 
 def state_of(one: Trainer) -> dict[str, torch.Tensor]:
-    """All that a step moves: weights, moments, LeCam's means, the discriminator, but for the running means and counters."""
+    """All that a step moves: weights, moments, LeCam's means, the discriminator, but for the
+    running means and counters.
+    """
     tensors = {f"model.{name}": tensor for name, tensor in one.model.state_dict().items()}
     optimizers = {"student": one.optimizer}
     if one.task.adversary:
@@ -68,7 +72,7 @@ def hold_same(left: dict, right: dict) -> None:
     assert not [name for name in left if not torch.equal(left[name], right[name])]
 
 
-# ---------------------------------------------------------------------------------------------------- at once
+# ------------------------------------------------------------------------------------- at once
 def test_a_loss_that_is_not_finite_stops_the_run_by_name(broken_at, settings, tmp_path):
     broken_at(1)
     with pytest.raises(
@@ -84,7 +88,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_name(broken_at, settings, tm
 
 @pytest.mark.parametrize("lazy", [False, True])
 def test_the_batch_is_dumped(lazy, broken_at, trainer, tmp_path):
-    """Its pictures, keys, captions and numbers; of several bad steps in a row the device keeps the pictures of the first."""
+    """Its pictures, keys, captions and numbers; of several bad steps in a row the device keeps the
+    pictures of the first.
+    """
     broken_at(1, 2)
     one = trainer(
         "topology_warmup",
@@ -119,7 +125,8 @@ def test_a_dump_that_cannot_be_written_hides_nothing(broken_at, trainer, tmp_pat
     one = trainer(output="nowhere/run")
     with pytest.raises(
         MuseError,
-        match=r"reconstruction, loss is not finite at step 1; .*could not be written.*max_skipped_steps=0",
+        match=r"reconstruction, loss is not finite at step 1; .*could not be written"
+        r".*max_skipped_steps=0",
     ):
         one.train_step([batch()])
 
@@ -159,7 +166,9 @@ def test_a_gradient_that_is_not_finite_is_caught_before_the_step(lazy, trainer):
 @pytest.mark.parametrize("lazy", [False, True])
 @pytest.mark.parametrize("where", ["student", "discriminator"])
 def test_a_skipped_step_moves_nothing_of_either_optimizer(lazy, where, broken_at, trainer):
-    """Not the weights, not a moment, not LeCam's means: the steps around it are those of a run without it."""
+    """Not the weights, not a moment, not LeCam's means: the steps around it are those of a run
+    without it.
+    """
     if where == "student":
         broken_at(1)
     runs = []
@@ -193,9 +202,11 @@ def test_a_skipped_step_moves_nothing_of_either_optimizer(lazy, where, broken_at
     hold_same(*runs)
 
 
-# ---------------------------------------------------------------------------------------------------- without waiting
+# ----------------------------------------------------------------------------- without waiting
 class CountWaits(TorchDispatchMode):
-    """Counts what would make the host wait for a device: reading a number, finding places, comparing whole tensors."""
+    """Counts what would make the host wait for a device: reading a number, finding places,
+    comparing whole tensors.
+    """
 
     def __init__(self):
         super().__init__()
@@ -215,7 +226,9 @@ class CountWaits(TorchDispatchMode):
 
 @pytest.fixture
 def waits(monkeypatch):
-    """Counts within `with`; copies to the host go round the dispatcher and are counted by their methods."""
+    """Counts within `with`; copies to the host go round the dispatcher and are counted by their
+    methods.
+    """
     mode = CountWaits()
     for name in ("tolist", "numpy", "cpu"):
         real = getattr(torch.Tensor, name)
@@ -232,7 +245,8 @@ def waits(monkeypatch):
 
 @pytest.mark.parametrize("stage", ["topology_warmup", "semantic_injection", "synergistic_tuning"])
 def test_a_step_on_an_accelerator_waits_for_nothing(stage, trainer, waits, monkeypatch):
-    # The range of pictures is read only where they lie on a CPU; here they do, so the teacher's check is taken out.
+    # The range of pictures is read only where they lie on a CPU; here they do, so the teacher's
+    # check is taken out.
     monkeypatch.setattr("muse.teachers.vit_attention.check_images", lambda images, wait: None)
     one = trainer(stage)
     one.guard.lazy = True  # as on an accelerator
@@ -250,7 +264,9 @@ def test_a_step_on_an_accelerator_waits_for_nothing(stage, trainer, waits, monke
 
 
 def test_the_loop_settles_where_it_logs_saves_and_ends(settings, monkeypatch):
-    """log_every 4, save_every 5, 7 steps: the device is asked after steps 4, 5 and 7, and all records are as on a CPU."""
+    """log_every 4, save_every 5, 7 steps: the device is asked after steps 4, 5 and 7, and all
+    records are as on a CPU.
+    """
     plan = {"experiment": {"log_every": 4, "save_every": 5}, "training": {"max_train_steps": 7}}
     cpu = train(settings("semantic_injection", plan, output="cpu")).parent
     asked, settle = [], FiniteGuard.settle
@@ -271,7 +287,9 @@ def test_the_loop_settles_where_it_logs_saves_and_ends(settings, monkeypatch):
 def test_a_run_on_an_accelerator_stops_with_the_name_of_the_step(
     broken_at, settings, monkeypatch, tmp_path
 ):
-    """Step 2 is bad, the device is asked at step 4: nothing was learned from step 2, and nothing was saved since."""
+    """Step 2 is bad, the device is asked at step 4: nothing was learned from step 2, and nothing
+    was saved since.
+    """
     broken_at(1)
     monkeypatch.setattr(
         FiniteGuard,
@@ -280,7 +298,8 @@ def test_a_run_on_an_accelerator_stops_with_the_name_of_the_step(
     )
     with pytest.raises(
         MuseError,
-        match=r"^reconstruction, loss is not finite at step 2; samples .*nonfinite-2-rank-0.safetensors",
+        match=r"^reconstruction, loss is not finite at step 2; samples "
+        r".*nonfinite-2-rank-0.safetensors",
     ):
         train(
             settings(
@@ -298,10 +317,12 @@ def test_a_run_on_an_accelerator_stops_with_the_name_of_the_step(
     )
 
 
-# ---------------------------------------------------------------------------------------------------- fp16's scaler
+# ------------------------------------------------------------------------------- fp16's scaler
 @pytest.mark.parametrize("stage", ["topology_warmup", "synergistic_tuning"])
 def test_gradients_that_overflow_are_the_scaler_s_business(stage, trainer):
-    """A real GradScaler at a scale that overflows float32: it skips and lowers the scale, until the step equals the unscaled one."""
+    """A real GradScaler at a scale that overflows float32: it skips and lowers the scale, until the
+    step equals the unscaled one.
+    """
     plan = {
         "losses": {"reconstruction": {"weight": 1e4}},
         "lr_scheduler": {"scheduler": "constant", "params": {"warmup_steps": 0}},

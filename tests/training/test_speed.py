@@ -1,10 +1,12 @@
-"""What a step must not do: keep graphs of frozen parts, step tensor by tensor, copy pageable memory."""
+"""What a step must not do: keep graphs of frozen parts, step tensor by tensor, copy pageable
+memory.
+"""
 
 import pytest
 import torch
 
-from muse.models.ema_model import EMAModel
 from muse.data import dataloader
+from muse.models.ema_model import EMAModel
 from tests.helpers import random_images
 
 

@@ -30,7 +30,7 @@ def first_moments(trainer) -> dict[str, torch.Tensor]:
     return {name: state[index]["exp_avg"] for index, name in enumerate(names) if index in state}
 
 
-# ---------------------------------------------------------------------------------------------------- accumulation
+# -------------------------------------------------------------------------------- accumulation
 def test_two_micro_batches_are_one_batch_of_both(trainer):
     images = random_images(6, 32, 32)
     batches = [
@@ -128,7 +128,7 @@ def test_rates_by_part_reach_the_optimizer(trainer):
     assert {rate for name, rate in rates.items() if not name.startswith("encoder.")} == {0.5e-3}
 
 
-# ---------------------------------------------------------------------------------------------------- refusals
+# ------------------------------------------------------------------------------------ refusals
 def test_a_global_batch_that_is_not_met_is_refused(trainer):
     sizes = {
         "training": {
@@ -184,9 +184,11 @@ def test_trainable_patterns_of_one_s_own(trainer):
         trainer("topology_warmup", {"training": {"trainable": ["nothing"]}})
 
 
-# ---------------------------------------------------------------------------------------------------- two processes
+# ------------------------------------------------------------------------------- two processes
 def test_two_processes_equal_one_with_the_same_global_batch(two_shards, tmp_path):
-    """tools/train_stage2.sh with NUM_GPUS=2 on a CPU, contrast over both processes' captions, against one process here."""
+    """tools/train_stage2.sh with NUM_GPUS=2 on a CPU, contrast over both processes' captions,
+    against one process here.
+    """
     steps = {
         "experiment": {"save_every": 1, "keep_last": 5},
         "training": {"max_grad_norm": 0.0, "global_batch_size": 8},
