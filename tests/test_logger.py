@@ -16,10 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from muse import load_config
 from muse.errors import DataError
+from muse.inference import read_image
 from muse.training.accelerator import build_accelerator
 from muse.training.logger import RunLog, memory_in_use
 from muse.utils.curves import draw_curves, numbers_of, points, read_run
-from muse.utils.viz_utils import read_image, save_image, to_uint8
+from muse.utils.viz_utils import save_image, to_uint8
 from scripts import demo
 from tests.helpers import ROOT, one_error, random_images, run_config
 

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from muse.models.pretrained import read_weights
-from muse.utils.checkpoints import checkpoints
+from muse.models.loading import checkpoints
+from muse.utils.weights import read_state_dict
 
 AIMS = ("start", "step", "save", "save")  # where a kill falls; half of them into a save
 CLOCK = (
@@ -82,7 +82,7 @@ def hold_whole(output: Path) -> int:
             "rank-0.safetensors",
         } <= names, (path, names)
         for file in path.iterdir():
-            json.loads(file.read_text()) if file.suffix == ".json" else read_weights(file)
+            json.loads(file.read_text()) if file.suffix == ".json" else read_state_dict(file)
     return found[-1][0] if found else 0
 
 

@@ -23,19 +23,19 @@ from torch import Tensor, nn
 from muse.config import resolved
 from muse.errors import CheckpointError, ConfigError
 from muse.models.ema_model import EMAModel
-from muse.models.loading import EMA_FILE
-from muse.models.pretrained import WEIGHTS_FILE, load_weights, read_weights, write_weights
+from muse.models.loading import EMA_FILE, latest_checkpoint
+from muse.models.pretrained import WEIGHTS_FILE, write_weights
 from muse.training import fsdp
 from muse.training.optim import load_optimizer
 from muse.training.progress import Progress
 from muse.training.run_directory import (
-    one_line_if_refused,
+    named_if_refused,
     open_run_directory,
     prune_checkpoints,
 )
-from muse.training.task import Task
-from muse.utils.checkpoints import latest_checkpoint
+from muse.training.task import TrainingTask
 from muse.utils.io import atomic_directory
+from muse.utils.weights import load_into, read_state_dict
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ class Checkpointer:
         model: nn.Module,
         averages: EMAModel | None,
         optimizer: Any,
-        task: Task,
+        task: TrainingTask,
         loader: Any,
         progress: Progress,
     ):
@@ -87,7 +87,7 @@ class Checkpointer:
         # All processes together, since under FSDP each gives its shards.
         state, weights = self._state(), fsdp.full_tensors(self.model.state_dict())
         means = fsdp.full_tensors(self.averages.state_dict()) if self.averages else None
-        with one_line_if_refused(target, partial):
+        with named_if_refused(target, partial):
             if main:
                 shutil.rmtree(partial, ignore_errors=True)
                 partial.mkdir(parents=True)
@@ -96,10 +96,11 @@ class Checkpointer:
             write_tree(partial, f"rank-{self.accelerator.process_index}", own)
             self.accelerator.wait_for_everyone()
             if main:
-                with atomic_directory(target) as folder, one_line_if_refused(target):
+                with atomic_directory(target) as folder:
                     write_weights(folder, weights, self.model.portable_config())
                     if means is not None:
-                        save_file({k: mean.cpu() for k, mean in means.items()}, folder / EMA_FILE)
+                        means = {name: mean.cpu() for name, mean in means.items()}
+                        save_file(means, folder / EMA_FILE)
                     write_tree(folder, "state", state)
                     for file in partial.iterdir():
                         file.rename(folder / file.name)
@@ -118,11 +119,7 @@ class Checkpointer:
         with self.averages.swapped_in() if self.averages else contextlib.nullcontext():
             weights = fsdp.full_tensors(self.model.state_dict())
             if self.accelerator.is_main_process:
-                with (
-                    one_line_if_refused(final),
-                    atomic_directory(final) as folder,
-                    one_line_if_refused(final),
-                ):
+                with named_if_refused(final), atomic_directory(final) as folder:
                     write_weights(folder, weights, self.model.portable_config())
         self.accelerator.wait_for_everyone()
         return final
@@ -162,14 +159,15 @@ class Checkpointer:
                 f"{path}: was written by another model or stage; choose another "
                 "experiment.output_dir, or remove its checkpoints to start over"
             )
-        weights = read_weights(path / WEIGHTS_FILE)
-        load_weights(self.model, fsdp.shard_like(self.model.state_dict(), weights), str(path))
+        weights = read_state_dict(path / WEIGHTS_FILE)
+        load_into(self.model, fsdp.shard_like(self.model.state_dict(), weights), path)
         load_optimizer(self.optimizer, state["optimizer"])
         if scaler and state["scaler"]:
             scaler.load_state_dict(state["scaler"])
         self.task.load_state_dict(state)
         if self.averages:
-            means = fsdp.shard_like(self.averages.state_dict(), read_weights(path / EMA_FILE))
+            means = read_state_dict(path / EMA_FILE, "the averages")
+            means = fsdp.shard_like(self.averages.state_dict(), means)
             self.averages.load_state_dict(means, state["ema_step"])
         progress = self.progress
         progress.step, progress.images_seen = state["step"], state["images_seen"]
@@ -247,7 +245,7 @@ def read_tree(folder: Path, name: str) -> Any:
         raise CheckpointError(
             f"{folder / name}.json: missing or unreadable ({type(error).__name__})"
         ) from None
-    return unpack(skeleton, read_weights(folder / f"{name}.safetensors"))
+    return unpack(skeleton, read_state_dict(folder / f"{name}.safetensors", "a training run"))
 
 
 # ------------------------------------------------------------------------------------- generators

@@ -24,7 +24,7 @@ def is_sharded(accelerator: Any) -> bool:
 
 
 # ------------------------------------------------------------------------------------- building
-def prepare_student(
+def prepare_model(
     accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[Any, Any]:
     """accelerate's `prepare` for the model; scalars, which FSDP cannot shard, stay as they are."""
@@ -47,7 +47,7 @@ def _average_gradient(parameter: nn.Parameter) -> None:
 def prepare_unit(
     accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[Any, Any]:
-    """accelerate's `prepare` for a network without the student's blocks: sharded as one unit."""
+    """accelerate's `prepare` for a network without the model's blocks: sharded as one unit."""
     if not is_sharded(accelerator):
         return accelerator.prepare(model, optimizer)
     plugin = accelerator.state.fsdp_plugin
@@ -78,7 +78,7 @@ def unsharded(model: nn.Module, accelerator: Any, empty: Callable[[], nn.Module]
 def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
     """Clip unscaled gradients to the norm `limit`; gives the norm before, over all processes.
 
-    torch's own function takes sharded or full gradients, not both at once as the student has them.
+    torch's own function takes sharded or full gradients, not both, as a model with scalars has.
     """
     parameters = [parameter for parameter in parameters if parameter.grad is not None]
     sharded = [parameter for parameter in parameters if isinstance(parameter.grad, DTensor)]

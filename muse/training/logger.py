@@ -16,7 +16,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from muse.config import resolved
-from muse.utils.viz_utils import read_image, to_uint8
+from muse.inference import read_image
+from muse.utils.io import write_text
+from muse.utils.viz_utils import to_uint8
 
 log = logging.getLogger(__name__)
 
@@ -160,9 +162,7 @@ class RunLog:
                 KeyError,
             ):  # the last line of a run that was killed while it wrote
                 continue
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in lines if step > 0))
-        temporary.replace(self.path)
+        write_text(self.path, "".join(line + "\n" for line in lines if step > 0))
 
 
 def memory_in_use(device: torch.device) -> int:

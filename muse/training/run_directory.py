@@ -8,29 +8,29 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
-from safetensors import SafetensorError
 
 from muse.config import resolved
 from muse.errors import CheckpointError
-from muse.utils.checkpoints import checkpoints
-from muse.utils.io import writable_directory
+from muse.models.loading import checkpoints
+from muse.utils.io import WRITE_ERRORS, writable_directory, write_text
 
 log = logging.getLogger(__name__)
 
-# Folders that a killed process was writing, replacing or removing; they are no checkpoints.
-UNFINISHED = (".partial-*", ".checkpoint-*", ".final.*", ".removed-*")
+# What a killed process was writing, replacing or removing: no reader takes it for a checkpoint.
+UNFINISHED = tuple(
+    f".{name}*" for name in ("partial-", "checkpoint-", "final.", "removed-", "config.", "metrics.")
+)
 
 
 def open_run_directory(output: Path, config: dict[str, Any]) -> None:
     """Make the folder, prove it writable, remove what a killed run left, and write config.yaml.
 
-    Raises `CheckpointError` where nothing can be written.
+    Raises `MuseError` where nothing can be written.
     """
     writable_directory(output / "images")
     if left := remove_unfinished(output):
         log.info("removed what an interrupted run had not finished: %s", ", ".join(left))
-    with one_line_if_refused(output / "config.yaml"):
-        (output / "config.yaml").write_text(OmegaConf.to_yaml(OmegaConf.create(config)))
+    write_text(output / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(config)))
 
 
 def was_run_with(folder: Path, cfg: DictConfig) -> bool:
@@ -43,7 +43,10 @@ def remove_unfinished(output: Path) -> list[str]:
     """Remove what a killed run, of however many processes, had not finished; gives the names."""
     found = sorted(path for pattern in UNFINISHED for path in output.glob(pattern))
     for path in found:
-        shutil.rmtree(path, ignore_errors=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
     return [path.name for path in found]
 
 
@@ -64,16 +67,15 @@ def prune_checkpoints(output: Path, keep_last: int, keep_every: int | None) -> N
 
 
 @contextlib.contextmanager
-def one_line_if_refused(target: Path, *leftovers: Path) -> Iterator[None]:
+def named_if_refused(target: Path, *leftovers: Path) -> Iterator[None]:
     """Turn a full disk, or a folder that may not be written, into one line; remove `leftovers`."""
     try:
         yield
-    except (OSError, SafetensorError, CheckpointError) as error:
+    except (*WRITE_ERRORS, CheckpointError) as error:
         for path in leftovers:
             shutil.rmtree(path, ignore_errors=True)
-        if isinstance(error, CheckpointError):
-            raise
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise CheckpointError(
-            f"{target}: cannot be written ({reason}); checkpoints before it are whole"
-        ) from None
+        message = str(error)  # of a CheckpointError: it names the target already
+        if not isinstance(error, CheckpointError):
+            reason = getattr(error, "strerror", None) or " ".join(message.split())
+            message = f"{target}: cannot be written ({reason})"
+        raise CheckpointError(f"{message}; checkpoints before it are whole") from None

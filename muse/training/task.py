@@ -1,6 +1,6 @@
 """What a training run is about: the model, its loss, its data, its pictures. The trainer runs it.
 
-A new kind of model is one subclass of `Task`; the tokenizer's is in `tokenizer_task.py`.
+A new kind of model is one subclass of `TrainingTask`; the tokenizer's is in `tokenizer_task.py`.
 """
 
 from abc import ABC, abstractmethod
@@ -29,7 +29,7 @@ class Opponent(Protocol):
         """Undo what the step moved outside the optimizer where `skip` is above 0."""
 
 
-class Task(ABC):
+class TrainingTask(ABC):
     """One kind of training. The trainer calls `build`, makes the optimizer, and calls `prepare`.
 
     A batch is a dict of tensors (the trainer moves them to the device) and lists of strings, one
@@ -68,13 +68,20 @@ class Task(ABC):
     # ------------------------------------------------------------------------------- a step
     @abstractmethod
     def train_loader(self) -> Any:
-        """Endless batches of this process: a `TrainLoader`, or what works like one."""
+        """Endless batches of this process: a `TrainLoader`, or what works like one.
+
+        It iterates, has `state_dict` and `load_state_dict` (its position, JSON and tensors), and
+        counts bad samples (`bad`) and repeated reads (`retries`).
+        """
 
     @abstractmethod
     def compute_loss(
         self, model: nn.Module, batch: dict[str, Any], step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """What the model minimises on a micro-batch, and the numbers to log, detached, by name.
+
+        It may draw from the global generators, which every process saves. They start alike on all
+        processes: a task whose noise must differ seeds them by process in `prepare`.
 
         Args:
             model: the model as accelerate wraps it.
@@ -84,7 +91,10 @@ class Task(ABC):
 
     # ------------------------------------------------------------------------------- watching
     def evaluate(self, model: nn.Module) -> dict[str, float]:
-        """Numbers of the averaged model for the log; all processes call it together."""
+        """Numbers of the averaged model for the log; all processes call it together.
+
+        As `pictures` and `gradient_report`, it leaves weights and global generators as they are.
+        """
         return {}
 
     def pictures(self, model: nn.Module) -> dict[str, Tensor]:
@@ -92,7 +102,7 @@ class Task(ABC):
         return {}
 
     def gradient_report(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
-        """What `experiment.log_grad_every` writes; it moves neither weights nor generators."""
+        """What `experiment.log_grad_every` writes, of the model as it trains and one batch."""
         return {}
 
     # ------------------------------------------------------------------------------- saving

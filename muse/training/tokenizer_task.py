@@ -21,7 +21,7 @@ from muse.models.muse_vit import MUSE_ViT
 from muse.stages import STAGES, select_trainable
 from muse.training import fsdp
 from muse.training.adversary import Adversary
-from muse.training.task import Task
+from muse.training.task import TrainingTask
 from muse.training.trainer import Trainer
 from muse.utils.viz_utils import attention_sheet, reconstruction_sheet
 
@@ -33,7 +33,7 @@ def train(cfg: DictConfig) -> Path:
     return Trainer(cfg, TokenizerTask(cfg)).run()
 
 
-class TokenizerTask(Task):
+class TokenizerTask(TrainingTask):
     """The student of `cfg.model`, its `MuseLoss`, and a discriminator where that has a weight."""
 
     model: MUSE_ViT

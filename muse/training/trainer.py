@@ -1,7 +1,7 @@
 """The one loop that trains every task, on one process or many (accelerate): step, log, look, save.
 
-What is trained, on what and towards what is a `Task` (see `task.py`); rates, steps and intervals
-stand in the configuration.
+What is trained, on what and towards what is a `TrainingTask` (see `task.py`); rates, steps and
+intervals stand in the configuration.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from muse.training.optim import (
 )
 from muse.training.progress import Progress, check_global_batch
 from muse.training.signals import StopSignal
-from muse.training.task import Task
+from muse.training.task import TrainingTask
 from muse.utils.viz_utils import save_image
 
 log = logging.getLogger(__name__)
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 class Trainer:
     """Everything that moves in a run, and the loop that moves it."""
 
-    def __init__(self, cfg: DictConfig, task: Task):
+    def __init__(self, cfg: DictConfig, task: TrainingTask):
         self.cfg, self.task, self.output = cfg, task, Path(cfg.experiment.output_dir)
         self.accelerator = build_accelerator(cfg, task.leaves_tensors_unused())
         check_global_batch(cfg, self.accelerator.num_processes)
@@ -54,7 +54,7 @@ class Trainer:
         options = cfg.optimizer.params
         groups = parameter_groups(named, options.weight_decay, cfg.optimizer.lr_multipliers)
         adamw = build_adamw(groups, options.learning_rate, (options.beta1, options.beta2))
-        self.student, self.optimizer = fsdp.prepare_student(self.accelerator, self.model, adamw)
+        self.wrapped, self.optimizer = fsdp.prepare_model(self.accelerator, self.model, adamw)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         task.prepare()
 
@@ -130,7 +130,7 @@ class Trainer:
         # Forward and backward. Gradients cross the processes once, with the last micro-batch.
         for index, batch in enumerate(micro):
             with self._sync_gradients(last=index == len(micro) - 1):
-                loss, terms = self.task.compute_loss(self.student, batch, step)
+                loss, terms = self.task.compute_loss(self.wrapped, batch, step)
                 self.accelerator.backward(loss * share)
             for name, value in {**terms, "loss": loss.detach()}.items():
                 numbers[name] = numbers.get(name, 0) + value * share
@@ -175,7 +175,7 @@ class Trainer:
             }
 
     def _sync_gradients(self, last: bool) -> contextlib.AbstractContextManager:
-        return contextlib.nullcontext() if last else self.accelerator.no_sync(self.student)
+        return contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped)
 
     def _lr(self, step: int, base: float | None = None) -> float:
         full = self.cfg.optimizer.params.learning_rate if base is None else base
@@ -213,7 +213,7 @@ class Trainer:
 
     def evaluate(self) -> dict[str, float]:
         """The task's numbers for the averaged weights."""
-        with self.averaged() as model:
+        with self.averaged() as model, torch.no_grad():
             return self.task.evaluate(model)
 
     def draw(self, run_log: RunLog) -> None:

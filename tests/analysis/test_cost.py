@@ -278,7 +278,9 @@ def test_sizes_are_those_of_a_real_run(shapes_data, tmp_path):
         for name, value in state.items()
         if name != "step"
     ]
-    discriminator = list(one.accelerator.unwrap_model(one.task.adversary.discriminator).parameters())
+    discriminator = list(
+        one.accelerator.unwrap_model(one.task.adversary.discriminator).parameters()
+    )
     learning = [p for p in one.model.parameters() if p.requires_grad]
     memory = count_step(cfg, batch=4)["memory"]
     assert memory["optimizer"] == size(moments) and memory["ema"] == size(

@@ -18,9 +18,9 @@ from muse.analysis.gradients import (
     take_gradients,
 )
 from muse.config import load_config
-from muse.models.pretrained import read_weights
 from muse.training.tokenizer_task import TokenizerTask, train
 from muse.training.trainer import Trainer
+from muse.utils.weights import read_state_dict
 from scripts.analyze_gradients import main
 from tests.helpers import one_error, run_config
 
@@ -182,7 +182,7 @@ def test_measuring_changes_nothing_of_the_run(shapes_data, tmp_path):
             ALL,
             {"experiment": {"log_grad_every": every}},
         )
-        finals.append(read_weights(train(load_config(path)) / "model.safetensors"))
+        finals.append(read_state_dict(train(load_config(path)) / "model.safetensors"))
     assert all(torch.equal(finals[0][name], finals[1][name]) for name in finals[0])
     records = list(gradient_records([tmp_path / "1", tmp_path / "1"]))
     assert [record["total_step"] for record in records] == [1, 2, 3, 4]
@@ -262,7 +262,7 @@ def test_frozen_measures_one_set_of_weights(trained_run, tmp_path):
         == 0
     )
     before, after = (
-        read_weights(folder / "final" / "model.safetensors")
+        read_state_dict(folder / "final" / "model.safetensors")
         for folder in (checkpoint, tmp_path / "runs" / "muse")
     )
     assert all(torch.equal(before[name], after[name]) for name in before)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from muse.errors import CheckpointError
+from muse.models.loading import checkpoints, latest_checkpoint
 from muse.training.checkpointer import (
     pack,
     read_tree,
@@ -17,7 +18,6 @@ from muse.training.checkpointer import (
     write_tree,
 )
 from muse.training.run_directory import prune_checkpoints
-from muse.utils.checkpoints import checkpoints, latest_checkpoint
 from tests.training.helpers import same_tree
 
 TREE = {

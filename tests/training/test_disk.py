@@ -11,10 +11,10 @@ import safetensors.torch
 from safetensors import SafetensorError
 
 from muse.errors import CheckpointError
-from muse.models.pretrained import read_weights
+from muse.models.loading import checkpoints
 from muse.training.tokenizer_task import train
 from muse.training.trainer import Trainer
-from muse.utils.checkpoints import checkpoints
+from muse.utils.weights import read_state_dict
 from tests.helpers import run_config
 from tests.training.processes import Forked, run_script
 from tools.killing import hold_whole
@@ -170,5 +170,5 @@ def test_another_number_of_processes_is_said_in_one_line(run, trainer, caplog):
     said = [record.message for record in caplog.records if "goes on with 1" in record.message]
     assert len(said) == 1 and "was written by 4 processes" in said[0] and "next epoch" in said[0]
     assert one.loader.epoch == 1 and one.progress.step == 1
-    weights = read_weights(output / "checkpoint-1/model.safetensors")
+    weights = read_state_dict(output / "checkpoint-1/model.safetensors")
     assert all((tensor == weights[name]).all() for name, tensor in one.model.state_dict().items())

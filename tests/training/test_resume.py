@@ -18,10 +18,10 @@ from muse.data.dataloader import eval_loader
 from muse.errors import CheckpointError, ConfigError
 from muse.evaluation.metrics.psnr_ssim import psnr
 from muse.losses import reconstruction
+from muse.models.loading import checkpoints
 from muse.training.checkpointer import read_tree
 from muse.training.tokenizer_task import TokenizerTask, train
 from muse.training.trainer import Trainer
-from muse.utils.checkpoints import checkpoints
 from tests.helpers import ROOT, run_config
 from tests.training.helpers import same_tree
 from tools.killing import records
