@@ -52,7 +52,7 @@ class TokenizerTask(TrainingTask):
         self.loss = MuseLoss.from_config(self.cfg, self.model)
         if self.loss.heads() and fsdp.is_sharded(accelerator):
             raise ConfigError(
-                "losses.distillation trains heads of its own, which FSDP cannot share out: start "
+                "losses.distillation trains heads of its own, which FSDP cannot shard: start "
                 "this stage with configs/accelerate/ddp.yaml"
             )
         self.model.to(accelerator.device)
