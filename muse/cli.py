@@ -20,6 +20,8 @@ from muse.config import load_config, resolved, unset_variable
 from muse.errors import ConfigError, MuseError
 from muse.utils.io import file_sha256, versions
 
+logger = logging.getLogger(__name__)
+
 
 def entry(main: Callable[..., int | None]) -> Callable[..., int]:
     """Decorate `main(argv=None)`: a user's mistake becomes one line on stderr and exit code 2."""
@@ -115,8 +117,27 @@ def parse(made: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> a
 
 
 def load_cfg(args: argparse.Namespace) -> DictConfig:
-    """The configuration that the flags name."""
+    """The configuration that the flags name.
+
+    The authors' weights run under their own routing: where the checkpoint holds them and no
+    override names `model.routing`, `args.overrides` gets it, and so does the protocol.
+    """
+    cfg = load_config(args.config, args.overrides)
+    named = any(word.startswith(("model.routing=", "model=")) for word in args.overrides)
+    if getattr(args, "checkpoint", None) is None or named or _runs_release(cfg.model):
+        return cfg
+    from muse.models.loading import holds_release_weights  # noqa: PLC0415 (imports torch)
+
+    if not holds_release_weights(args.checkpoint):
+        return cfg
+    logger.info("%s: the authors' weights, so model.routing=release", args.checkpoint)
+    # A user's own override comes later and wins.
+    args.overrides = ["model.routing=release", "model.join_semantics=null", *args.overrides]
     return load_config(args.config, args.overrides)
+
+
+def _runs_release(model: DictConfig) -> bool:
+    return model.routing == "release" and not model.join_semantics
 
 
 def device(name: str | None) -> str:

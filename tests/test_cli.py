@@ -16,8 +16,9 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from muse import cli, load_config
+from muse import MUSE_ViT, cli, load_config
 from muse.errors import MuseError
+from muse.models.release_weights import to_release, write_release_file
 from muse.utils.io import atomic_file, write_json
 from scripts import inference, train_stage1, train_stage2, train_stage3, visualize_attention
 from tests.data.helpers import picture, write_tar
@@ -394,6 +395,57 @@ def test_all_samples_unreadable_stops_the_run(tmp_path, shapes_data, capsys):
     line = one_error(capsys, train_stage1.main(words))
     assert "bad.tar" in line or "samples" in line
     assert not (tmp_path / "run/final").exists()
+
+
+# -------------------------------------------------------------------------------- the authors' file
+@pytest.fixture
+def authors_file(trained_run, tmp_path):
+    """(configuration under the paper's routing, a file in the authors' layout)."""
+    folder = tmp_path / "authors"
+    folder.mkdir()
+    model = MUSE_ViT.from_pretrained(trained_run[1] / "final")
+    write_release_file(folder / "pytorch_model.bin", to_release(model.state_dict()))
+    return str(trained_run[0]), str(folder / "pytorch_model.bin")
+
+
+def test_a_command_runs_the_authors_file_under_their_routing_and_records_it(
+    authors_file, photo, tmp_path, caplog
+):
+    config, file = authors_file
+    words = ["--config", config, "--checkpoint", file, "--device", "cpu"]
+    args = cli.parse(cli.parser("x", checkpoint=True), [*words, "training.seed=3"])
+    cfg = cli.load_cfg(args)
+    assert load_config(config).model.routing == "paper"
+    assert cfg.model.routing == "release" and cfg.model.join_semantics is False
+    assert cfg.training.seed == 3
+    assert cli.protocol(args, cfg)["config"]["model"]["routing"] == "release"
+    assert f"{file}: the authors' weights, so model.routing=release" in caplog.text
+    picture_words = ["--image_path", photo, "--output_dir"]
+    assert inference.main([*words, *picture_words, str(tmp_path / "a")]) == 0
+    given = [*words, "model.routing=release", *picture_words, str(tmp_path / "b")]
+    assert inference.main(given) == 0
+    assert (tmp_path / "a/photo.png").read_bytes() == (tmp_path / "b/photo.png").read_bytes()
+
+
+@pytest.mark.parametrize("override", ["model.routing=paper", "model.join_semantics=true"])
+def test_a_command_refuses_the_authors_file_under_a_routing_of_the_user_s(
+    override, authors_file, photo, tmp_path, capsys
+):
+    config, file = authors_file
+    words = ["--config", config, "--checkpoint", file, "--device", "cpu", override]
+    words += ["--image_path", photo, "--output_dir", str(tmp_path / "out")]
+    line = one_error(capsys, inference.main(words))
+    assert f"the authors' weights give other outputs with {override}; pass model." in line
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_training_from_the_authors_file_under_the_papers_routing_is_refused(
+    authors_file, tmp_path, capsys
+):
+    config, file = authors_file
+    words = ["--config", config, "--device", "cpu", f"experiment.init_from={file}"]
+    line = one_error(capsys, train_stage2.main([*words, f"experiment.output_dir={tmp_path}/run"]))
+    assert "pass model.routing=release" in line and "tools/convert_checkpoint.py" in line
 
 
 # ------------------------------------------------------------------------------- attention pictures
