@@ -86,8 +86,16 @@ def plain_parser(description: str) -> argparse.ArgumentParser:
     return _Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
 
-def parser(description: str, checkpoint: bool = False) -> argparse.ArgumentParser:
-    """A parser with the flags that every command takes."""
+def parser(
+    description: str, checkpoint: bool = False, recipe: bool = False
+) -> argparse.ArgumentParser:
+    """A parser with the flags that every command takes.
+
+    Args:
+        description: the command's own.
+        checkpoint: add --checkpoint.
+        recipe: add --recipe, for a command that trains.
+    """
     made = plain_parser(description)
     made.add_argument(
         "--config", required=True, help="YAML configuration, such as configs/muse_tiny/stage3.yaml"
@@ -98,6 +106,13 @@ def parser(description: str, checkpoint: bool = False) -> argparse.ArgumentParse
             required=True,
             help="save_pretrained directory, training checkpoint-N, .safetensors, "
             "or the authors' .bin",
+        )
+    if recipe:
+        made.add_argument(
+            "--recipe",
+            default=None,
+            help="paper or release: all keys of configs/recipes/NAME.yaml, between the "
+            "configuration and the overrides",
         )
     made.add_argument(
         "--device", default=None, help="cuda, mps or cpu; the first that exists when not given"
@@ -122,7 +137,7 @@ def load_cfg(args: argparse.Namespace) -> DictConfig:
     The authors' weights run under their own routing: where the checkpoint holds them and no
     override names `model.routing`, `args.overrides` gets it, and so does the protocol.
     """
-    cfg = load_config(args.config, args.overrides)
+    cfg = load_config(args.config, args.overrides, getattr(args, "recipe", None))
     named = any(word.startswith(("model.routing=", "model=")) for word in args.overrides)
     if getattr(args, "checkpoint", None) is None or named or _runs_release(cfg.model):
         return cfg

@@ -26,23 +26,37 @@ from muse.config_fields import check_keys, nearest, restore_words, walk
 from muse.config_model import ROUTING_CELLS, STREAM_KEYS, ModelConfig
 from muse.config_schema import Config
 from muse.errors import ConfigError
+from muse.stages import STAGES
 
 # The configurations that come with muse: in an installed package, in a clone.
 SHIPPED = (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs")
 
 
 # ----------------------------------------------------------------------------------------- loading
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), recipe: str | None = None
+) -> DictConfig:
     """Read a YAML file and its `base:` files, apply `key=value` overrides, validate, freeze.
 
-    Where there is no file `path`, it may name a configuration that comes with muse, such as
-    `muse_tiny/stage3`. Raises `ConfigError` on a missing file, an unknown key (naming the nearest
-    known one), a wrong type, or keys that exclude each other. Values with `${oc.env:NAME}` are
-    resolved on use.
+    Values with `${oc.env:NAME}` are resolved on use.
+
+    Args:
+        path: where there is no such file, it may name a configuration that comes with muse, such as
+            `muse_tiny/stage3`.
+        overrides: `key=value`; they win.
+        recipe: a file of `configs/recipes`, such as `release`, laid between the two.
+
+    Raises:
+        ConfigError: on a missing file, an unknown key (naming the nearest known one), a wrong type,
+            or keys that exclude each other.
     """
     path = Path(path).expanduser()
     file = path if path.is_file() else _shipped(path) or path
-    config = _merge(Config, [*_file_layers(file), _overrides(overrides)])
+    layers = [*_file_layers(file), _overrides(overrides)]
+    if recipe is not None:
+        stage = _merge(Config, layers).training.stage
+        layers[-1:-1] = _recipe_layers(recipe, stage)
+    config = _merge(Config, layers)
     check_keys(config, Config)
     fill_routing(config.model)
     cells = ROUTING_CELLS[config.model.routing]
@@ -177,6 +191,22 @@ def _file_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[DictConfig]:
         for layer in _file_layers(path.parent / base, (*seen, path.resolve()))
     ]
     return [*layers, content]
+
+
+def _recipe_layers(name: str, stage: str) -> list[DictConfig]:
+    """The keys of `configs/recipes/NAME.yaml`, then those that it holds under `stages.STAGE`."""
+    file = _shipped(Path("recipes") / name)
+    if file is None:
+        known = sorted({path.stem for root in SHIPPED for path in root.glob("recipes/*.yaml")})
+        raise ConfigError(f"{name}: no such recipe; there are {', '.join(known)}")
+    layers = []
+    for layer in _file_layers(file):
+        of_stages = layer.pop("stages", None) or {}
+        for one in of_stages:
+            if one not in STAGES:
+                raise ConfigError(f"{file}: unknown stage {one}{nearest(one, STAGES)}")
+        layers += [layer, of_stages.get(stage) or OmegaConf.create()]
+    return layers
 
 
 def _overrides(overrides: Sequence[str]) -> DictConfig:

@@ -11,7 +11,7 @@ log = logging.getLogger(__name__)
 
 def stage_main(stage: str, argv: Sequence[str] | None) -> int:
     """Parse, check that the configuration is of this stage, train."""
-    args = cli.parse(cli.parser(f"Train one stage of MUSE ({stage})."), argv)
+    args = cli.parse(cli.parser(f"Train one stage of MUSE ({stage}).", recipe=True), argv)
     cfg = cli.load_cfg(args)
     if cfg.training.stage != stage:
         raise ConfigError(
