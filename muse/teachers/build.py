@@ -10,11 +10,11 @@ from torch import nn
 
 from muse.config import plain
 from muse.errors import ConfigError
-from muse.teachers import text
 from muse.teachers.affinity import build_affinity_teacher
 from muse.teachers.base import FrozenTeacher, check_choice, read_options
 from muse.teachers.cache import CachedTeacher
 from muse.teachers.features import build_features
+from muse.teachers.text import TextTeacher, build_text
 from muse.teachers.vit_attention import build_attention_teacher
 
 DEFAULT_CACHE_MB = 2048
@@ -64,69 +64,105 @@ TOPOLOGY_TEACHERS = {
 
 
 def build_topology_teacher(
-    cfg: Any, num_maps: int, grid: tuple[int, int] | None = None
+    cfg: Any, num_maps: int, grid: tuple[int, int] | None = None, pretrained: bool = True
 ) -> FrozenTeacher | None:
-    """The teacher of `teacher.topology` with `num_maps` maps, one for each student block that learns; None for `none`.
+    """The teacher of `teacher.topology`; None for `kind: none`.
 
-    cfg: a dict or OmegaConf node. kind: `dinov3` (attention of a DINO or any plain ViT), `affinity`, `random` (tests),
-    `none`. grid: the student's token grid (h, w). cache: true or a number of MiB makes a CachedTeacher of it. A key
-    that another kind uses is let stand. Raises ConfigError on an unknown key or value, CheckpointError where weights
-    are missing or refused.
+    Args:
+        cfg: a dict or OmegaConf node. kind: `dinov3` (attention of a DINO or any plain ViT),
+            `affinity`, `random` (tests), `none`. cache: true or a number of MiB makes a
+            CachedTeacher of it. A key that another kind uses is let stand.
+        num_maps: how many maps, one for each student block.
+        grid: the student's token grid (h, w).
+        pretrained: False makes the architecture alone, without weights and without memory.
+
+    Raises ConfigError on an unknown key or value, CheckpointError where weights are missing or
+    refused.
     """
     options = read_options(cfg, TOPOLOGY_KEYS, "teacher.topology")
     check_choice(options["kind"], ("none", *TOPOLOGY_TEACHERS), "teacher.topology.kind")
     if options["kind"] == "none":
         return None
-    return _cached(TOPOLOGY_TEACHERS[options["kind"]](options, num_maps, grid), options["cache"])
+    options["pretrained"] = pretrained
+    teacher = TOPOLOGY_TEACHERS[options["kind"]](options, num_maps, grid)
+    return _cached(teacher, pretrained and options["cache"])
 
 
-def build_text_teacher(cfg: Any) -> text.TextTeacher | None:
-    """The teacher of `teacher.text`. kind: `open_clip`, `sentence`, `random` (tests), `none`. Errors as above."""
+def build_text_teacher(cfg: Any, pretrained: bool = True) -> TextTeacher | None:
+    """The teacher of `teacher.text`. kind: `open_clip`, `sentence`, `random` (tests), `none`.
+
+    `pretrained` and errors as above.
+    """
     options = read_options(cfg, TEXT_KEYS, "teacher.text")
     check_choice(options["kind"], ("none", "open_clip", "sentence", "random"), "teacher.text.kind")
-    return None if options["kind"] == "none" else text.build(options)
+    if options["kind"] == "none":
+        return None
+    options["pretrained"] = pretrained
+    return build_text(options)
 
 
-def build_feature_teacher(cfg: Any, grid: tuple[int, int] | None = None) -> FrozenTeacher | None:
-    """The teacher of `teacher.feature`. kind: `backbone`, `none`. Errors as above."""
+def build_feature_teacher(
+    cfg: Any, grid: tuple[int, int] | None = None, pretrained: bool = True
+) -> FrozenTeacher | None:
+    """The teacher of `teacher.feature`. kind: `backbone`, `none`.
+
+    `grid`, `pretrained` and errors as above.
+    """
     options = read_options(cfg, FEATURE_KEYS, "teacher.feature")
     check_choice(options["kind"], ("none", "backbone"), "teacher.feature.kind")
     if options["kind"] == "none":
         return None
-    return _cached(build_features(options, grid), options["cache"])
+    options["pretrained"] = pretrained
+    return _cached(build_features(options, grid), pretrained and options["cache"])
 
 
 def _cached(teacher: FrozenTeacher, cache: bool | int) -> FrozenTeacher:
     if not cache:
         return teacher
-    return CachedTeacher(
-        teacher, max_bytes=(DEFAULT_CACHE_MB if cache is True else int(cache)) << 20
-    )
+    megabytes = DEFAULT_CACHE_MB if cache is True else int(cache)
+    return CachedTeacher(teacher, max_bytes=megabytes << 20)
 
 
 @functools.lru_cache(maxsize=4)
 def _teacher(kind: str, options: str, *arguments: Any) -> nn.Module:
-    """Teachers are frozen, so successive stages of one process share one, with all that it remembers."""
-    # What is drawn here must not move the run's own generator (a teacher that is there already would draw nothing), nor depend on it.
+    """A teacher that successive stages of one process share, with all that it remembers."""
+    # What is drawn here must not move the run's own generator (a teacher that is there already
+    # would draw nothing), nor depend on it.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        return globals()[f"build_{kind}_teacher"](json.loads(options), *arguments)
+        return _BUILDERS[kind](json.loads(options), *arguments)
 
 
-def shared_topology_teacher(cfg: DictConfig, grid: tuple[int, int]) -> nn.Module:
-    """The topology teacher of a configuration, for a student with this latent grid."""
+_BUILDERS = {"topology": build_topology_teacher, "text": build_text_teacher}
+
+
+def shared_topology_teacher(
+    cfg: DictConfig, grid: tuple[int, int], pretrained: bool = True
+) -> nn.Module:
+    """The topology teacher of a configuration, for a student with this latent grid.
+
+    A teacher without weights (`pretrained=False`) is not shared: it is the caller's own.
+    """
     options = {**plain(cfg.teacher.topology), "heads": cfg.losses.topology.heads}
-    return _teacher(
-        "topology", json.dumps(options, sort_keys=True), cfg.model.num_blocks, tuple(grid)
-    )
+    if not pretrained:
+        return build_topology_teacher(options, cfg.model.num_blocks, grid, pretrained=False)
+    text = json.dumps(options, sort_keys=True)
+    return _teacher("topology", text, cfg.model.num_blocks, tuple(grid))
 
 
-def shared_text_teacher(cfg: DictConfig) -> nn.Module:
-    """The text teacher of a configuration; `ConfigError` when its width is not the model's."""
-    teacher = _teacher("text", json.dumps(plain(cfg.teacher.text), sort_keys=True))
+def shared_text_teacher(cfg: DictConfig, pretrained: bool = True) -> nn.Module:
+    """The text teacher of a configuration; ConfigError when its width is not the model's.
+
+    `pretrained` as above.
+    """
+    options = plain(cfg.teacher.text)
+    if pretrained:
+        teacher = _teacher("text", json.dumps(options, sort_keys=True))
+    else:
+        teacher = build_text_teacher(options, pretrained=False)
     if teacher.dim != cfg.model.semantic_dim:
         raise ConfigError(
-            f"model.semantic_dim={cfg.model.semantic_dim} but the text teacher {cfg.teacher.text.source} embeds "
-            f"in {teacher.dim} dimensions"
+            f"model.semantic_dim={cfg.model.semantic_dim} but the text teacher "
+            f"{cfg.teacher.text.source} embeds in {teacher.dim} dimensions"
         )
     return teacher
