@@ -129,7 +129,7 @@ def _walk(
         kept = saved.bytes()
     with FlopCounter() as losses_backward:
         total.backward()
-    teachers, in_teachers = _teachers(losses.by_module())
+    teachers, in_teachers = _teachers(parts.loss, losses)
     steps = teachers | {
         "student forward": forward.get_total_flops(),
         "losses forward": losses.get_total_flops() - in_teachers,
@@ -139,8 +139,8 @@ def _walk(
         with FlopCounter() as adversary:
             generator.backward()
             with autocast:
-                pairs = torch.cat([images, cut.reconstruction.detach()])  # (2B,3,H,W)
-                real, fake = discriminator(pairs).chunk(2)
+                both = torch.cat([images, cut.reconstruction.detach()])  # (2B,3,H,W)
+                real, fake = discriminator(both).chunk(2)  # each (B,1,h,w)
             hinge_discriminator_loss(real, fake).backward()
         steps["discriminator"] = judged.get_total_flops() + adversary.get_total_flops()
     with FlopCounter() as backward:
@@ -149,17 +149,18 @@ def _walk(
     return steps, _by_part(forward), kept
 
 
-def _teachers(counts: dict[str, int]) -> tuple[dict[str, int], int]:
+def _teachers(loss: MuseLoss, counter: FlopCounter) -> tuple[dict[str, int], int]:
     """Operations of each teacher by the table's rows, and of all that happens inside teachers.
 
     Where a teacher has an extractor, it alone is counted: cosines of a few hundred places are not.
     """
-    rows, inside = {}, 0
+    rows, inside, counts = {}, 0, counter.by_module()
     for term, row in TEACHERS.items():
-        path = f"MuseLoss.terms.{term}.teacher"
-        if path in counts:
-            rows[row] = counts.get(f"{path}.extractor", counts[path])
-            inside += counts[path]
+        if term in loss.terms:
+            path = f"MuseLoss.terms.{term}.teacher"
+            everything = counts.get(path, 0)
+            rows[row] = counts.get(f"{path}.extractor", everything)
+            inside += everything
     return rows, inside
 
 

@@ -177,9 +177,10 @@ class SentenceText(TextTeacher):
                 require_complete(what, missing)
                 self.max_tokens = _max_tokens(path, self._tokenizer, self.network.config)
             else:
-                self._tokenizer, self.max_tokens = None, BLANK_TOKENS
                 settings = transformers.AutoConfig.from_pretrained(path, **plain, **config)
                 self.network = transformers.AutoModel.from_config(settings)
+                positions = getattr(settings, "max_position_embeddings", None) or BLANK_TOKENS
+                self._tokenizer, self.max_tokens = None, min(BLANK_TOKENS, positions)
         self.freeze()
 
     def _embed(self, texts: list[str]) -> Tensor:

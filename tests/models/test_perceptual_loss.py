@@ -171,6 +171,26 @@ def test_efficientnet_is_the_chord_between_unit_vectors():
         PerceptualLoss("efficientnet_lite0", blocks=(16,))
 
 
+@pytest.mark.parametrize("name", PARTS)
+def test_without_weights_it_is_the_architecture(name, vgg_file, monkeypatch):
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", None)
+    before = torch.get_rng_state()
+    with torch.device("meta"):
+        made = PerceptualLoss(name, pretrained=False)
+    assert torch.equal(before, torch.get_rng_state())
+    assert not any(p.requires_grad for p in made.parameters())
+    found = {key: value.shape for key, value in made.state_dict().items()}
+    if name == "convnext_s":  # its weights are 200 MB
+        reference = convnext_small().state_dict()
+        expected = {f"network.{key}": value.shape for key, value in reference.items()}
+        expected |= {key: (1, 3, 1, 1) for key in ("mean", "std")}
+        expected = {f"parts.convnext_s.{key}": shape for key, shape in expected.items()}
+    else:
+        loaded = PerceptualLoss(name, weights={"lpips": vgg_file})
+        expected = {key: value.shape for key, value in loaded.state_dict().items()}
+    assert found == expected
+
+
 # ---- weights that are not there
 
 

@@ -244,6 +244,28 @@ def test_torchvision_nodes_and_weights_file(tmp_path):
         build_feature_teacher(options | {"layers": ["layer1"]})
 
 
+BACKBONES = {
+    "efficientnet_lite0": [2, 4],
+    "timm:resnet10t": [1, 2],
+    "torchvision:resnet18": ["layer1"],
+    "random": [0, 1],
+}
+
+
+@pytest.mark.parametrize("source", BACKBONES)
+def test_without_weights_shapes_are_those_of_a_real_backbone(source, monkeypatch):
+    options = {"kind": "backbone", "source": source, "layers": BACKBONES[source]}
+    config = {"timm:resnet10t": {"pretrained": False}, "torchvision:resnet18": {"weights": "none"}}
+    real = build_feature_teacher(options | {"config": config.get(source, {})})
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", None)  # nothing may be fetched
+    with torch.device("meta"):
+        made = build_feature_teacher(options | {"cache": True}, pretrained=False)
+    assert {name: tensor.shape for name, tensor in made.state_dict().items()} == {
+        name: tensor.shape for name, tensor in real.state_dict().items()
+    }
+    assert made.dim == real.dim and made(pictures().to("meta")).shape == real(pictures()).shape
+
+
 def test_feature_teacher_can_level_its_layers():
     options = {
         "kind": "backbone",

