@@ -105,6 +105,11 @@ NOT_NEGATIVE = (
 
 
 # ---------------------------------------------------------------------------------------------------- loading
+def shipped_config(name: str) -> Path:
+    """The file of a configuration that comes with the project, such as `muse_tiny/stage3.yaml`."""
+    return Path(__file__).resolve().parents[1] / "configs" / name
+
+
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
     """Read a YAML file (and its `base:` files), apply `key=value` overrides, validate; the result cannot be changed.
 
