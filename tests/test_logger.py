@@ -12,9 +12,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from muse import load_config
 from muse.errors import DataError
+from muse.inference import read_image
 from muse.training.logger import RunLog
 from muse.utils.curves import draw_curves, numbers_of, points, read_run
-from muse.utils.viz_utils import read_image, save_image, to_uint8
+from muse.utils.viz_utils import save_image, to_uint8
 from tests.helpers import one_error, random_images, run_config
 
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 from muse.config import resolved
-from muse.utils.viz_utils import read_image, to_uint8
+from muse.inference import read_image
+from muse.utils.viz_utils import to_uint8
 
 log = logging.getLogger(__name__)
 

@@ -1,4 +1,4 @@
-"""Sums over processes. With no process group every function returns its input, so one process needs no set-up."""
+"""Sums over processes. Without a process group every function returns its input."""
 
 import torch
 import torch.distributed as dist
@@ -15,7 +15,7 @@ def is_main() -> bool:
 
 
 def all_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """The element-wise sum of `tensor` over all processes, on the tensor's own device; the input is left as it was."""
+    """The element-wise sum of `tensor` over all processes, on its own device."""
     if world_size() == 1:
         return tensor
     on_backend = tensor.cuda() if dist.get_backend() == "nccl" else tensor.cpu()
@@ -25,7 +25,7 @@ def all_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def all_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """(n_rank, ...) of every process -> (sum of n_rank, ...) on the CPU, ranks in order; n_rank may differ."""
+    """(n, ...) of every process -> (sum of n, ...) on the CPU, ranks in order; n may differ."""
     return torch.cat(all_objects(tensor.cpu()))
 
 

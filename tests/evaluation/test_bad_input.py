@@ -59,7 +59,7 @@ EVALUATE = [
     (["--val_url", "{}/text.txt"], "text.txt is not a tar shard"),
     (["--val_url", "gopher://a.tar"], "unknown scheme 'gopher'"),
     (["--checkpoint", "{}/empty"], "no checkpoint of MUSE"),
-    (["--checkpoint", "{}/other.pt"], "other.pt: 9"),
+    (["--checkpoint", "{}/other.pt"], "other.pt does not hold the weights of the model: 9"),
     (["--checkpoint", "{}/text.txt"], "text.txt: not a checkpoint"),
     (["model.dim=64"], "a checkpoint of another size: its model.dim is 32"),
     (["model.dimm=64"], "did you mean model.dim?"),

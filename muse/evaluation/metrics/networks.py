@@ -4,7 +4,6 @@
 is never called FID.
 """
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,7 +12,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from muse.errors import ConfigError, DataError
-from muse.utils.weights import read_state_dict
+from muse.utils.weights import read_state_dict, state_sha256
 
 
 class FeatureNetwork(nn.Module):
@@ -39,17 +38,6 @@ class FeatureNetwork(nn.Module):
     @torch.no_grad()
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self._pooled(images).float()
-
-
-def state_sha256(module: nn.Module) -> str:
-    """SHA-256 over the names and bytes of a module's tensors, in the order of the names."""
-    digest = hashlib.sha256()
-    for key, tensor in sorted(module.state_dict().items()):
-        digest.update(key.encode())
-        digest.update(
-            tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        )
-    return digest.hexdigest()
 
 
 def _efficientnet_lite0(weights: str | Path | None) -> FeatureNetwork:
