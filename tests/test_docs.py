@@ -8,10 +8,18 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from muse.config import load_config
 from muse.config_schema import Config
+from muse.evaluation.metric_table import METRICS
+from muse.experiments.ablation import VARIANTS
+from muse.losses.muse_loss import TERMS, MuseLoss
+from muse.losses.reconstruction import ReconstructionTerm
+from muse.stages import STAGES
+from muse.teachers.build import TOPOLOGY_TEACHERS, build_topology_teacher
+from tests.data.helpers import encode, picture
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted(
@@ -19,7 +27,10 @@ DOCS = sorted(
 )
 CODE = re.compile(r"```.*?```", re.DOTALL)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"")
+# Paths of the project in inline code and in code blocks, such as `muse/config.py`.
+PATH = re.compile(r"(?<![\w./-])((?:muse|scripts|tools|docs|configs|tests)/[\w./-]*)(\{)?")
 ADDED_BY_EXAMPLES = {"losses.total_variation.weight"}
+FILES_ADDED_BY_EXAMPLES = {"scripts/train_stage4.py"}  # beside those that a code block begins with
 FIRST_ROWS = range(1, 25)  # known before the project was built; the document carries all of them
 
 
@@ -57,7 +68,7 @@ def defined_tests(file: Path) -> set[str]:
     }
 
 
-# ------------------------------------------------------------------------------------------------ docs/fidelity.md
+# --- docs/fidelity.md
 def test_every_row_of_the_comparison_is_there_and_whole():
     rows = fidelity_rows()
     assert set(FIRST_ROWS) <= rows.keys() and sorted(rows) == list(range(1, len(rows) + 1))
@@ -97,7 +108,7 @@ def test_every_test_of_the_comparison_exists():
             )
 
 
-# ------------------------------------------------------------------------------------------------ all documents
+# --- all documents
 @pytest.mark.parametrize("name", ["fidelity.md", "extending.md", "data.md"])
 def test_every_key_in_the_text_exists(name):
     """Words in code style that begin with a section of the configuration, such as `losses.itc.gather`."""
@@ -130,6 +141,37 @@ def test_every_local_link_resolves(document):
         )
 
 
+def named_paths(text: str) -> set[str]:
+    """Paths of the project that a document names and does not add itself."""
+    added = set(re.findall(r"```\w+\n# (\S+/\S+)\n", text)) | FILES_ADDED_BY_EXAMPLES
+    paths = set()
+    for code in re.findall(r"```.*?```|`[^`\n]+`", text, re.DOTALL):
+        for path, brace in PATH.findall(code):  # of `stage{1,2}` the folder is looked at
+            paths.add(path.rpartition("/")[0] if brace else path.rstrip("."))
+    return paths - added
+
+
+@pytest.mark.parametrize("document", DOCS, ids=lambda file: file.name)
+def test_every_path_of_the_project_exists(document):
+    paths = named_paths(document.read_text(encoding="utf-8"))
+    assert not [path for path in sorted(paths) if not (ROOT / path).exists()]
+
+
+def test_paths_are_found_in_inline_code_and_in_blocks():
+    text = (
+        "`muse/a.py` muse/b.py `outputs/muse/c` `tests/d.py::test`\n```bash\nsh tools/e.sh\n```\n"
+    )
+    added = "```python\n# muse/f.py\nimport f\n```\n`muse/f.py` `docs/run{0,1}`"
+    assert named_paths(text + added) == {"muse/a.py", "tests/d.py", "tools/e.sh", "docs"}
+
+
+def test_the_readme_draws_every_room_of_the_package():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    drawing = next(block for block in CODE.findall(text) if "muse/models/" in block)
+    rooms = [path.parent.name for path in (ROOT / "muse").glob("*/__init__.py")]
+    assert sorted(re.findall(r"^muse/(\w+)/", drawing, re.MULTILINE)) == sorted(rooms)
+
+
 def test_every_key_of_the_default_configuration_has_a_comment():
     """On its own line, or on the line of a section that holds it."""
     bare, commented = [], [False]
@@ -145,7 +187,7 @@ def test_every_key_of_the_default_configuration_has_a_comment():
     assert not bare, f"keys without a comment in configs/default.yaml: {bare}"
 
 
-# ------------------------------------------------------------------------------------------------ docs/data.md
+# --- docs/data.md
 def test_the_kinds_of_broken_samples_are_those_of_the_code():
     """Every string given to BadSample, or noted as a record's fault, is a row of the table, and no other."""
     kinds = set()
@@ -166,7 +208,7 @@ def test_the_kinds_of_broken_samples_are_those_of_the_code():
     assert set(re.findall(r"^\| `([a-z_]+)` \|", table, re.MULTILINE)) == kinds
 
 
-# ------------------------------------------------------------------------------------------------ examples
+# --- examples
 def blocks(name: str, language: str) -> list[str]:
     """The code blocks of a document in one language, in order."""
     return re.findall(
@@ -183,8 +225,6 @@ def run_examples(name: str) -> dict:
 
 
 def test_data_examples_run(tmp_path, monkeypatch, capsys):
-    from tests.data.helpers import encode, picture
-
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
     for animal in ("cow", "dog", "hen"):
@@ -203,12 +243,6 @@ def test_data_examples_run(tmp_path, monkeypatch, capsys):
 @pytest.fixture
 def tables():
     """The tables that the examples add to; afterwards they are what they were."""
-    from muse.evaluation.metric_table import METRICS
-    from muse.experiments.ablation import VARIANTS
-    from muse.losses.muse_loss import TERMS
-    from muse.stages import STAGES
-    from muse.teachers.build import TOPOLOGY_TEACHERS
-
     tables = (METRICS, TERMS, TOPOLOGY_TEACHERS, STAGES, VARIANTS)
     before = [dict(table) for table in tables]
     yield
@@ -218,12 +252,6 @@ def tables():
 
 
 def test_extending_examples_run(tmp_path, monkeypatch, capsys, tables):
-    import torch
-
-    from muse.losses.muse_loss import MuseLoss
-    from muse.losses.reconstruction import ReconstructionTerm
-    from muse.teachers import build_topology_teacher
-
     monkeypatch.chdir(tmp_path)
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     names = run_examples("extending.md")
