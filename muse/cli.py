@@ -151,9 +151,6 @@ def open_model(args: argparse.Namespace, cfg: DictConfig):
     return load_model(args.checkpoint, cfg.model, args.device)
 
 
-load_model = open_model  # the name that evaluation and scripts still call
-
-
 def protocol(args: argparse.Namespace, cfg: DictConfig, **extra: Any) -> dict[str, Any]:
     """What was measured with what, for `metrics.json`.
 

@@ -35,7 +35,7 @@ def main(argv=None) -> int:
 
     pictures = attention_pictures.pictures_for(cfg, args.mode, args.image, args.num_images)
     folder = writable_directory(args.output)
-    model = cli.load_model(args, cfg)
+    model = cli.open_model(args, cfg)
     for path in attention_pictures.draw_attention(
         model, pictures, Path(folder), args.mode, args.query
     ):

@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from muse.config import load_config
 from muse.config_schema import Config
-from muse.evaluation.metric_table import METRICS
+from muse.evaluation.evaluator import METRICS
 from muse.experiments.ablation import VARIANTS
 from muse.losses.muse_loss import TERMS, MuseLoss
 from muse.losses.reconstruction import ReconstructionTerm

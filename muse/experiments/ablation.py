@@ -21,7 +21,7 @@ from muse.errors import ConfigError
 from muse.evaluation.suite import Yardstick
 from muse.models.loading import load_model
 from muse.models.muse_vit import MUSE_ViT
-from muse.training.trainer import train
+from muse.training.tokenizer_task import train
 from muse.utils.io import atomic_directory, write_json
 
 

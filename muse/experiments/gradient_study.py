@@ -16,7 +16,7 @@ from muse.errors import CheckpointError, ConfigError
 from muse.experiments.gradient_figure import ARMS, NOTHING, PAIR_STYLES, draw_gradients
 from muse.models.loading import load_model, weights_file
 from muse.training.run_directory import was_run_with
-from muse.training.trainer import train
+from muse.training.tokenizer_task import train
 from muse.utils.io import atomic_directory, file_sha256, versions, write_json, write_text
 
 log = logging.getLogger(__name__)
