@@ -1,9 +1,13 @@
-"""What a configuration costs, computed on the meta device: parameters, FLOPs, memory, GPU-hours. No weights, no GPU, no data."""
+"""What a configuration costs, computed on the meta device: parameters, FLOPs, memory, GPU-hours.
+
+No weights, no GPU, no data.
+"""
 
 import sys
 from pathlib import Path
 
 from muse import cli
+from muse.config import load_config
 from muse.errors import ConfigError
 from muse.utils.io import versions, write_json
 
@@ -63,9 +67,8 @@ def main(argv=None) -> int:
     if not files:
         raise ConfigError(f"{args.recipe}: no stage*.yaml in that directory")
 
-    from muse.analysis.cost import run_cost
-    from muse.analysis.cost_table import markdown_table, text_table
-    from muse.config import load_config
+    # Heavy, and not needed to refuse a flag.
+    from muse.analysis.cost import cost_markdown, cost_text, run_cost  # noqa: PLC0415
 
     costs = [
         run_cost(
@@ -79,7 +82,7 @@ def main(argv=None) -> int:
         | {"name": f"{file.parent.name}/{file.stem}"}
         for file in files
     ]
-    print(markdown_table(costs) if args.markdown else text_table(costs))
+    print(cost_markdown(costs) if args.markdown else cost_text(costs))
     if args.json:
         write_json(
             args.json, {"stages": costs, "overrides": args.overrides, "versions": versions()}

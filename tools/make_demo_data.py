@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make the demo's data: WebDataset shards of cut-outs on photographs (stamps) or of drawn scenes (shapes)."""
+"""Make shards of demo pictures: cut-outs on photographs (stamps) or drawn scenes (shapes)."""
 
 import sys
 from pathlib import Path
@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
         help="validation pictures; without it 240 for stamps, images / 8 for shapes",
     )
     parser.add_argument("--size", type=int, default=128, help="side in pixels")
-    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn by lot")
+    parser.add_argument("--seed", type=int, default=0, help="of every random choice")
     parser.add_argument(
         "--objects",
         default="photo",
