@@ -44,7 +44,8 @@ def _check_losses(config: DictConfig) -> None:
                 f"losses.{term}.weight={config.losses[term].weight} needs a teacher, but "
                 f"teacher.{teacher}.kind is none"
             )
-    if not any(config.losses[term].weight > 0 for term in config.losses):
+    sections = [section for section in config.losses.values() if isinstance(section, DictConfig)]
+    if not any(section.weight > 0 for section in sections):
         raise ConfigError("every loss has weight 0: nothing would be learned")
 
 

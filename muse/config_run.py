@@ -69,6 +69,10 @@ class OptimizerParamsConfig:
 class OptimizerConfig:
     name: str = key("adamw", choices=("adamw",))
     params: OptimizerParamsConfig = section(OptimizerParamsConfig)
+    no_decay: list[str] = key(
+        [],
+        "regular expressions of parameter names that are not decayed, beside vectors and scalars",
+    )
     lr_multipliers: dict[str, float] = key(
         {}, r'regular expression in parameter names: factor, such as {"^encoder\\.": 0.5}'
     )
@@ -78,6 +82,9 @@ class OptimizerConfig:
 class SchedulerParamsConfig:
     warmup_steps: int = key(2000, "optimizer steps", least=0)
     end_lr: float = key(1e-5, "rate at the last step")
+    discriminator_end_lr: float | None = key(
+        None, "the discriminator's rate at the last step; null: end_lr"
+    )
     hold_fraction: float = key(
         0.0, "share of the steps after the warm-up that stay at the full rate before the cosine"
     )
