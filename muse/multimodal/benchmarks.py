@@ -145,7 +145,7 @@ def rotated(questions: Sequence[Question]) -> list[Question]:
 
 
 # ----------------------------------------------------------------------------------------- asking
-def ask(
+def ask_benchmark(
     umm: MUSE_UMM, questions: Sequence[Question], batch_size: int = 16, pictures: bool = True
 ) -> list[str]:
     """The model's answer to every question, in order.

@@ -20,6 +20,22 @@ _FILE_NAMES = (
     (r"^language_model\.lm_head\.", "lm_head."),
     (r"^multi_modal_projector\.", "model.multi_modal_projector."),
 )
+_FIELDS = (  # of `InternVLConfig`: those that the language model and the projector depend on
+    "text_config",
+    "vision_config",
+    "image_token_id",
+    "image_seq_length",
+    "downsample_ratio",
+    "projector_hidden_act",
+    "tie_word_embeddings",
+)
+_NOT_OF_THE_TEXT = (
+    "architectures",
+    "transformers_version",
+    "dtype",
+    "torch_dtype",
+    "_name_or_path",
+)
 _VISION = ("vision_tower.", "model.vision_tower.")
 _HEAD, _EMBEDDINGS = "lm_head.weight", "model.language_model.embed_tokens.weight"
 
@@ -42,9 +58,9 @@ def build_language_model(source: str, config: dict[str, Any], load_weights: bool
     directory = None
     if source != "random" and (load_weights or not config):
         directory = locate(source, ["*.json", "*.jinja", "*.safetensors"])
-    fields = dict(config) if config or directory is None else read_config(directory)
-    if not fields:
+    if not config and directory is None:
         raise ConfigError("model.language_model.config must be given where source is random")
+    fields = _given_fields(config) if config else _published_fields(read_config(directory))
     state = None
     if directory is not None and load_weights:
         state = _language_tensors(TensorFiles(directory), source)
@@ -63,10 +79,8 @@ def language_fields(internvl: nn.Module) -> dict[str, Any]:
     """Fields that build the same language model and projector again, as plain JSON values."""
     config = internvl.config
     text = config.text_config.to_diff_dict() | {"model_type": config.text_config.model_type}
-    for name in ("architectures", "transformers_version", "dtype", "torch_dtype", "_name_or_path"):
-        text.pop(name, None)
     return {
-        "text_config": text,
+        "text_config": {n: v for n, v in text.items() if n not in _NOT_OF_THE_TEXT},
         "vision_config": {"hidden_size": config.vision_config.hidden_size},
         "image_token_id": config.image_token_id,
         "downsample_ratio": config.downsample_ratio,
@@ -80,19 +94,30 @@ def tied(internvl: nn.Module) -> bool:
     return internvl.lm_head.weight is internvl.model.language_model.embed_tokens.weight
 
 
-def _internvl_config(fields: dict[str, Any]) -> Any:
-    from transformers import InternVLConfig  # noqa: PLC0415 (slow to import)
+def _given_fields(config: dict[str, Any]) -> dict[str, Any]:
+    for name in config:
+        if name not in _FIELDS:
+            where = "model.language_model.config"
+            raise ConfigError(f"unknown key {where}.{name}{nearest(name, _FIELDS)}")
+    return dict(config)
 
-    if "llm_config" in fields:
+
+def _published_fields(config: dict[str, Any]) -> dict[str, Any]:
+    """What counts of a config.json; the rest describes the tower, the file, or a release."""
+    if "llm_config" in config:
         raise CheckpointError(
             "model.language_model.source is in InternVL's original layout (llm_config); take the "
             "directory or hub id that ends in -hf"
         )
-    known = set(InternVLConfig().to_dict()) | {"torch_dtype", "auto_map", "video_token_id"}
-    for name in fields:
-        if name not in known:
-            where = "model.language_model.config"
-            raise ConfigError(f"unknown key {where}.{name}{nearest(name, known)}")
+    fields = {name: value for name, value in config.items() if name in _FIELDS}
+    # A precision here would make this part alone in it.
+    text = {n: v for n, v in config.get("text_config", {}).items() if n not in _NOT_OF_THE_TEXT}
+    return {**fields, "text_config": text}
+
+
+def _internvl_config(fields: dict[str, Any]) -> Any:
+    from transformers import InternVLConfig  # noqa: PLC0415 (slow to import)
+
     text = fields.get("text_config")
     if not isinstance(text, dict):
         raise ConfigError("model.language_model.config.text_config must hold the model's fields")

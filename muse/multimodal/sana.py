@@ -50,9 +50,10 @@ def build_sana(
         directory = locate(source, _PATTERNS)
         if (directory / "transformer" / "config.json").is_file():
             directory = directory / "transformer"
-    fields = dict(config) if config or directory is None else read_config(directory)
-    fields = {name: value for name, value in fields.items() if not name.startswith("_")}
     known = list(inspect.signature(SanaTransformer2DModel.__init__).parameters)[1:]
+    fields = dict(config)
+    if not fields and directory is not None:  # another release's file may hold more
+        fields = {name: v for name, v in read_config(directory).items() if name in known}
     for name in fields:
         if name not in known:
             raise ConfigError(f"unknown key model.generator.config.{name}{nearest(name, known)}")

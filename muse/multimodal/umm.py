@@ -16,6 +16,7 @@ width. What the model does for its user is in umm_inference.py, saving in umm_ch
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +25,8 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from muse.errors import ConfigError
-from muse.generation.latents import LatentStatistics
+from muse.generation.latents import LatentStatistics, check_tokenizer
+from muse.models.loading import weights_file
 from muse.multimodal.chat_prompts import ChatPrompts
 from muse.multimodal.connector import LanguageLayersConnector, SynergisticConnector
 from muse.multimodal.language_model import build_language_model, load_text_tokenizer
@@ -34,6 +36,7 @@ from muse.multimodal.sana import build_sana
 from muse.multimodal.umm_checkpoint import UMMCheckpointMixin, build_tokenizer
 from muse.multimodal.umm_config import umm_config
 from muse.multimodal.umm_inference import UMMInferenceMixin
+from muse.utils.io import file_sha256
 
 
 class MUSE_UMM(UMMInferenceMixin, UMMCheckpointMixin, nn.Module):
@@ -73,7 +76,7 @@ class MUSE_UMM(UMMInferenceMixin, UMMCheckpointMixin, nn.Module):
             self.latent_tokens = nn.Linear(latent_dim, width)
         self.latent_scale = LatentScale(latent_dim, cfg["latent_factor"])
         if cfg["latent_statistics"] is not None and load_sources:
-            self.latent_scale.set_statistics(LatentStatistics.load(cfg["latent_statistics"]))
+            self.latent_scale.set_statistics(self._statistics())
 
         picture_tokens = self._picture_side() ** 2
         if text_tokenizer is None and load_sources:
@@ -183,6 +186,14 @@ class MUSE_UMM(UMMInferenceMixin, UMMCheckpointMixin, nn.Module):
         return self.chat
 
     # ------------------------------------------------------------------------------------- inside
+    def _statistics(self) -> LatentStatistics:
+        """The configured file's; `CheckpointError` where another tokenizer's latents made it."""
+        file, source = self.config["latent_statistics"], self.config["tokenizer"]["source"]
+        statistics = LatentStatistics.load(file)
+        if statistics.tokenizer_sha256 and Path(source).expanduser().exists():
+            check_tokenizer(file, statistics.tokenizer_sha256, file_sha256(weights_file(source)))
+        return statistics
+
     def _source_tokens(self, images: Tensor, pictures: Tensor, outputs: Tensor) -> list[Tensor]:
         """The source picture for the connector: one (B, n, W) for each kind in its order."""
         tokens = {"language": outputs, "encoder": pictures}

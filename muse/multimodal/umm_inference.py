@@ -62,6 +62,7 @@ class UMMInferenceMixin:
     ) -> Tensor:
         """The images (B, 3, H, W) in [0, 1], any H and W, changed as they are told, in their size.
 
+        They are read as squares of `model.image_size`, and what is made of them is resized back.
         Guidance drops the instruction and keeps the picture. Arguments as those of `generate`.
         """
         self.latent_scale.require()
@@ -141,7 +142,7 @@ class UMMInferenceMixin:
 
     def _decode(self, latents: Tensor, size: tuple[int, int]) -> Tensor:
         latents = latents.to(self.tokenizer.to_latent.weight.dtype)
-        return self.tokenizer.decode(latents, size=size).clamp(0, 1)
+        return self.tokenizer.decode(latents, size=size).float().clamp(0, 1)
 
 
 def _texts(what: str, texts: Sequence[str]) -> list[str]:

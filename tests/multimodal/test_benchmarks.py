@@ -12,7 +12,7 @@ from muse.errors import DataError
 from muse.multimodal.benchmarks import (
     BENCHMARKS,
     Question,
-    ask,
+    ask_benchmark,
     chosen_letter,
     mmbench_scores,
     mmvp_scores,
@@ -243,10 +243,10 @@ def test_asking_does_not_depend_on_batches_and_reads_every_picture(umm):
         Question(2, "which?", {"A": "x", "B": "y"}, "A", picture("blue", (9, 40))),
         Question(3, "and?", {"A": "x", "B": "y"}, "A", picture("green", (32, 32))),
     ]
-    together = ask(umm, questions, batch_size=3)
-    assert ask(umm, questions, batch_size=1) == together
+    together = ask_benchmark(umm, questions, batch_size=3)
+    assert ask_benchmark(umm, questions, batch_size=1) == together
     assert together == [
         umm.answer(q.image()[None], [q.prompt()], max_new_tokens=16)[0] for q in questions
     ]
-    blind = ask(umm, questions, pictures=False)
+    blind = ask_benchmark(umm, questions, pictures=False)
     assert blind == umm.answer(None, [q.prompt() for q in questions], max_new_tokens=16)

@@ -1,9 +1,11 @@
 """Requests in the chat template, held against transformers' own processor and tokenizer."""
 
+import json
+
 import pytest
 import torch
 from PIL import Image
-from transformers import GotOcr2ImageProcessor, InternVLProcessor
+from transformers import GotOcr2ImageProcessor, InternVLProcessor, Qwen2Tokenizer
 from transformers.models.internvl.video_processing_internvl import InternVLVideoProcessor
 
 from muse.errors import CheckpointError
@@ -128,3 +130,19 @@ def test_directories_without_a_tokenizer(tmp_path, text_tokenizer_dir):
     (tmp_path / "tokenizer.json").write_bytes((text_tokenizer_dir / "tokenizer.json").read_bytes())
     with pytest.raises(CheckpointError, match="holds no chat template"):
         load_text_tokenizer(str(tmp_path))
+
+
+def test_a_tokenizer_saved_by_qwens_own_class(tmp_path):
+    """As on the hub: its regular expression and merges are read from tokenizer.json."""
+    small = make_text_tokenizer()
+    model = json.loads(small.backend_tokenizer.to_str())["model"]
+    merges = [tuple(pair) for pair in model["merges"]]
+    qwen = Qwen2Tokenizer(vocab=model["vocab"], merges=merges, eos_token="<|im_end|>")
+    qwen.add_special_tokens({"additional_special_tokens": ["<img>", "</img>", "<IMG_CONTEXT>"]})
+    qwen.chat_template = TEMPLATE
+    qwen.save_pretrained(tmp_path)
+    loaded = load_text_tokenizer(str(tmp_path))
+    text = "it's 2024: Edit the image <img>\n a cat's   Käfer"
+    assert loaded(text)["input_ids"] == qwen(text)["input_ids"]
+    rendered = qwen.decode(ChatPrompts(loaded, 4, 400).editing("a cat"))
+    assert "\n<img>" + "<IMG_CONTEXT>" * 4 + "</img>\nEdit the image: a cat" in rendered

@@ -11,7 +11,12 @@ from transformers.models.internvl.video_processing_internvl import InternVLVideo
 
 from muse.errors import CheckpointError, ConfigError
 from muse.multimodal import MUSE_UMM
-from muse.multimodal.language_model import build_language_model, load_text_tokenizer, tied
+from muse.multimodal.language_model import (
+    build_language_model,
+    language_fields,
+    load_text_tokenizer,
+    tied,
+)
 from muse.multimodal.sana import build_sana, sana_fields
 from tests.helpers import merged, random_images
 from tests.multimodal.parts import INTERNVL, SANA, TEMPLATE, UMM, filled
@@ -50,6 +55,24 @@ def test_files_with_the_names_in_memory(internvl, internvl_dir, tmp_path):
     folder = rewrite(internvl_dir, tmp_path / "memory", as_in_memory)
     built = build_language_model(str(folder), {}).state_dict()
     assert all(torch.equal(tensor, internvl.state_dict()[name]) for name, tensor in built.items())
+
+
+def test_a_config_as_older_releases_wrote_it(internvl, internvl_dir, tmp_path):
+    """Half precision, one rope_theta, notes of the release: float32 and the same rotation."""
+
+    def older(state, config):
+        config["torch_dtype"] = config["text_config"]["torch_dtype"] = "bfloat16"
+        config["text_config"]["dtype"] = "bfloat16"
+        config["_attn_implementation_autoset"] = True
+        config["text_config"].pop("rope_parameters")
+        config["text_config"]["rope_theta"] = 500.0
+
+    built = build_language_model(str(rewrite(internvl_dir, tmp_path / "older", older)), {})
+    assert {p.dtype for p in built.parameters()} == {torch.float32}
+    inv_freq = built.model.language_model.rotary_emb.inv_freq
+    torch.testing.assert_close(inv_freq, 500.0 ** (-torch.arange(0, 8, 2) / 8))
+    again = build_language_model("random", language_fields(built))
+    assert torch.equal(again.model.language_model.rotary_emb.inv_freq, inv_freq)
 
 
 def test_a_head_that_no_file_holds_is_the_embeddings(internvl, internvl_dir, tmp_path):

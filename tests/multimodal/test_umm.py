@@ -1,15 +1,17 @@
 """The whole model: what sees what, independence of the batch, editing's inputs, training losses."""
 
+import hashlib
+
 import pytest
 import torch
 import torch.nn.functional as F
 
-from muse.errors import ConfigError
+from muse.errors import CheckpointError, ConfigError
 from muse.generation.latents import LatentStatistics
 from muse.generation.sampler import noise_for
 from muse.multimodal import MUSE_UMM
 from muse.multimodal.sampling import sample_latents, sana_loss
-from tests.helpers import random_images
+from tests.helpers import random_images, tiny_model
 from tests.multimodal.parts import UMM
 
 TEXTS = ["a cat", "two dogs on the grass beside a house", "x"]
@@ -252,6 +254,25 @@ def test_latents_are_scaled_by_their_own_statistics(make_umm, tmp_path):
     )
     close(scale.denormalise(normalised), latents)
     close(normalised, statistics.normalise(latents))
+
+
+def test_statistics_of_another_tokenizer(make_umm, tmp_path):
+    tiny_model().save_pretrained(tmp_path / "muse")
+    changes = {
+        "tokenizer": {"source": str(tmp_path / "muse")},
+        "latent_factor": None,
+        "latent_statistics": str(tmp_path / "statistics.safetensors"),
+    }
+    digest = hashlib.sha256((tmp_path / "muse" / "model.safetensors").read_bytes()).hexdigest()
+    for sha256 in (digest, "0" * 64):
+        statistics = LatentStatistics(tokenizer_sha256=sha256)
+        statistics.update(torch.randn(3, 8, 2, 2))
+        statistics.save(tmp_path / "statistics.safetensors")
+        if sha256 == digest:
+            make_umm(changes)
+        else:
+            with pytest.raises(CheckpointError, match="latents of another tokenizer"):
+                make_umm(changes)
 
 
 def test_a_factor_multiplies(umm):
