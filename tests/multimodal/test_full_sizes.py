@@ -74,7 +74,8 @@ def test_parameter_counts(tokenizer, text, sana, internvl_total, sana_total):
 
     width = text["hidden_size"]
     hidden = int(8 * width / 3)
-    block = 5 * width**2 + 3 * width * hidden + 2 * width + 2 * 64  # W_Q, W_K, W_V, W_ITC, W_O; ...
+    # W_Q, W_K, W_V, W_ITC and W_O; SwiGLU; two norms of the width, two of a head's.
+    block = 5 * width**2 + 3 * width * hidden + 2 * width + 2 * 64
     assert count["connector"] == 6 * block
     assert count["to_caption"] == width * 2304 + 2304
     assert umm.queries.shape == (256, width)

@@ -60,7 +60,6 @@ def test_text_to_image_alone_leaves_the_source_pictures_layer_without_gradient(u
     umm(["a cat"], targets=random_images(1, 32, 32)).mean().backward()
     still = {n for n, p in umm.named_parameters() if n in names and p.grad is None}
     assert still == {"latent_tokens.weight", "latent_tokens.bias"}
-    # Whereas with the encoder's tokens, which need no layer of their own, everything is reached.
 
 
 @pytest.mark.parametrize("connector", ["synergistic", "llm_layers"])
