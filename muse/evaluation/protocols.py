@@ -185,7 +185,7 @@ def protocol_names(command: str) -> list[str]:
     return [name for name, recipes in PROTOCOLS.items() if command in recipes]
 
 
-def protocol(name: str, command: str) -> Recipe:
+def find_protocol(name: str, command: str) -> Recipe:
     """A command's recipe. ConfigError with the names that the command knows."""
     if command not in PROTOCOLS.get(name, {}):
         raise ConfigError(
@@ -226,7 +226,7 @@ def describe(name: str, command: str, used: Recipe) -> dict:
     The name stands alone only where nothing was changed. Where the protocol leaves the cut to the
     configuration, the cut that was used is no change.
     """
-    table, facts = asdict(protocol(name, command)), asdict(used)
+    table, facts = asdict(find_protocol(name, command)), asdict(used)
     changed = [key for key, value in facts.items() if value != table[key]]
     if table.get("crop") is None:
         changed = [key for key in changed if key != "crop"]

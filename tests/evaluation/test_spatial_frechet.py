@@ -1,7 +1,5 @@
 """Spatial features of Inception with random weights: against the network's own layers, by hand."""
 
-from unittest import mock
-
 import pytest
 import torch
 import torch_fidelity.feature_extractor_inceptionv3 as fidelity
@@ -17,17 +15,10 @@ LAYERS = (
 
 
 @pytest.fixture(scope="module")
-def network():
-    with (
-        mock.patch.object(fidelity, "load_state_dict_from_url", return_value={}),
-        mock.patch.object(fidelity.FeatureExtractorInceptionV3, "load_state_dict"),
-    ):
-        torch.manual_seed(0)
-        made = fidelity.FeatureExtractorInceptionV3("random", ["2048", "logits_unbiased"])
-    for module in made.modules():  # keeps activations from dying out over the depth
-        if isinstance(module, torch.nn.Conv2d):
-            torch.nn.init.kaiming_normal_(module.weight)
-    return made.eval().requires_grad_(False)
+def network(random_inception_file):
+    return fidelity.FeatureExtractorInceptionV3(
+        "random", ["2048", "logits_unbiased"], str(random_inception_file)
+    )
 
 
 @pytest.fixture(scope="module")
