@@ -9,15 +9,17 @@ from dataclasses import asdict, replace
 from muse.data.crops import PictureCrop, RandomCrop
 from muse.errors import ConfigError
 from muse.evaluation.recipes import (
+    LinearProbeRecipe,
     NeighbourRecipe,
-    ProbeRecipe,
     ReconstructionRecipe,
     SceneAugmentation,
     SegmentationRecipe,
     ZeroShotRecipe,
 )
 
-Recipe = ReconstructionRecipe | ProbeRecipe | NeighbourRecipe | ZeroShotRecipe | SegmentationRecipe
+Recipe = (
+    ReconstructionRecipe | LinearProbeRecipe | NeighbourRecipe | ZeroShotRecipe | SegmentationRecipe
+)
 
 EVAL_224 = PictureCrop("center", 256, 224)
 PLAIN_224 = PictureCrop("center", 224, 224)
@@ -32,7 +34,7 @@ PROTOCOLS: dict[str, dict[str, Recipe]] = {
     "native": {
         "evaluate": ReconstructionRecipe(NATIVE),
         "evaluate_images": ReconstructionRecipe(NATIVE, metrics=("fid", "is")),
-        "linear_probe": ProbeRecipe(
+        "linear_probe": LinearProbeRecipe(
             NATIVE, optimizer="nesterov", learning_rates=(0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
         ),
         "knn": NeighbourRecipe(NATIVE),
@@ -51,7 +53,7 @@ PROTOCOLS: dict[str, dict[str, Recipe]] = {
         "evaluate_images": ReconstructionRecipe(
             RELEASE, crop=PLAIN_224, metrics=("fid", "is"), is_splits=1
         ),
-        "linear_probe": ProbeRecipe(
+        "linear_probe": LinearProbeRecipe(
             f"{RELEASE}; momentum, decay and the number of epochs are the field's; they choose the "
             "epoch on the pictures that are reported",
             crop=EVAL_224,
@@ -111,7 +113,7 @@ PROTOCOLS: dict[str, dict[str, Recipe]] = {
         ),
     },
     "mae": {
-        "linear_probe": ProbeRecipe(
+        "linear_probe": LinearProbeRecipe(
             "MAE's linear probe (after MoCo v3); batch of its paper",
             crop=EVAL_224,
             augmentation=RandomCrop(224, attempts=1),
@@ -125,7 +127,7 @@ PROTOCOLS: dict[str, dict[str, Recipe]] = {
         ),
     },
     "dinov2": {
-        "linear_probe": ProbeRecipe(
+        "linear_probe": LinearProbeRecipe(
             "DINOv2, VTP; they choose among the probes on the pictures that are reported",
             crop=EVAL_224,
             augmentation=RandomCrop(224),

@@ -28,7 +28,7 @@ class ReconstructionRecipe:
 
 
 @dataclass(frozen=True)
-class ProbeRecipe:
+class LinearProbeRecipe:
     """A linear layer on frozen features of whole pictures."""
 
     source: str

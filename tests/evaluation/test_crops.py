@@ -256,7 +256,7 @@ def test_one_attempt_cuts_the_box_to_the_picture():
 # ----------------------------------------------------------------------------------------- padding
 @pytest.mark.parametrize("shape", [(2, 3, 256, 256), (3, 37, 20), (1, 3, 5, 4), (1, 1, 1, 3)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.uint8])
-def test_reflect_pad_is_numpys_and_unpad_takes_it_back(shape, dtype):
+def test_reflect_pad_is_numpys_and_unpad_gives_it_back(shape, dtype):
     images = (torch.rand(shape, generator=torch.Generator().manual_seed(0)) * 255).to(dtype)
     padded, padding = reflect_pad(images, 28)
     sides = [(0, 0)] * (len(shape) - 2)
