@@ -173,7 +173,7 @@ def _check_numbers(
 def build_train_loader(
     cfg: DictConfig, *, rank: int = 0, world: int = 1, pin_memory: bool = False
 ) -> TrainLoader:
-    """The training batches of process `rank` out of `world`; `pin_memory` where they go to a GPU."""
+    """The training batches of process `rank` of `world`; `pin_memory` where they go to a GPU."""
     params = cfg.dataset.params
     return train_loader(
         plain(params.train_shards_path_or_url),
