@@ -577,9 +577,7 @@ def test_help_needs_no_torch():
 @pytest.mark.parametrize(
     "launcher",
     [
-        "train_stage1.sh",
-        "train_stage2.sh",
-        "train_stage3.sh",
+        "train_stage.sh",
         "visualize_attention.sh",
         "evaluate.sh",
         "segment_probe.sh",
