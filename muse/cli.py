@@ -121,14 +121,31 @@ def parser(
     return made
 
 
+# Words of the release's scripts, and the flag that each one is here.
+BARE_WORDS = {"config": "--config", "checkpoint_path": "--checkpoint", "img_path": "--image_path"}
+
+
 def parse(made: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse. `config=C` (the release's form) means `--config C`; overrides may stand anywhere."""
     words = list(sys.argv[1:] if argv is None else argv)
-    words = [
-        f"--config={word.removeprefix('config=')}" if word.startswith("config=") else word
-        for word in words
-    ]
+    known = {option for action in made._actions for option in action.option_strings}
+    for index, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if equals and BARE_WORDS.get(name) in known:
+            words[index] = f"{BARE_WORDS[name]}={value}"
     return made.parse_intermixed_args(words)
+
+
+def refuse(made: argparse.ArgumentParser, reason: str, *flags: str) -> None:
+    """Flags of the release that have no meaning in this command: naming one is a `ConfigError`."""
+
+    class Refused(argparse.Action):
+        def __call__(self, parser, namespace, values, option_string=None):
+            raise ConfigError(f"{option_string}: {reason}")
+
+    made.add_argument(
+        *flags, action=Refused, nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+    )
 
 
 def load_cfg(args: argparse.Namespace) -> DictConfig:

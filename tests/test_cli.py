@@ -471,6 +471,20 @@ def test_attention_of_one_picture_and_of_many(flags, photo, tmp_path, capsys):
     )
 
 
+def test_attention_in_the_style_of_the_release(flags, photo, tmp_path):
+    """Three heads would be three rows; the tiny model has two."""
+    words = [*flags, "--style", "release", "--output"]
+    assert visualize_attention.main([*words, str(tmp_path), f"img_path={photo}"]) == 0
+    side, rows = 32, 3  # the picture and two heads
+    assert Image.open(tmp_path / "photo_attention.png").size == (
+        110 + side + 4 + 4,
+        rows * (side + 4) + 4,
+    )
+    batch = [*words, str(tmp_path / "many"), "--mode", "batch", "--max-images", "3"]
+    assert visualize_attention.main(batch) == 0
+    assert Image.open(tmp_path / "many/attention.png").size[0] == 110 + 3 * (side + 4) + 4
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -478,6 +492,10 @@ def test_attention_of_one_picture_and_of_many(flags, photo, tmp_path, capsys):
         (["--image", "{folder}/none.png"], "no such picture"),
         (["--image", "{photo}", "--query", "0.5", "1.5"], "fractions between 0 and 1, got 1.5"),
         (["--image", "{photo}", "--query", "a", "b"], "--query"),
+        (
+            ["--image", "{photo}", "--style", "release", "--query", "0.5", "0.5"],
+            "--query is for --style query",
+        ),
     ],
 )
 def test_attention_mistakes(words, message, flags, photo, tmp_path, capsys):
