@@ -136,6 +136,14 @@ def parse(made: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> a
     return made.parse_intermixed_args(words)
 
 
+# Flags of the release's launchers, which the launchers of tools/ take too.
+LAUNCHER_FLAGS = ("--num-gpus", "--num_gpus", "--master-port", "--master_port")
+ONE_PROCESS = (
+    "this script is one process; a launcher of tools/ starts several (NUM_GPUS=N, MASTER_PORT=P), "
+    "or torchrun"
+)
+
+
 def refuse(made: argparse.ArgumentParser, reason: str, *flags: str) -> None:
     """Flags of the release that have no meaning in this command: naming one is a `ConfigError`."""
 

@@ -20,7 +20,15 @@ from muse import MUSE_ViT, cli, load_config
 from muse.errors import MuseError
 from muse.models.release_weights import to_release, write_release_file
 from muse.utils.io import atomic_file, write_json
-from scripts import inference, train_stage1, train_stage2, train_stage3, visualize_attention
+from scripts import (
+    inference,
+    linear_probe,
+    segment_probe,
+    train_stage1,
+    train_stage2,
+    train_stage3,
+    visualize_attention,
+)
 from tests.data.helpers import picture, write_tar
 from tests.helpers import ROOT, one_error, run_config
 
@@ -395,6 +403,54 @@ def test_all_samples_unreadable_stops_the_run(tmp_path, shapes_data, capsys):
     line = one_error(capsys, train_stage1.main(words))
     assert "bad.tar" in line or "samples" in line
     assert not (tmp_path / "run/final").exists()
+
+
+# ------------------------------------------------------------------------- flags of the release
+REFUSED = [
+    ("linear_probe", "--mode zero_shot", "--mode: zero-shot is scripts/zero_shot.py"),
+    ("linear_probe", "--num-gpus 8", "--num-gpus: this script is one process; a launcher"),
+    ("zero_shot", "--mode both", "--mode: nothing is trained here; the linear probe is"),
+    ("zero_shot", "--lp_lr 0.1", "--lp_lr: nothing is trained here"),
+    ("zero_shot", "--lp_epochs=90", "--lp_epochs: nothing is trained here"),
+    ("segment_probe", "--epochs 10", "--epochs: this probe counts optimizer steps; use --steps"),
+    ("segment_probe", "--master-port 29500", "--master-port: this script is one process"),
+    ("evaluate", "--num_gpus 8", "--num_gpus: this script is one process"),
+    ("train_stage1", "--epochs 3", "--epochs: training counts optimizer steps; use training.max"),
+    ("train_stage1", "--lr 1e-4", "--lr: use optimizer.params.learning_rate=X"),
+    ("train_stage2", "--master_port 1", "--master_port: this script is one process"),
+    ("train_stage1", "checkpoint_path=k", "unknown key checkpoint_path"),
+    ("zero_shot", "img_path=i.png", "unknown key img_path"),
+]
+
+
+@pytest.mark.parametrize(("script", "words", "message"), REFUSED)
+def test_flags_of_the_release_without_a_meaning_here_are_refused_by_name(
+    script, words, message, flags, capsys
+):
+    given = flags[:2] if script.startswith("train") else flags
+    main = importlib.import_module(f"scripts.{script}").main
+    assert message in one_error(capsys, main([*given, *words.split()]))
+
+
+def test_flags_of_the_release_with_a_meaning_here(monkeypatch, flags, photo, tmp_path):
+    """`--lp_lr`, `--lp_epochs`, `--lr`, `--max-images` and the bare words reach what they name."""
+    seen = {}
+
+    def spy(name, module):
+        monkeypatch.setattr(module, name, lambda *args: seen.update({name: args}))
+
+    spy("run_linear_probe", linear_probe)
+    spy("run_segment_probe", segment_probe)
+    output = ["--output_dir", str(tmp_path / "out"), "--max-images", "3"]
+    words = ["--lp_lr", "0.25", "--lp-epochs", "7", *output]
+    assert linear_probe.main([*flags, *words]) == 0
+    setup, recipe = seen["run_linear_probe"][:2]
+    assert (recipe.learning_rates, recipe.epochs, setup.max_images) == ((0.25,), 7, 3)
+    assert segment_probe.main([*flags, "--mode", "muse", "--lr", "0.01", *output]) == 0
+    assert seen["run_segment_probe"][1].learning_rate == 0.01
+    bare = [f"config={flags[1]}", f"checkpoint_path={flags[3]}", f"img_path={photo}"]
+    assert inference.main([*bare, "--device", "cpu", "--output_dir", str(tmp_path / "a")]) == 0
+    assert (tmp_path / "a/photo.png").is_file()
 
 
 # -------------------------------------------------------------------------------- the authors' file
