@@ -71,16 +71,20 @@ def locate(source: str, patterns: Sequence[str] = SOURCE_FILES) -> Path:
         ) from None
 
 
-def copy_of(source: str) -> Path | None:
+def copy_of(source: str, file: str = "config.json") -> Path | None:
     """The directory `$CHECKPOINT_DIR/NAME` of the hub id OWNER/NAME, or None where there is none.
 
     The authors' scripts keep their downloads there. Their InternVL3 has the original layout, and
     its name lacks the `-hf` of transformers' layout.
+
+    file: what the directory must hold.
     """
-    root, name = os.environ.get("CHECKPOINT_DIR"), source.rpartition("/")[2]
-    for folder in (name, name.removesuffix("-hf")) if root else ():
+    root, (_, slash, name) = os.environ.get("CHECKPOINT_DIR"), source.partition("/")
+    if not (root and slash) or "/" in name or ":" in source:
+        return None
+    for folder in (name, name.removesuffix("-hf")):
         path = Path(root).expanduser() / folder
-        if (path / "config.json").is_file():
+        if (path / file).is_file():
             log.info("%s: read from %s", source, path)
             return path
     return None
