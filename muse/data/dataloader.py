@@ -73,11 +73,9 @@ def train_loader(
 
     Args:
         source: see `open_source`; or a list of `{"urls": ..., "weight": w}`, mixed as weighted.
-        fields: what a sample must have; one without it is skipped and counted. A caption that is
-            not asked for may be missing ("").
+        fields: what a sample must have, else it is skipped and counted; other captions may be "".
         zero_label_ignored: masks are numbered as in ADE20K, see `reduce_zero_label`.
-        resampled: each worker draws shards with replacement (many ranks, few or remote shards);
-            resuming is then approximate.
+        resampled: each worker draws shards with replacement; resuming is then approximate.
         mix: what one draw from the mixture gives: `sample`, or `batch` for batches of one source.
         cache_in_memory: decoded pictures stay in memory, per worker: for small sets.
 
