@@ -128,7 +128,8 @@ class TopologyLossConfig:
     )
     transpose: bool = key(
         False,
-        "true: the release's resize, which leaves the teacher's queries and keys exchanged",
+        "true: the release's resize, which leaves the teacher's queries and keys exchanged where "
+        "the grids differ",
     )
 
 

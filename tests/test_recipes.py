@@ -2,6 +2,8 @@
 docs/fidelity.md.
 """
 
+import re
+
 import pytest
 from omegaconf import OmegaConf
 
@@ -37,6 +39,36 @@ KEYS = {  # key: (paper, release), the same in every stage
 def stages(size: str, recipe: str | None, overrides=()) -> list:
     files = [ROOT / f"configs/{size}/stage{stage}.yaml" for stage in STAGES]
     return [load_config(file, overrides, recipe) for file in files]
+
+
+def test_the_ledger_names_every_key_of_a_recipe_and_the_recipes_set_all_that_it_names():
+    """The table of docs/fidelity.md against both files."""
+    text = (ROOT / "docs/fidelity.md").read_text(encoding="utf-8").partition("| where | keys |")[2]
+    named = set(
+        re.findall(
+            r"`((?:model|losses|dataset|optimizer|lr_scheduler)\.[\w.]+)`",
+            text.partition("\n\n")[0],
+        )
+    )
+    assert len(named) == 22
+
+    def keys(node: dict, prefix: str = "") -> set[str]:
+        inner = [(f"{prefix}{name}", value) for name, value in node.items()]
+        leaves = {name for name, value in inner if not isinstance(value, dict)}
+        return leaves.union(
+            *(keys(value, f"{name}.") for name, value in inner if isinstance(value, dict))
+        )
+
+    for recipe in ("paper", "release"):
+        loaded = OmegaConf.to_container(OmegaConf.load(ROOT / f"configs/recipes/{recipe}.yaml"))
+        set_by = keys(loaded).union(*(keys(part) for part in loaded.pop("stages", {}).values()))
+        set_by = {name for name in set_by if not name.startswith("stages.")}
+        of_the_paper = {
+            "losses.reconstruction.weight",
+            "losses.perceptual.weight",
+            "optimizer.params.learning_rate",
+        }
+        assert set_by == (named if recipe == "paper" else named - of_the_paper)
 
 
 @pytest.mark.parametrize("size", SIZES)
