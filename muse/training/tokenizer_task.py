@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from muse.analysis.gradients import gradient_report, objectives, take_gradients
-from muse.config import resolved
+from muse.config import model_config, plain, resolved
 from muse.data.dataloader import build_eval_loader, build_train_loader, sample_images
 from muse.data.train import TrainLoader
 from muse.errors import ConfigError
@@ -156,7 +156,7 @@ class TokenizerTask(TrainingTask):
         """The same model in the same stage."""
         mine = resolved(self.cfg)
         return (
-            saved["model"] == mine["model"]
+            plain(model_config(saved["model"])) == mine["model"]  # keys that came later: defaults
             and saved["training"]["stage"] == mine["training"]["stage"]
         )
 

@@ -139,6 +139,20 @@ def test_resume_can_be_refused_and_another_model_is(run, settings):
     assert records(done) == records(done.parent / "new")
 
 
+def test_a_checkpoint_from_before_a_key_of_the_model_goes_on(run, settings):
+    """`model.encoder.drop_path` came later: its absence is its default."""
+    done = run("topology_warmup", FOUR_STEPS, output="done")
+    shutil.rmtree(done / "final")
+    shutil.rmtree(done / "checkpoint-4")
+    state = done / "checkpoint-2/state.json"
+    text = state.read_text()
+    assert text.count('["drop_path", 0.0]') == 1
+    state.write_text(text.replace(', ["drop_path", 0.0]', ""))
+    assert "drop_path" not in state.read_text()
+    train(settings("topology_warmup", FOUR_STEPS, output="done"))
+    assert (done / "final/model.safetensors").is_file()
+
+
 def test_moments_are_never_given_to_other_tensors(run, settings):
     """W_Q and W_K have equal shapes: matched by place, their moments would change hands unseen
     where their groups do.
