@@ -20,7 +20,9 @@ logger = logging.getLogger(__name__)
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm")
 MASK_EXTENSION = "seg.png"
 CAPTION_KEYS = ("caption", "text")  # of a `.json` member, the first that is there
-SAMPLE_EXTENSIONS = frozenset((*IMAGE_EXTENSIONS, MASK_EXTENSION, "txt", "json", "cls"))
+SAMPLE_EXTENSIONS = frozenset(
+    (*IMAGE_EXTENSIONS, MASK_EXTENSION, "txt", "json", "cls", "safetensors")  # the last: latents
+)
 MAX_PIXELS = 89_478_485  # Pillow's own bound: above it a file is taken for a decompression bomb
 MAX_ASPECT = 50.0  # a 1 x 10000 strip resized by its shorter edge would fill the memory
 # Pillow only tries these; its other readers start programs (EPS) or are rarely hardened.
