@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from muse.config import plain, resolved
 from muse.data.train import TrainLoader
-from muse.errors import CheckpointError
+from muse.errors import CheckpointError, ConfigError
 from muse.evaluation.metrics.networks import load_feature_network
 from muse.generation.extraction import STATISTICS
 from muse.generation.flow import flow_loss
@@ -60,10 +60,16 @@ class GeneratorTask(TrainingTask):
     def build(self, accelerator: Any) -> LightningDiT:
         """The network, and the latents with their statistics.
 
-        `CheckpointError` where statistics or decoder are of another tokenizer than the latents.
+        `CheckpointError` where statistics or decoder are of another tokenizer than the latents,
+        `ConfigError` where there are too few classes for them.
         """
         self.accelerator = accelerator
         self.shards = LatentShards(plain(self.cfg.latents.path))
+        if self.shards.classes > self.cfg.generator.num_classes:
+            raise ConfigError(
+                f"generator.num_classes={self.cfg.generator.num_classes}, but "
+                f"{self.shards.folder} has labels up to {self.shards.classes - 1}"
+            )
         sha256 = self.shards.tokenizer_sha256
         self.statistics = LatentStatistics.load(self.shards.folder / STATISTICS, sha256)
         self.facts = generator_facts(self.cfg, self.shards)

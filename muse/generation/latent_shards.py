@@ -46,6 +46,7 @@ class ShardHead:
     shape: tuple[int, int, int]  # (C, h, w)
     dtype: str
     count: int  # images
+    classes: int = 0  # one more than the largest label
     skipped: int = 0  # pictures that could not be used
     origin: str = ""  # which pictures, cut how
 
@@ -79,7 +80,10 @@ def write_latent_shard(
     shape = tuple(records[0].latents.shape)
     if len(shape) != 4:
         raise DataError(f"{records[0].key}: latents must be (views, C, h, w), got {shape}")
-    head = ShardHead(tokenizer_sha256, shape[0], shape[1:], dtype, len(records), skipped, origin)
+    classes = 1 + max(int(record.label) for record in records)
+    head = ShardHead(
+        tokenizer_sha256, shape[0], shape[1:], dtype, len(records), classes, skipped, origin
+    )
     keys: set[str] = set()
     with replacing(path) as file, tarfile.open(fileobj=file, mode="w") as tar:
         _add(tar, HEAD, json.dumps({"format": FORMAT, **asdict(head)}).encode())
@@ -174,6 +178,7 @@ def write_latent_index(folder: str | Path, notes: dict[str, Any] | None = None) 
         "format": FORMAT,
         **{name: value for name, value in asdict(heads[0]).items() if name != "origin"},
         "count": sum(head.count for head in heads),
+        "classes": max(head.classes for head in heads),
         "skipped": sum(head.skipped for head in heads),
         "shards": {
             path.name: {
@@ -223,6 +228,7 @@ class LatentShards:
         self.shape: tuple[int, ...] = tuple(index["shape"])  # (C, h, w)
         self.views: int = index["views"]
         self.count: int = index["count"]
+        self.classes: int = index["classes"]  # one more than the largest label
         self.notes: dict[str, Any] = index["notes"]
         self.tokenizer_sha256: str = index["tokenizer_sha256"]
         self.shards: dict[str, int] = {n: entry["count"] for n, entry in index["shards"].items()}

@@ -49,7 +49,7 @@ def net(make_net):
 
 
 # ------------------------------------------------------------------- a tokenizer and its latents
-SIDE, CLASSES = 32, 6
+SIDE, CLASSES = 32, 8
 
 
 def save_tokenizer(folder, seed=0):
