@@ -85,6 +85,9 @@ class ImageSampler:
     ):
         self.generator, self.tokenizer, self.seed, self.guide = generator, tokenizer, seed, guide
         self.options = {**options, "cfg_interval": tuple(options["cfg_interval"])}
+        channels, limit = self.options.get("cfg_channels"), generator.net.latent_shape[0]
+        if channels is not None and not 1 <= channels <= limit:
+            raise ConfigError(f"cfg_channels must be 1 to {limit}, got {channels}")
         self.size = None if size is None else (size, size)
         self.device = generator.net.pos_embed.device
         self.autocast = autocast
