@@ -35,7 +35,8 @@ DEFAULT = ROOT / "configs/default.yaml"
 FILES = sorted(
     file
     for file in (ROOT / "configs").rglob("*.yaml")
-    if file.parent.name not in ("accelerate", "recipes")  # accelerate's own; laid over others
+    # accelerate's own; laid over others; of another schema
+    if file.parent.name not in ("accelerate", "recipes", "generation")
 )
 
 

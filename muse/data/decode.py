@@ -22,7 +22,9 @@ MASK_EXTENSION = "seg.png"
 TEXT_EXTENSIONS = ("txt", "text", "caption")  # members that hold a caption as it is
 CAPTION_EXTENSIONS = (*TEXT_EXTENSIONS, "json")  # the first that is not empty counts
 CAPTION_KEYS = ("caption", "text")  # of a `.json` member, the first that is not empty
-SAMPLE_EXTENSIONS = frozenset((*IMAGE_EXTENSIONS, MASK_EXTENSION, *CAPTION_EXTENSIONS, "cls"))
+SAMPLE_EXTENSIONS = frozenset(
+    (*IMAGE_EXTENSIONS, MASK_EXTENSION, *CAPTION_EXTENSIONS, "cls", "safetensors")  # the last: latents
+)
 MAX_PIXELS = 89_478_485  # Pillow's own bound: above it a file is taken for a decompression bomb
 MAX_ASPECT = 50.0  # a 1 x 10000 strip resized by its shorter edge would fill the memory
 # Pillow only tries these; its other readers start programs (EPS) or are rarely hardened.

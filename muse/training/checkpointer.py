@@ -98,6 +98,7 @@ class Checkpointer:
             if main:
                 with atomic_directory(target) as folder:
                     write_weights(folder, weights, self.model.portable_config())
+                    self.task.write_beside(folder)
                     if means is not None:
                         means = {name: mean.cpu() for name, mean in means.items()}
                         save_file(means, folder / EMA_FILE)
@@ -121,6 +122,7 @@ class Checkpointer:
             if self.accelerator.is_main_process:
                 with named_if_refused(final), atomic_directory(final) as folder:
                     write_weights(folder, weights, self.model.portable_config())
+                    self.task.write_beside(folder)
         self.accelerator.wait_for_everyone()
         return final
 

@@ -5,6 +5,7 @@ A new kind of model is one subclass of `TrainingTask`; the tokenizer's is in `to
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from omegaconf import DictConfig
@@ -110,6 +111,9 @@ class TrainingTask(ABC):
     @abstractmethod
     def continues(self, saved: dict[str, Any]) -> bool:
         """Whether a run of the configuration `saved` may be resumed with the task's own."""
+
+    def write_beside(self, folder: Path) -> None:  # noqa: B027
+        """Further files of a saved model, on the main process, for checkpoints and `final`."""
 
     def state_dict(self) -> dict[str, Any]:
         """What moves besides the model, its averages and its optimizer; full tensors."""
