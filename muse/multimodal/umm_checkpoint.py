@@ -129,6 +129,10 @@ class UMMCheckpointMixin:
             path = locate(str(source), [WEIGHTS_FILE, "*.json", "*.jinja"])
         config = {**read_model_config(path), **(changes or {})}
         about = json.loads((path / CONFIG_FILE).read_text())
+        if about.get("model_type") != "muse_umm":
+            raise CheckpointError(
+                f"{path}: a model of type {about.get('model_type')}, not a multimodal one"
+            )
         marks = about.get("left_out", {})
         state = read_state_dict(path / WEIGHTS_FILE)
         chat = load_text_tokenizer(str(path)) if (path / "tokenizer.json").is_file() else None
