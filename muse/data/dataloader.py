@@ -66,6 +66,7 @@ def train_loader(
     cache_in_memory: bool = False,
     max_bad_fraction: float = 0.01,
     pin_memory: bool = False,
+    maker: type[SampleMaker] = SampleMaker,
 ) -> TrainLoader:
     """Endless shuffled batches of one rank.
 
@@ -78,6 +79,7 @@ def train_loader(
         resampled: each worker draws shards with replacement; resuming is then approximate.
         mix: what one draw from the mixture gives: `sample`, or `batch` for batches of one source.
         cache_in_memory: decoded pictures stay in memory, per worker: for small sets.
+        maker: what a record becomes, where that is not one picture with its caption.
 
     Raises:
         DataError: at once for missing or too few shards; while iterating, when more than
@@ -95,7 +97,7 @@ def train_loader(
     spec = StreamSpec(
         sources=tuple(sources),
         weights=tuple(weights),
-        maker=SampleMaker(transform, tuple(fields), zero_label_ignored),
+        maker=maker(transform, tuple(fields), zero_label_ignored),
         batch_size=batch_size,
         seed=seed,
         rank=rank,
@@ -122,6 +124,7 @@ def eval_loader(
     max_images: int | None = None,
     max_bad_fraction: float = 0.01,
     pin_memory: bool = False,
+    maker: type[SampleMaker] = SampleMaker,
 ) -> EvalLoader:
     """Each sample once over all ranks and workers, in order, centre crop, the last batch kept.
 
@@ -135,6 +138,7 @@ def eval_loader(
         crop_size: None for the picture as resized, which needs batch_size 1.
         zero_label_ignored: masks are numbered as in ADE20K, see `reduce_zero_label`.
         max_images: only the first so many samples.
+        maker: what a record becomes, where that is not one picture with its caption.
 
     Raises:
         DataError: at once for a source that is missing, empty or has a broken shard; while
@@ -146,11 +150,9 @@ def eval_loader(
     if crop_size is None and batch_size != 1:
         raise ConfigError("pictures without a crop differ in size: batch_size must be 1")
     opened = open_source(source)
-    maker = SampleMaker(
-        Transform(resize_shorter_edge, crop_size), tuple(fields), zero_label_ignored
-    )
+    made = maker(Transform(resize_shorter_edge, crop_size), tuple(fields), zero_label_ignored)
     counts = count_samples(opened, max_images) if opened.local else []
-    stream = EvalStream(opened, maker, batch_size, rank, world, max_images, counts)
+    stream = EvalStream(opened, made, batch_size, rank, world, max_images, counts)
     return EvalLoader(stream, num_workers, max_bad_fraction, pin_memory)
 
 

@@ -22,8 +22,16 @@ MASK_EXTENSION = "seg.png"
 TEXT_EXTENSIONS = ("txt", "text", "caption")  # members that hold a caption as it is
 CAPTION_EXTENSIONS = (*TEXT_EXTENSIONS, "json")  # the first that is not empty counts
 CAPTION_KEYS = ("caption", "text")  # of a `.json` member, the first that is not empty
+PAIR = ("input", "output")  # of an edit: members such as `input.jpg` and `output.jpg`
 SAMPLE_EXTENSIONS = frozenset(
-    (*IMAGE_EXTENSIONS, MASK_EXTENSION, *CAPTION_EXTENSIONS, "cls", "safetensors")  # the last: latents
+    (
+        *IMAGE_EXTENSIONS,
+        *(f"{side}.{extension}" for side in PAIR for extension in IMAGE_EXTENSIONS),
+        MASK_EXTENSION,
+        *CAPTION_EXTENSIONS,
+        "cls",
+        "safetensors",  # latents
+    )
 )
 MAX_PIXELS = 89_478_485  # Pillow's own bound: above it a file is taken for a decompression bomb
 MAX_ASPECT = 50.0  # a 1 x 10000 strip resized by its shorter edge would fill the memory
@@ -119,11 +127,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def image_bytes(members: Mapping[str, bytes]) -> bytes:
-    """The picture among a sample's members. Raises BadSample missing_image."""
+def image_bytes(members: Mapping[str, bytes], side: str | None = None) -> bytes:
+    """The picture among a sample's members, or one of a PAIR. Raises BadSample missing_image."""
     for extension in IMAGE_EXTENSIONS:
-        if extension in members:
-            return members[extension]
+        name = f"{side}.{extension}" if side else extension
+        if name in members:
+            return members[name]
     raise BadSample("missing_image", f"members: {', '.join(sorted(members)) or 'none'}")
 
 
