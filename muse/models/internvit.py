@@ -79,13 +79,16 @@ def original_internvit(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 # ----------------------------------------------------------------------------------------- building
-def build_encoder(source: str, config: dict[str, Any], load_weights: bool = True) -> nn.Module:
+def build_encoder(
+    source: str, config: dict[str, Any], load_weights: bool = True, recompute: bool = False
+) -> nn.Module:
     """InternViT without a final norm (FIDELITY, "The method").
 
     Args:
         source: hub id, local directory in either InternVL layout, or `random`.
         config: fields of `InternVLVisionConfig`; empty for those of the source.
         load_weights: read the source's weights; False leaves them random.
+        recompute: where it learns, each layer is computed again in the backward pass.
     """
     from transformers import InternVLVisionModel  # noqa: PLC0415 (takes seconds to import)
 
@@ -97,6 +100,9 @@ def build_encoder(source: str, config: dict[str, Any], load_weights: bool = True
         encoder = InternVLVisionModel(vision_config)
     if directory and load_weights:
         load_into(encoder, _vision_tensors(directory, encoder), source, "model.encoder")
+    if recompute:
+        newer = getattr(encoder, "activation_checkpointing_enable", None)  # transformers 5
+        (newer or encoder.gradient_checkpointing_enable)({"use_reentrant": False})
     return encoder.eval()
 
 
