@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+import yaml
 from omegaconf import DictConfig
 from torch import Tensor
 
@@ -26,10 +27,12 @@ def open_source(spec: object) -> Source:
 
     Args:
         spec: shard pattern(s) as in shards.py; a directory of shards or of pictures (folders.py);
-            `{"images": DIR, "masks": DIR}`; a mapping with `urls`; or a source.
+            `{"images": DIR, "masks": DIR}`; a mapping with `urls`; or a source. A list or a
+            mapping may be written out as one string, as on a command line.
     """
     if hasattr(spec, "shards") and hasattr(spec, "read"):
         return spec
+    spec = _written_out(spec)
     if isinstance(spec, Mapping):
         if "images" in spec:
             return FolderSource(spec["images"], masks=spec.get("masks"))
@@ -43,6 +46,22 @@ def open_source(spec: object) -> Source:
     if isinstance(spec, (str, os.PathLike)) and is_image_folder(os.fspath(spec)):
         return FolderSource(os.fspath(spec))
     return TarSource(os.fspath(spec) if isinstance(spec, os.PathLike) else spec)
+
+
+def _written_out(spec: object) -> object:
+    """`{images: DIR, masks: DIR}` and `[FILE, FILE]` in a string, as YAML reads them.
+
+    All else stays: braces and brackets are also signs of patterns, such as `{a,b}.tar`.
+    """
+    if not isinstance(spec, str) or spec[:1] + spec[-1:] not in ("{}", "[]"):
+        return spec
+    try:
+        read = yaml.safe_load(spec)
+    except yaml.YAMLError:
+        return spec
+    if isinstance(read, dict):
+        return read if {"images", "urls"} & set(read) else spec
+    return read if all(isinstance(item, str) for item in read) else spec
 
 
 # ------------------------------------------------------------------------------------------ loaders
@@ -122,6 +141,7 @@ def eval_loader(
     rank: int = 0,
     world: int = 1,
     max_images: int | None = None,
+    sample_seed: int | None = None,
     max_bad_fraction: float = 0.01,
     pin_memory: bool = False,
     maker: type[SampleMaker] = SampleMaker,
@@ -137,7 +157,9 @@ def eval_loader(
         fields: what a sample must have.
         crop_size: None for the picture as resized, which needs batch_size 1.
         zero_label_ignored: masks are numbered as in ADE20K, see `reduce_zero_label`.
-        max_images: only the first so many samples.
+        max_images: only so many samples.
+        sample_seed: draws them evenly from the whole of a local source, see `spread_sample`; None,
+            and a remote source, whose samples are not counted, gives the first ones.
         maker: what a record becomes, where that is not one picture with its caption.
 
     Raises:
@@ -151,8 +173,9 @@ def eval_loader(
         raise ConfigError("pictures without a crop differ in size: batch_size must be 1")
     opened = open_source(source)
     made = maker(Transform(resize_shorter_edge, crop_size), tuple(fields), zero_label_ignored)
-    counts = count_samples(opened, max_images) if opened.local else []
-    stream = EvalStream(opened, made, batch_size, rank, world, max_images, counts)
+    first = max_images if sample_seed is None else None
+    counts = count_samples(opened, first) if opened.local else []
+    stream = EvalStream(opened, made, batch_size, rank, world, max_images, counts, sample_seed)
     return EvalLoader(stream, num_workers, max_bad_fraction, pin_memory)
 
 

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 
 import numpy
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from muse.errors import DataError
 
@@ -37,6 +37,16 @@ MAX_PIXELS = 89_478_485  # Pillow's own bound: above it a file is taken for a de
 MAX_ASPECT = 50.0  # a 1 x 10000 strip resized by its shorter edge would fill the memory
 # Pillow only tries these; its other readers start programs (EPS) or are rarely hardened.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+# By EXIF's number of the corner that is first in the file.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 # What Pillow's readers raise on broken files.
 _BROKEN = (
     OSError,
@@ -94,20 +104,35 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Raises BadSample with one of the kinds of `open_image`, or unsupported_mode (float, 32-bit), or
     aspect_ratio (beyond 50:1).
     """
+    return decode_with_turn(data, max_pixels)[0]
+
+
+def decode_with_turn(
+    data: bytes, max_pixels: int = MAX_PIXELS
+) -> tuple[Image.Image, Image.Transpose | None]:
+    """`decode_image`, and how it turned the stored picture, so that a mask can follow."""
     image = open_image(data, max_pixels)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image = ImageOps.exif_transpose(image)
-    except _BROKEN:
-        logger.debug("unreadable EXIF block ignored")
+    turn = _exif_turn(image)
+    if turn is not None:
+        image = image.transpose(turn)
     width, height = image.size
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise BadSample("aspect_ratio", f"{width}x{height}")
     try:
-        return _to_rgb(image)
+        return _to_rgb(image), turn
     except _BROKEN as error:
         raise BadSample("unsupported_mode", f"{image.mode}: {error}") from error
+
+
+def _exif_turn(image: Image.Image) -> Image.Transpose | None:
+    """What turns the stored picture upright; None where it is, or where nothing is known."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except _BROKEN:
+        logger.debug("unreadable EXIF block ignored")
+        return None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
