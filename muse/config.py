@@ -91,6 +91,7 @@ NOT_NEGATIVE = (
     "losses.itc.weight",
     "losses.adversarial.weight",
     "losses.distillation.weight",
+    "losses.recognition.weight",
     "dataset.params.num_workers_per_gpu",
     "optimizer.params.learning_rate",
     "lr_scheduler.params.warmup_steps",

@@ -128,6 +128,13 @@ class DistillationLossConfig:
 
 
 @dataclass
+class RecognitionLossConfig:
+    weight: float = 0.0
+    pixel_weight: float = 5.0
+    class_weight: float = 0.3
+
+
+@dataclass
 class LossesConfig:
     reconstruction: ReconstructionLossConfig = field(default_factory=ReconstructionLossConfig)
     perceptual: PerceptualLossConfig = field(default_factory=PerceptualLossConfig)
@@ -135,6 +142,7 @@ class LossesConfig:
     itc: ITCLossConfig = field(default_factory=ITCLossConfig)
     adversarial: AdversarialLossConfig = field(default_factory=AdversarialLossConfig)
     distillation: DistillationLossConfig = field(default_factory=DistillationLossConfig)
+    recognition: RecognitionLossConfig = field(default_factory=RecognitionLossConfig)
 
 
 @dataclass

@@ -7,13 +7,13 @@ import shutil
 from pathlib import Path
 
 from muse.errors import ConfigError, DataError
-from muse.experiments.demo_data import shapes, shards_writer, stamps
+from muse.experiments.demo_data import everything, shapes, shards_writer, stamps
 from muse.experiments.demo_data.datacard import write_card
 
 logger = logging.getLogger(__name__)
 
-KINDS = {"stamps": stamps, "shapes": shapes}
-DEFAULT_IMAGES = {"stamps": 3000, "shapes": 512}
+KINDS = {"stamps": stamps, "everything": everything, "shapes": shapes}
+DEFAULT_IMAGES = {"stamps": 3000, "everything": 24000, "shapes": 512}
 OBJECTS = ("photo", "all")
 TRAIN_SHARDS, VAL_SHARDS = 8, 2  # several ranks times workers have one each
 MAX_PER_SHARD = 1000
@@ -82,7 +82,7 @@ def _checked(
         raise ConfigError(f"objects is {objects!r}; it is one of {', '.join(OBJECTS)}")
     images = DEFAULT_IMAGES[kind] if images is None else images
     if val_images is None:
-        val_images = 240 if kind == "stamps" else max(2 * VAL_SHARDS, images // 8)
+        val_images = max(2 * VAL_SHARDS, images // 8) if kind == "shapes" else 240
     ranges = {
         "images": (images, TRAIN_SHARDS, 10**6),
         "val_images": (val_images, VAL_SHARDS, 10**6),
@@ -141,9 +141,9 @@ def _fill(folder: Path, manifest: dict, workers: int | None) -> dict:
     make = source.prepare(manifest["size"], manifest["seed"], manifest["objects"])
     train_shards = max(TRAIN_SHARDS, -(-manifest["images"] // MAX_PER_SHARD))
     val_shards = max(VAL_SHARDS, -(-manifest["val_images"] // MAX_PER_SHARD))
-    shards = shards_writer.plan(
-        folder, "train", manifest["images"], train_shards
-    ) + shards_writer.plan(folder, "val", manifest["val_images"], val_shards)
+    shards = shards_writer.plan(folder, "train", manifest["images"], train_shards)
+    for split in ("val", *getattr(source, "EXTRA_SPLITS", ())):
+        shards += shards_writer.plan(folder, split, manifest["val_images"], val_shards)
     records = shards_writer.write(shards, make, workers)
     manifest = {
         **manifest,

@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+from muse.experiments.demo_data import everything
 from muse.experiments.demo_data.stamps import EXTRA_SHARE
 
 FILES = """\
@@ -48,7 +49,7 @@ def write_card(manifest: dict, records: list[dict]) -> str:
         "## Split",
         *_split(kind, manifest["objects"], records),
         "",
-        LICENCES if kind == "stamps" else DRAWN,
+        {"stamps": LICENCES, "everything": LICENCES + everything.LICENCES, "shapes": DRAWN}[kind],
     ]
     return "\n".join(lines)
 
@@ -56,6 +57,8 @@ def write_card(manifest: dict, records: list[dict]) -> str:
 def _split(kind: str, objects: str | None, records: list[dict]) -> list[str]:
     if kind == "shapes":
         return ["Val shows only colour + shape pairs and backgrounds that train never shows."]
+    if kind == "everything":
+        return everything.describe(records)
     shown = {
         split: Counter(record["background"] for record in records if record["split"] == split)
         for split in ("train", "val")
