@@ -1,4 +1,4 @@
-"""`pip install -e .`: the package `muse`; requirements are read from requirements.txt."""
+"""`pip install .`: the package `muse` with its configurations, and what requirements.txt names."""
 
 from pathlib import Path
 
@@ -17,6 +17,10 @@ setup(
     description="MUSE: a unified visual tokenizer (arXiv 2605.05646)",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["muse", "muse.*"]),
+    # configs/ stays at the top of the repository and is installed inside the package, where
+    # `muse.config.shipped_config` finds it.
+    packages=[*find_packages(include=["muse", "muse.*"]), "muse.configs"],
+    package_dir={"muse.configs": "configs"},
+    package_data={"muse": ["pretrained/*/*"], "muse.configs": ["**/*.yaml"]},
     install_requires=requirements,
 )

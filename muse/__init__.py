@@ -1,4 +1,10 @@
-"""muse: a unified visual tokenizer with its own subspace of attention for structure and for semantics (arXiv 2605.05646)."""
+"""muse: a unified visual tokenizer with its own attention subspaces for structure and semantics.
+
+The paper is arXiv 2605.05646.
+"""
+
+from importlib import import_module
+from typing import Any
 
 from muse.errors import CheckpointError, ConfigError, DataError, MuseError
 
@@ -22,10 +28,8 @@ _LAZY = {
 }
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> Any:
     # torch takes seconds to import; `import muse` and `--help` need not wait for it.
     if name in _LAZY:
-        from importlib import import_module
-
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'muse' has no attribute {name!r}")

@@ -1,4 +1,7 @@
-"""What every command shares: flags, overrides, loading, one-line errors with exit code 2, atomic JSON, the `protocol` object."""
+"""What every command shares: flags, one-line errors, device, configuration, model, protocol.
+
+No torch at the top of this file: `--help` and a wrong flag must answer at once.
+"""
 
 import argparse
 import functools
@@ -12,7 +15,8 @@ from typing import Any
 from omegaconf import DictConfig
 from omegaconf.errors import InterpolationResolutionError
 
-from muse.config import load_config, unset_variable
+from muse import __version__
+from muse.config import load_config, resolved, unset_variable
 from muse.errors import ConfigError, MuseError
 from muse.utils.io import file_sha256, versions
 
@@ -32,9 +36,7 @@ def entry(main: Callable[..., int | None]) -> Callable[..., int]:
         except (PermissionError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
             message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         except OSError as error:
-            if (
-                error.errno is None
-            ):  # raised by a library, not by the system: a bug deserves its traceback
+            if error.errno is None:  # not from the system: a bug, which keeps its traceback
                 raise
             message = f"{error.filename or 'input/output'}: {error.strerror}"
         except KeyboardInterrupt:
@@ -47,7 +49,7 @@ def entry(main: Callable[..., int | None]) -> Callable[..., int]:
 
 
 class _Stderr(logging.StreamHandler):
-    """Writes to whatever stderr is now: a caller of `main` may redirect it, and may have closed the one before."""
+    """Writes to whatever stderr is now: a caller of `main` may have redirected it since."""
 
     @property
     def stream(self):
@@ -103,7 +105,7 @@ def parser(description: str, checkpoint: bool = False) -> argparse.ArgumentParse
 
 
 def parse(made: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Parse; a bare `config=C` (the release's form) means `--config C`, and overrides may stand anywhere."""
+    """Parse. `config=C` (the release's form) means `--config C`; overrides may stand anywhere."""
     words = list(sys.argv[1:] if argv is None else argv)
     words = [
         f"--config={word.removeprefix('config=')}" if word.startswith("config=") else word
@@ -119,7 +121,7 @@ def load_cfg(args: argparse.Namespace) -> DictConfig:
 
 def device(name: str | None) -> str:
     """`name`, or the best device there is; `ConfigError` when the named one does not exist."""
-    import torch
+    import torch  # noqa: PLC0415 (takes seconds to import)
 
     available = {
         "cuda": torch.cuda.is_available(),
@@ -130,32 +132,40 @@ def device(name: str | None) -> str:
         return next(kind for kind, there in available.items() if there)
     kind = name.split(":")[0]
     if not available.get(kind, False):
-        raise ConfigError(
-            f"--device {name}: not available here (there is: {', '.join(k for k, v in available.items() if v)})"
-        )
+        there = ", ".join(kind for kind, is_there in available.items() if is_there)
+        raise ConfigError(f"--device {name}: not available here (there is: {there})")
     return name
 
 
-def load_model(args: argparse.Namespace, cfg: DictConfig):
-    """The checkpoint's model on the wanted device, in eval mode. `args.device` is resolved in place."""
-    from muse.models.loading import load_model as load
+def choose_training_device(name: str | None) -> None:
+    """Make accelerate use `name`; without one it takes the best there is."""
+    if name is not None and device(name) == "cpu":
+        os.environ["ACCELERATE_USE_CPU"] = "true"
+
+
+def open_model(args: argparse.Namespace, cfg: DictConfig):
+    """The checkpoint's model on the wanted device, in eval mode; puts the device into `args`."""
+    from muse.models.loading import load_model  # noqa: PLC0415 (imports torch)
 
     args.device = device(args.device)
-    return load(args.checkpoint, cfg.model, args.device)
+    return load_model(args.checkpoint, cfg.model, args.device)
 
 
 def protocol(args: argparse.Namespace, cfg: DictConfig, **extra: Any) -> dict[str, Any]:
-    """What was measured with what: checkpoint and its hash, configuration, seed, versions, and the caller's own facts."""
-    from muse import __version__
-    from muse.config import resolved
+    """What was measured with what, for `metrics.json`.
 
+    Args:
+        args: flags; the checkpoint, where there is one, is named with its hash.
+        cfg: the configuration, recorded in full.
+        extra: the command's own facts.
+    """
     facts: dict[str, Any] = {
         "muse": __version__,
         "python": platform.python_version(),
         "versions": versions(),
     }
     if getattr(args, "checkpoint", None):
-        from muse.models.loading import weights_file
+        from muse.models.loading import weights_file  # noqa: PLC0415 (imports torch)
 
         file = weights_file(args.checkpoint)
         facts["checkpoint"] = {
@@ -170,9 +180,3 @@ def protocol(args: argparse.Namespace, cfg: DictConfig, **extra: Any) -> dict[st
         **extra,
         "config": resolved(cfg),
     }
-
-
-def choose_training_device(name: str | None) -> None:
-    """Make accelerate use `name`; without one it takes the best there is."""
-    if name is not None and device(name) == "cpu":
-        os.environ["ACCELERATE_USE_CPU"] = "true"

@@ -1,14 +1,13 @@
-"""Typed configuration: dataclasses give names, types and defaults; YAML files and key=value overrides give values.
+"""Loading: YAML files and key=value overrides over the schema's defaults, typed, validated, frozen.
 
-`configs/default.yaml` shows every key with a comment; a test holds that it equals the defaults here. A file may name others under
-`base:` (paths beside it), which are read first, so a stage or a size states only its differences.
-Environment variables (`${oc.env:NAME}`) are resolved when a value is used, not when the file is read.
+A file may name others under `base:` (paths beside it), which are read first, so a stage or a size
+states only its differences. Environment variables (`${oc.env:NAME}`) are resolved when a value is
+used, not when the file is read.
 """
 
-import difflib
-import math
+import dataclasses
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,133 +21,99 @@ from omegaconf.errors import (
     ValidationError,
 )
 
-from muse.config_schema import Config, ModelConfig
+from muse.config_fields import check_keys, nearest, restore_words, walk
+from muse.config_model import ROUTING_CELLS, STREAM_KEYS, ModelConfig
+from muse.config_schema import Config
 from muse.errors import ConfigError
 
-# ---------------------------------------------------------------------------------------------------- routing
-# FIDELITY's table: what each routing means for the keys that stand at null.
-ROUTING_CELLS: dict[str, dict[str, Any]] = {
-    "paper": {
-        "isolate_streams": True,
-        "shield_attention": True,
-        "join_semantics": True,
-        "shield_semantics": True,
-        "topology": "all",
-        "itc": "all",
-    },
-    "release": {
-        "isolate_streams": False,
-        "shield_attention": True,
-        "join_semantics": False,
-        "shield_semantics": True,
-        "topology": "last",
-        "itc": "last",
-    },
-    "shared": {
-        "isolate_streams": False,
-        "shield_attention": False,
-        "join_semantics": False,
-        "shield_semantics": True,
-        "topology": "all",
-        "itc": "last",
-    },
-}
-STREAM_KEYS = ("isolate_streams", "shield_attention", "join_semantics", "shield_semantics")
-
-CHOICES: dict[str, tuple[Any, ...]] = {
-    "model.routing": tuple(ROUTING_CELLS),
-    "teacher.topology.kind": ("dinov3", "affinity", "random", "none"),
-    "teacher.text.kind": ("open_clip", "sentence", "random", "none"),
-    "losses.reconstruction.type": ("l1", "l2"),
-    "losses.topology.blocks": ("all", "last"),
-    "losses.topology.heads": ("mean", "per_head"),
-    "losses.itc.blocks": ("all", "last"),
-    "losses.itc.objective": ("nce", "distillation"),
-    "optimizer.name": ("adamw",),
-    "lr_scheduler.scheduler": ("cosine", "constant"),
-    "training.mixed_precision": ("no", "bf16", "fp16"),
-    "experiment.tracker": ("none", "tensorboard", "wandb"),
-}
-POSITIVE = (
-    "model.dim",
-    "model.num_heads",
-    "model.num_blocks",
-    "model.unshuffle",
-    "model.latent_dim",
-    "model.semantic_dim",
-    "training.max_train_steps",
-    "training.per_gpu_batch_size",
-    "training.gradient_accumulation_steps",
-    "dataset.preprocessing.resize_shorter_edge",
-    "dataset.preprocessing.crop_size",
-    "dataset.params.eval_batch_size",
-    "experiment.log_every",
-)
-NOT_NEGATIVE = (
-    "losses.reconstruction.weight",
-    "losses.perceptual.weight",
-    "losses.topology.weight",
-    "losses.itc.weight",
-    "losses.adversarial.weight",
-    "losses.distillation.weight",
-    "losses.recognition.weight",
-    "dataset.params.num_workers_per_gpu",
-    "optimizer.params.learning_rate",
-    "lr_scheduler.params.warmup_steps",
-    "dataset.max_bad_fraction",
-    "training.max_skipped_steps",
-    "training.max_grad_norm",
-    "experiment.keep_last",
-    "experiment.save_every",
-    "experiment.eval_every",
-    "experiment.generate_every",
-)
+# The configurations that come with muse: in an installed package, in a clone.
+SHIPPED = (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs")
 
 
-# ---------------------------------------------------------------------------------------------------- loading
+# ----------------------------------------------------------------------------------------- loading
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
-    """Read a YAML file (and its `base:` files), apply `key=value` overrides, validate; the result cannot be changed.
+    """Read a YAML file and its `base:` files, apply `key=value` overrides, validate, freeze.
 
-    Raises `ConfigError` on a missing file, an unknown key (naming the nearest known one), a wrong type, or keys that exclude
-    each other. Values with `${oc.env:NAME}` are resolved on use.
+    Where there is no file `path`, it may name a configuration that comes with muse, such as
+    `muse_tiny/stage3`. Raises `ConfigError` on a missing file, an unknown key (naming the nearest
+    known one), a wrong type, or keys that exclude each other. Values with `${oc.env:NAME}` are
+    resolved on use.
     """
-    layers = [*_file_layers(Path(path)), _overrides(overrides)]
-    config = _merge(OmegaConf.structured(Config), layers)
+    path = Path(path).expanduser()
+    file = path if path.is_file() else _shipped(path) or path
+    config = _merge(Config, [*_file_layers(file), _overrides(overrides)])
+    check_keys(config, Config)
     fill_routing(config.model)
     cells = ROUTING_CELLS[config.model.routing]
     config.losses.topology.blocks = config.losses.topology.blocks or cells["topology"]
     config.losses.itc.blocks = config.losses.itc.blocks or cells["itc"]
-    validate(config)
+    _check_model(config.model)
+    _check_latent(config.model)
+    _check_losses(config)
+    _check_crop(config)
     OmegaConf.set_readonly(config, True)
     return config
 
 
+def shipped_config(name: str) -> Path:
+    """The file of a configuration that comes with muse, such as `muse_tiny/stage3.yaml`.
+
+    It is found in a clone and in an installed package.
+    """
+    if file := _shipped(Path(name)):
+        return file
+    known = [file.relative_to(root).as_posix() for root in SHIPPED for file in root.rglob("*.yaml")]
+    raise ConfigError(f"{name}: no such configuration comes with muse{nearest(name, known)}")
+
+
 def model_config(values: Any) -> DictConfig:
-    """A complete, typed model section from a dict, a `ModelConfig` or a section of a loaded configuration."""
+    """A complete, typed model section from a dict, a `ModelConfig` or a loaded section."""
     if not isinstance(values, DictConfig):
         values = (
             OmegaConf.create(values) if isinstance(values, dict) else OmegaConf.structured(values)
         )
-    config = _merge(OmegaConf.structured(ModelConfig), [values], prefix="model.")
+    config = _merge(ModelConfig, [values], prefix="model.")
+    check_keys(config, ModelConfig, "model.")
     fill_routing(config)
     _check_model(config)
     OmegaConf.set_readonly(config, True)
     return config
 
 
+def read_section(
+    values: Any, schema: type, where: str, choices: dict[str, Collection] | None = None
+) -> dict[str, Any]:
+    """A section as one plain dict: `values` over the defaults of `schema`, resolved and checked.
+
+    Args:
+        values: a dict or a node of a loaded configuration; a null key takes its default.
+        schema: the section's class.
+        where: its dotted name, for messages.
+        choices: by key, choices that hold instead of the schema's.
+
+    Raises:
+        ConfigError: on an unknown key (naming the nearest known one), a wrong type, or a value
+            that is none of the choices or out of range.
+    """
+    given = {name: value for name, value in (plain(values) or {}).items() if value is not None}
+    known = [field.name for field in dataclasses.fields(schema)]
+    for name in given:
+        if name not in known:
+            raise ConfigError(f"unknown key {where}.{name}{nearest(name, known)}")
+    config = _merge(schema, [OmegaConf.create(given)], prefix=f"{where}.")
+    check_keys(config, schema, f"{where}.", choices)
+    return plain(config)
+
+
 def fill_routing(model: DictConfig) -> None:
     """Give every stream key that stands at null the value of the chosen routing."""
-    if model.routing not in ROUTING_CELLS:
-        raise ConfigError(
-            f"model.routing must be one of {', '.join(ROUTING_CELLS)}, got {model.routing!r}"
-        )
     for name in STREAM_KEYS:
         if model[name] is None:
             model[name] = ROUTING_CELLS[model.routing][name]
 
 
 def plain(node: Any) -> Any:
-    """A configuration node as plain dicts and lists, resolved; raises `ConfigError` for an unset environment variable."""
+    """A node as plain dicts and lists, resolved; `ConfigError` for an unset variable."""
     try:
         return OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else node
     except InterpolationResolutionError as error:
@@ -156,19 +121,19 @@ def plain(node: Any) -> Any:
 
 
 def resolved(config: DictConfig) -> dict[str, Any]:
-    """The whole configuration as plain values, environment variables resolved where they are set and kept where not."""
+    """All as plain values, environment variables resolved where they are set and kept where not."""
 
-    def walk(node: DictConfig) -> dict[str, Any]:
+    def values_of(node: DictConfig) -> dict[str, Any]:
         values = {}
         for key in node:
             try:
                 child = node[key]
-                values[key] = walk(child) if isinstance(child, DictConfig) else plain(child)
+                values[key] = values_of(child) if isinstance(child, DictConfig) else plain(child)
             except (InterpolationResolutionError, ConfigError):
                 values[key] = OmegaConf.to_container(node, resolve=False)[key]
         return values
 
-    return walk(config)
+    return values_of(config)
 
 
 def unset_variable(error: Exception) -> str:
@@ -180,14 +145,14 @@ def unset_variable(error: Exception) -> str:
     return f"{first} (needed by {key})" if key else first
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """`; did you mean X?` with the nearest known name, or nothing."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f"; did you mean {matches[0]}?" if matches else ""
+def _shipped(path: Path) -> Path | None:
+    """The shipped file of this name, which may lack `.yaml` and may begin with `configs/`."""
+    name = path.relative_to("configs") if path.is_relative_to("configs") else path
+    files = [folder / f"{name}{ending}" for folder in SHIPPED for ending in ("", ".yaml")]
+    return next((file for file in files if file.is_file()), None)
 
 
 def _file_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[DictConfig]:
-    path = path.expanduser()
     if not path.is_file():
         raise ConfigError(f"{path}: no such configuration file")
     if path.resolve() in seen:
@@ -226,16 +191,16 @@ def _overrides(overrides: Sequence[str]) -> DictConfig:
         raise ConfigError(f"overrides not readable: {' '.join(str(error).split())[:200]}") from None
 
 
-def _merge(schema: DictConfig, layers: Sequence[DictConfig], prefix: str = "") -> DictConfig:
+def _merge(schema: type, layers: Sequence[DictConfig], prefix: str = "") -> DictConfig:
+    """The defaults of `schema` under the layers in order; `ConfigError` names what does not fit."""
     for layer in layers:
         _check_sections(schema, layer, prefix)
     try:
-        return OmegaConf.merge(schema, *layers)
+        config = OmegaConf.merge(OmegaConf.structured(schema), *layers)
     except (ConfigKeyError, ConfigAttributeError) as error:
-        name = error.full_key or str(error.key)
-        raise ConfigError(
-            f"unknown key {prefix}{name}{nearest(prefix + name, _all_keys(schema, prefix))}"
-        ) from None
+        name = prefix + (error.full_key or str(error.key))
+        known = [prefix + known for known, _ in walk(schema)]
+        raise ConfigError(f"unknown key {name}{nearest(name, known)}") from None
     except ValidationError as error:
         raise ConfigError(
             f"wrong type for {prefix}{error.full_key}: {str(error).splitlines()[0]}"
@@ -244,73 +209,46 @@ def _merge(schema: DictConfig, layers: Sequence[DictConfig], prefix: str = "") -
         raise ConfigError(f"{prefix}{error.full_key} cannot be changed") from None
     except OmegaConfBaseException as error:
         raise ConfigError(f"configuration not valid: {str(error).splitlines()[0]}") from None
+    restore_words(config, schema)
+    return config
 
 
-def _check_sections(schema: DictConfig, layer: DictConfig, prefix: str) -> None:
+def _check_sections(schema: type, layer: DictConfig, prefix: str) -> None:
     """OmegaConf does not say which section it was that got a value in place of keys."""
-    for name in layer:
-        mine, given = schema._get_node(name, validate_access=False), layer._get_node(name)
-        if isinstance(mine, DictConfig) and not isinstance(given, DictConfig):
+    for field in dataclasses.fields(schema):
+        if not dataclasses.is_dataclass(field.type) or field.name not in layer:
+            continue
+        given = layer._get_node(field.name)
+        if not isinstance(given, DictConfig):
             raise ConfigError(
-                f"wrong type for {prefix}{name}: a section of keys was expected, got {given!r}"
+                f"wrong type for {prefix}{field.name}: a section of keys was expected, "
+                f"got {given!r}"
             )
-        if isinstance(mine, DictConfig):
-            _check_sections(mine, given, f"{prefix}{name}.")
+        _check_sections(field.type, given, f"{prefix}{field.name}.")
 
 
-def _all_keys(node: DictConfig, prefix: str) -> list[str]:
-    keys = []
-    for name in node:
-        keys.append(prefix + str(name))
-        child = OmegaConf.to_container(node, resolve=False)[name]
-        if isinstance(child, dict) and isinstance(node._get_node(name), DictConfig):
-            keys += _all_keys(node[name], f"{prefix}{name}.")
-    return keys
-
-
-# ---------------------------------------------------------------------------------------------------- validation
-def validate(config: DictConfig) -> None:
-    """Raise `ConfigError` on values outside their range and on keys that cannot stand beside each other."""
-    from muse.stages import STAGES
-
-    if config.training.stage not in STAGES:
-        raise ConfigError(
-            f"training.stage must be one of {', '.join(STAGES)}, got {config.training.stage!r}"
-        )
-    for key, allowed in CHOICES.items():
-        value = OmegaConf.select(config, key)
-        if value not in allowed:
-            raise ConfigError(f"{key} must be one of {', '.join(map(str, allowed))}, got {value!r}")
-    for key in POSITIVE:
-        if OmegaConf.select(config, key) <= 0:
-            raise ConfigError(f"{key} must be positive, got {OmegaConf.select(config, key)}")
-    for key in NOT_NEGATIVE:
-        value = OmegaConf.select(config, key)
-        if not (value >= 0 and math.isfinite(value)):
-            raise ConfigError(f"{key} must be zero or more, got {value}")
-    _check_model(config.model)
-    _check_latent(config.model)
-    _check_losses(config)
-    _check_crop(config)
-
-
+# ----------------------------------------------------------------------------------- keys together
 def _check_model(model: DictConfig) -> None:
     if model.dim % model.num_heads or (model.dim // model.num_heads) % 2:
         raise ConfigError(
-            f"model.dim={model.dim} must be model.num_heads={model.num_heads} times an even head width"
+            f"model.dim={model.dim} must be model.num_heads={model.num_heads} times an even head "
+            "width"
         )
     if model.routing == "shared" and model.join_semantics:
         raise ConfigError(
-            "model.join_semantics=true is impossible with model.routing=shared: there S is the value stream"
+            "model.join_semantics=true is impossible with model.routing=shared: there S is the "
+            "value stream"
         )
 
 
 def _check_latent(model: DictConfig) -> None:
-    # Not part of `_check_model`: a saved model with a `decoder_adapter` has two widths and the source `random`.
+    # Not part of `_check_model`: a saved model with a `decoder_adapter` has two widths and the
+    # source `random`.
     channels = model.decoder.config.get("latent_channels")
     if channels is not None and channels != model.latent_dim and model.decoder.source == "random":
         raise ConfigError(
-            f"model.latent_dim={model.latent_dim} but model.decoder.config.latent_channels={channels}"
+            f"model.latent_dim={model.latent_dim} but "
+            f"model.decoder.config.latent_channels={channels}"
         )
 
 

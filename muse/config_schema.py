@@ -1,248 +1,199 @@
-"""Names, types and defaults of every configuration key; `configs/default.yaml` shows them with comments."""
+"""A tokenizer's configuration `Config`; the sections of its teachers and losses.
 
-from dataclasses import dataclass, field
+Every fact about a key stands at its field; tools/make_default_config.py writes
+`configs/default.yaml` from them.
+"""
+
+from dataclasses import dataclass
 from typing import Any
 
-
-def _dict() -> Any:
-    return field(default_factory=dict)
-
-
-@dataclass
-class SourceConfig:
-    source: str = "random"
-    config: dict[str, Any] = _dict()
-
-
-@dataclass
-class EncoderConfig(SourceConfig):
-    source: str = "OpenGVLab/InternVL3-1B-hf"
+from muse.config_fields import key, section
+from muse.config_model import ModelConfig, by_routing
+from muse.config_run import (
+    DatasetConfig,
+    ExperimentConfig,
+    OptimizerConfig,
+    SchedulerConfig,
+    TrainingConfig,
+)
 
 
-@dataclass
-class DecoderConfig(SourceConfig):
-    source: str = "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers"
-
-
-@dataclass
-class ModelConfig:
-    routing: str = "paper"
-    isolate_streams: bool | None = None
-    shield_attention: bool | None = None
-    join_semantics: bool | None = None
-    shield_semantics: bool | None = None
-    dim: int = 512
-    num_heads: int = 8
-    num_blocks: int = 6
-    unshuffle: int = 2
-    latent_dim: int = 32
-    semantic_dim: int = 768
-    grad_scale: float = 1.0
-    gradient_checkpointing: bool = False
-    encoder: EncoderConfig = field(default_factory=EncoderConfig)
-    decoder: DecoderConfig = field(default_factory=DecoderConfig)
-
-
+# ---------------------------------------------------------------------------------------- teachers
+# A kind is also a row of its table in muse/teachers/build.py; a test holds the two equal.
 @dataclass
 class TopologyTeacherConfig:
-    kind: str = "dinov3"
-    source: str = "facebook/dinov3-vith16plus-pretrain-lvd1689m"
-    config: dict[str, Any] = _dict()
-    layers: list[Any] | None = None
-    image_size: Any = None
-    temperature: float = 0.1
-    order: int = 2
-    spread: bool = False
-    cache: Any = False
+    kind: str = key("dinov3", choices=("dinov3", "affinity", "random", "none"))
+    source: str = key(
+        "facebook/dinov3-vith16plus-pretrain-lvd1689m",
+        "dinov3: hub id, local directory, timm:NAME; affinity: efficientnet_lite0, timm name, "
+        "local directory",
+    )
+    config: dict[str, Any] = key(
+        {}, "further arguments of the library's constructor; random (tests): the network's fields"
+    )
+    layers: list[Any] | None = key(
+        None,
+        "null: evenly spaced onto the student's blocks; dinov3: numbers; affinity: "
+        "[{block: 4, size: 128}, ...]",
+    )
+    image_size: Any = key(
+        None,
+        "side or [height, width] that pictures are resized to for the teacher, pixels; dinov3 "
+        "also: grid, as many patches as the student has tokens; null: as they are",
+    )
+    temperature: float = key(0.1, "affinity: of the softmax over cosines", above=0)
+    order: int = key(
+        2,
+        "affinity: cosines of features (1), or of how places relate to the whole picture (2)",
+        choices=(1, 2),
+    )
+    spread: bool = key(
+        False, "affinity: one layer a block, evenly spaced, instead of the mean of all layers"
+    )
+    cache: Any = key(
+        False,
+        "keep maps by sample key, up to 2048 MiB (true) or a number of MiB; only right where "
+        "pictures are not augmented",
+    )
 
 
 @dataclass
 class TextTeacherConfig:
-    kind: str = "open_clip"
-    source: str = "ViT-L-14/laion2b_s32b_b82k"
-    config: dict[str, Any] = _dict()
+    kind: str = key("open_clip", choices=("open_clip", "sentence", "random", "none"))
+    source: str = key(
+        "ViT-L-14/laion2b_s32b_b82k",
+        "open_clip: MODEL/TAG, hf-hub:ID, directory; sentence: hub id, directory, package:NAME",
+    )
+    config: dict[str, Any] = key(
+        {}, "further arguments of the library's constructor; random (tests): {dim: 64}"
+    )
+    cache: int = key(32768, "embeddings of this many captions are kept", least=0)
 
 
 @dataclass
 class FeatureTeacherConfig:
-    kind: str = "none"
-    source: str = ""
-    config: dict[str, Any] = _dict()
-    layers: list[Any] | None = None
-    image_size: Any = None
-    normalize: bool = False
-    cache: Any = False
+    kind: str = key(
+        "none",
+        "for losses.distillation (a stand-in for a pretrained encoder)",
+        choices=("none", "backbone"),
+    )
+    source: str = key("", "efficientnet_lite0, timm name, local directory")
+    config: dict[str, Any] = key(
+        {}, "further arguments of the library's constructor; random (tests): {channels, seed}"
+    )
+    layers: list[Any] | None = key(
+        None, "[{block: 4, size: 128}, ...]; their features are concatenated"
+    )
+    image_size: Any = key(None, "pixels; null: as they are")
+    normalize: bool = key(False, "unit length for each layer's vectors, so that all count alike")
+    cache: Any = key(False, "as teacher.topology.cache")
 
 
 @dataclass
 class TeacherConfig:
-    topology: TopologyTeacherConfig = field(default_factory=TopologyTeacherConfig)
-    text: TextTeacherConfig = field(default_factory=TextTeacherConfig)
-    feature: FeatureTeacherConfig = field(default_factory=FeatureTeacherConfig)
+    topology: TopologyTeacherConfig = section(TopologyTeacherConfig)
+    text: TextTeacherConfig = section(TextTeacherConfig)
+    feature: FeatureTeacherConfig = section(FeatureTeacherConfig)
 
 
+# ------------------------------------------------------------------------------------------ losses
 @dataclass
 class ReconstructionLossConfig:
-    type: str = "l2"
-    weight: float = 1.0
+    type: str = key("l2", "mean over all elements of [0,1] pixels", choices=("l1", "l2"))
+    weight: float = key(1.0, "0: not built, as all losses", least=0)
 
 
 @dataclass
 class PerceptualLossConfig:
-    name: str = "lpips-convnext_s-1.0-0.1"
-    weight: float = 1.1
-    blocks: list[int] | None = None
-    weights: dict[str, str] = _dict()
+    name: str = key(
+        "lpips-convnext_s-1.0-0.1",
+        "parts and their weights; the sum is divided by the weights' sum. Parts: lpips, "
+        "convnext_s, efficientnet_lite0, random",
+    )
+    weight: float = key(1.1, "of the weighted mean of the parts", least=0)
+    blocks: list[int] | None = key(None, "efficientnet_lite0: which blocks (0-15); null: 2, 4, 10")
+    weights: dict[str, str] = key(
+        {}, "part: file with its backbone's weights, where it cannot be downloaded"
+    )
 
 
 @dataclass
 class TopologyLossConfig:
-    weight: float = 0.0
-    blocks: str | None = None
-    heads: str = "mean"
-    transpose: bool = False
+    weight: float = key(0.0, "KL(teacher ‖ student) of attention, nats", least=0)
+    blocks: str | None = key(
+        None, f"null: as the routing says ({by_routing('topology')})", choices=("all", "last")
+    )
+    heads: str = key(
+        "mean", "head-averaged attention, or head by head", choices=("mean", "per_head")
+    )
+    transpose: bool = key(
+        False,
+        "true: the release's resize, which leaves the teacher's queries and keys exchanged",
+    )
 
 
 @dataclass
 class ITCLossConfig:
-    weight: float = 0.0
-    blocks: str | None = None
-    gather: bool = True
-    objective: str = "nce"
+    weight: float = key(0.0, "image-text contrast", least=0)
+    blocks: str | None = key(
+        None, f"null: as the routing says ({by_routing('itc')})", choices=("all", "last")
+    )
+    gather: bool = key(True, "negatives from every process, with gradient")
+    objective: str = key(
+        "nce",
+        "distillation: passive regression on the text embedding (ablation)",
+        choices=("nce", "distillation"),
+    )
 
 
 @dataclass
 class AdversarialLossConfig:
-    weight: float = 0.0
-    start: int = 0
-    lecam_weight: float = 0.001
-    lecam_decay: float = 0.999
-    base_channels: int = 128
-    num_stages: int = 3
+    weight: float = key(0.0, "hinge PatchGAN; 0: no discriminator is built", least=0)
+    start: int = key(0, "optimizer step at which the discriminator begins")
+    lecam_weight: float = key(0.001, "of the LeCam regulariser, in the discriminator's loss")
+    lecam_decay: float = key(0.999, "of the moving means of the logits that LeCam compares with")
+    base_channels: int = key(128, "PatchGAN width")
+    num_stages: int = key(3, "PatchGAN halvings")
 
 
 @dataclass
 class DistillationLossConfig:
-    weight: float = 0.0
-    pixel_weight: float = 0.5
+    weight: float = key(
+        0.0, "1 - cosine of encoder tokens and a frozen network's features", least=0
+    )
+    pixel_weight: float = key(0.5, "of the linear pixel head beside it")
 
 
 @dataclass
 class RecognitionLossConfig:
-    weight: float = 0.0
-    pixel_weight: float = 5.0
-    class_weight: float = 0.3
+    weight: float = key(
+        0.0, "an EfficientNet's features and classes, and the pixels (muse_tiny's encoder)", least=0
+    )
+    pixel_weight: float = key(5.0, "of the linear pixel head")
+    class_weight: float = key(0.3, "of the divergence over ImageNet's classes")
 
 
 @dataclass
 class LossesConfig:
-    reconstruction: ReconstructionLossConfig = field(default_factory=ReconstructionLossConfig)
-    perceptual: PerceptualLossConfig = field(default_factory=PerceptualLossConfig)
-    topology: TopologyLossConfig = field(default_factory=TopologyLossConfig)
-    itc: ITCLossConfig = field(default_factory=ITCLossConfig)
-    adversarial: AdversarialLossConfig = field(default_factory=AdversarialLossConfig)
-    distillation: DistillationLossConfig = field(default_factory=DistillationLossConfig)
-    recognition: RecognitionLossConfig = field(default_factory=RecognitionLossConfig)
+    reconstruction: ReconstructionLossConfig = section(ReconstructionLossConfig)
+    perceptual: PerceptualLossConfig = section(PerceptualLossConfig)
+    topology: TopologyLossConfig = section(TopologyLossConfig)
+    itc: ITCLossConfig = section(ITCLossConfig)
+    adversarial: AdversarialLossConfig = section(AdversarialLossConfig)
+    distillation: DistillationLossConfig = section(DistillationLossConfig)
+    recognition: RecognitionLossConfig = section(RecognitionLossConfig)
 
 
-@dataclass
-class DatasetParamsConfig:
-    train_shards_path_or_url: Any = "${oc.env:DATA_DIR}/train-{000000..000007}.tar"
-    eval_shards_path_or_url: Any = "${oc.env:DATA_DIR}/val-{000000..000001}.tar"
-    num_workers_per_gpu: int = 8
-    shuffle_buffer: int = 1000
-    resampled: bool = False
-    cache_in_memory: bool = False
-    eval_batch_size: int = 32
-    max_eval_images: int | None = None
-
-
-@dataclass
-class PreprocessingConfig:
-    resize_shorter_edge: int = 224
-    crop_size: int = 224
-    random_crop: bool = True
-    random_flip: bool = True
-
-
-@dataclass
-class DatasetConfig:
-    params: DatasetParamsConfig = field(default_factory=DatasetParamsConfig)
-    preprocessing: PreprocessingConfig = field(default_factory=PreprocessingConfig)
-    max_bad_fraction: float = 0.01
-
-
-@dataclass
-class OptimizerParamsConfig:
-    learning_rate: float = 4e-4
-    discriminator_learning_rate: float = 1e-4
-    beta1: float = 0.9
-    beta2: float = 0.999
-    weight_decay: float = 1e-4
-
-
-@dataclass
-class OptimizerConfig:
-    name: str = "adamw"
-    params: OptimizerParamsConfig = field(default_factory=OptimizerParamsConfig)
-    lr_multipliers: dict[str, float] = _dict()
-
-
-@dataclass
-class SchedulerParamsConfig:
-    warmup_steps: int = 2000
-    end_lr: float = 1e-5
-    hold_fraction: float = 0.0
-
-
-@dataclass
-class SchedulerConfig:
-    scheduler: str = "cosine"
-    params: SchedulerParamsConfig = field(default_factory=SchedulerParamsConfig)
-
-
-@dataclass
-class TrainingConfig:
-    stage: str = "topology_warmup"
-    trainable: list[str] | None = None
-    seed: int = 42
-    max_train_steps: int = 50000
-    per_gpu_batch_size: int = 48
-    global_batch_size: int | None = None
-    total_images: int | None = None
-    gradient_accumulation_steps: int = 1
-    max_grad_norm: float = 1.0
-    mixed_precision: str = "bf16"
-    use_ema: bool = True
-    ema_decay: float = 0.999
-    max_skipped_steps: int = 0
-    find_unused_parameters: bool | None = None
-
-
-@dataclass
-class ExperimentConfig:
-    name: str = "muse"
-    output_dir: str = "outputs/muse"
-    init_from: str | None = None
-    resume: bool = True
-    log_every: int = 50
-    save_every: int = 5000
-    keep_last: int = 2
-    keep_every: int | None = None
-    eval_every: int = 5000
-    generate_every: int = 5000
-    num_pictures: int = 8
-    log_grad_every: int = 0
-    tracker: str = "none"
-
-
+# --------------------------------------------------------------------------------------- the whole
 @dataclass
 class Config:
-    model: ModelConfig = field(default_factory=ModelConfig)
-    teacher: TeacherConfig = field(default_factory=TeacherConfig)
-    losses: LossesConfig = field(default_factory=LossesConfig)
-    dataset: DatasetConfig = field(default_factory=DatasetConfig)
-    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    lr_scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    experiment: ExperimentConfig = field(default_factory=ExperimentConfig)
+    model: ModelConfig = section(ModelConfig)
+    teacher: TeacherConfig = section(
+        TeacherConfig, "each is built only where its loss has a weight"
+    )
+    losses: LossesConfig = section(LossesConfig)
+    dataset: DatasetConfig = section(DatasetConfig)
+    optimizer: OptimizerConfig = section(OptimizerConfig)
+    lr_scheduler: SchedulerConfig = section(SchedulerConfig)
+    training: TrainingConfig = section(TrainingConfig)
+    experiment: ExperimentConfig = section(ExperimentConfig)

@@ -1,4 +1,4 @@
-"""The errors that a user's own mistake raises. Commands print their one line and exit with code 2."""
+"""Errors that a user's own mistake raises. Commands print their one line and exit with code 2."""
 
 
 class MuseError(Exception):

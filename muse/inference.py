@@ -1,7 +1,6 @@
 """Reconstruct picture files with a trained model."""
 
 import glob
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -10,10 +9,9 @@ import torch
 from torch import Tensor
 
 from muse.data.decode import BadSample, decode_image
+from muse.data.transforms import to_float, to_pixels
 from muse.errors import DataError
 from muse.utils.viz_utils import fit_side, save_image, tile
-
-log = logging.getLogger(__name__)
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 
@@ -30,7 +28,9 @@ class Reconstructed(NamedTuple):
 
 
 def find_images(pattern: str) -> list[Path]:
-    """A file, the pictures of a directory (not deeper), or what a glob matches; `DataError` when there is none."""
+    """A file, the pictures of a directory (not deeper), or what a glob matches; `DataError` if
+    none.
+    """
     path = Path(pattern).expanduser()
     if path.is_file():
         return [path]
@@ -47,12 +47,10 @@ def find_images(pattern: str) -> list[Path]:
     return found
 
 
-def read_image(file: Path) -> Tensor:
-    """RGB (3, H, W) in [0, 1]; transparent parts on white, EXIF rotation applied. `DataError` when it is no picture."""
-    from torchvision.transforms.functional import to_tensor
-
+def read_image(file: str | Path) -> Tensor:
+    """RGB (3, H, W) in [0, 1], upright, transparency on white; `DataError` if it is no picture."""
     try:
-        return to_tensor(decode_image(file.read_bytes()))
+        return to_float(to_pixels(decode_image(Path(file).read_bytes())))
     except BadSample as error:
         raise DataError(f"{file}: not a readable picture ({error})") from None
     except OSError as error:
@@ -64,7 +62,17 @@ def reconstruct_files(
 ) -> tuple[list[Reconstructed], list[tuple[Path, str]]]:
     """Write `NAME.png` (the reconstruction) and `NAME_compare.png` (input beside it) for each file.
 
-    Returns the results and the files that could not be read, with the reason. `DataError` where a result would overwrite an input.
+    Args:
+        model: a `MUSE_ViT`.
+        files: pictures of any size.
+        folder: where the results go.
+        max_side: larger pictures are shrunk to this side, pixels.
+
+    Returns:
+        The results, and the files that could not be read with the reason.
+
+    Raises:
+        DataError: a result would overwrite an input.
     """
     results: list[Reconstructed] = []
     failed: list[tuple[Path, str]] = []
@@ -87,21 +95,19 @@ def reconstruct_files(
 
 
 def name_results(files: Sequence[Path], folder: Path) -> list[tuple[Path, Path, Path]]:
-    """(input, reconstruction, comparison) for each file, no two results under one name and none over an input."""
+    """(input, reconstruction, comparison) for each file: no name twice, none over an input."""
     named, taken, inputs = [], set(), {file.resolve() for file in files}
     for file in files:
-        for stem in (
-            file.stem,
-            file.name.replace(".", "_"),
-            *(f"{file.stem}_{number}" for number in range(2, len(files) + 2)),
-        ):
+        numbered = (f"{file.stem}_{number}" for number in range(2, len(files) + 2))
+        for stem in (file.stem, file.name.replace(".", "_"), *numbered):
             targets = folder / f"{stem}.png", folder / f"{stem}_compare.png"
             if taken.isdisjoint(targets):
                 break
         clash = inputs & {target.resolve() for target in targets}
         if clash:
             raise DataError(
-                f"{clash.pop()}: would be overwritten by a reconstruction; choose another output directory"
+                f"{clash.pop()}: would be overwritten by a reconstruction; "
+                "choose another output directory"
             )
         taken.update(targets)
         named.append((file, *targets))

@@ -1,28 +1,33 @@
-"""The table of stages: what each one trains (MUSE, Sec. Training; FIDELITY rows 8-10). A stage is data, not code.
+"""The table of stages: what each one trains (MUSE, Sec. Training; docs/fidelity.md rows 8-10).
 
-Weights of the losses, learning rates and step counts of a stage are in `configs/`. `trainable` holds regular expressions that are
-searched in the student's parameter names; `training.trainable` in a configuration replaces them.
+A stage is data, not code. Weights of the losses, learning rates and step counts of a stage are in
+`configs/`.
 """
 
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
-
-from torch import nn
+from typing import TYPE_CHECKING
 
 from muse.errors import ConfigError
+
+if TYPE_CHECKING:  # torch takes seconds to import, and a configuration loads without it
+    from torch import nn
 
 
 @dataclass(frozen=True)
 class Stage:
-    """One row: `trainable` patterns, and what the row is for."""
+    """One row: regular expressions, searched in the student's parameter names.
+
+    `training.trainable` in a configuration replaces them.
+    """
 
     trainable: tuple[str, ...]
-    purpose: str
 
 
-# What reconstruction and structure move while the encoder is frozen. W_ITC and the projector get no gradient without the
-# semantic loss, and a tensor without gradient has no place in an optimizer (or in DDP's buckets).
+# What reconstruction and structure train while the encoder is frozen. W_ITC and the projector get
+# no gradient without the semantic loss, and a tensor without gradient has no place in an optimizer
+# (or in DDP's buckets).
 _BODY = (
     r"^adapter_mlp\.",
     r"^muse_blocks\.\d+\.(norm1|q_topo|k_topo|q_norm|k_norm|v_sem|proj|norm2|mlp)\.",
@@ -33,23 +38,22 @@ _BODY = (
 _SEMANTIC = (r"^muse_blocks\.\d+\.v_itc\.", r"^semantic_projector\.", r"^logit_scale$")
 
 STAGES: dict[str, Stage] = {
-    "encoder_distillation": Stage(
-        (r"^encoder\.",), "stands in for a pretrained encoder where none can be had (demo)"
-    ),
-    "topology_warmup": Stage(
-        _BODY, "structure: attention learns the teacher's topology, encoder frozen"
-    ),
-    "semantic_injection": Stage(
-        (*_BODY, *_SEMANTIC), "semantics: values learn the language of CLIP, encoder frozen"
-    ),
-    "synergistic_tuning": Stage(
-        (*_BODY, *_SEMANTIC, r"^encoder\."), "everything together, encoder included"
-    ),
+    # Stands in for a pretrained encoder where none can be had (the demo).
+    "encoder_distillation": Stage((r"^encoder\.",)),
+    # Structure: attention learns the teacher's topology.
+    "topology_warmup": Stage(_BODY),
+    # Semantics: values learn the language of CLIP.
+    "semantic_injection": Stage((*_BODY, *_SEMANTIC)),
+    # Everything together, encoder included.
+    "synergistic_tuning": Stage((*_BODY, *_SEMANTIC, r"^encoder\.")),
 }
 
 
-def select_trainable(model: nn.Module, patterns: Sequence[str]) -> list[str]:
-    """Set `requires_grad` by name: True where a pattern is found, False elsewhere. Returns the names that learn."""
+def select_trainable(model: "nn.Module", patterns: Sequence[str]) -> list[str]:
+    """Set `requires_grad` by name: True where a pattern is found, False elsewhere.
+
+    Returns the names that learn.
+    """
     compiled = [compile_pattern(pattern, "training.trainable") for pattern in patterns]
     names = []
     for name, parameter in model.named_parameters():
@@ -62,6 +66,7 @@ def select_trainable(model: nn.Module, patterns: Sequence[str]) -> list[str]:
 
 
 def compile_pattern(text: str, key: str) -> re.Pattern:
+    """The pattern; `ConfigError` names the key where it is not a regular expression."""
     try:
         return re.compile(text)
     except re.error as error:

@@ -1,72 +1,55 @@
-"""Reconstruction quality of a checkpoint: rFID, IS, PSNR, SSIM, LPIPS (or any other metric) into
-OUTPUT_DIR/metrics.json.
+"""Reconstruction quality of a checkpoint: rFID, IS, PSNR, SSIM, LPIPS, or any other metric.
+
+The values go to OUTPUT_DIR/metrics.json, the first pictures to OUTPUT_DIR/reconstructions.png.
 """
 
 import sys
 from pathlib import Path
 
 from muse import cli
+from muse.evaluation import command
+from muse.evaluation.evaluator import measure_reconstruction
+from muse.utils.viz_utils import save_image
 
-METRICS = "rfid,is,psnr,ssim,lpips"
+DEFAULT_METRICS = "rfid,is,psnr,ssim,lpips"
+OPTIONS = ("feature_network", "feature_weights", "inception_weights", "lpips_net", "lpips_weights")
 
 
 @cli.entry
 def main(argv=None) -> int:
-    from muse.evaluation import command
-
     parser = cli.parser(__doc__, checkpoint=True)
-    command.add_flags(parser, "outputs/evaluate")
-    parser.add_argument(
-        "--metrics",
-        default=METRICS,
+    command.add_data_flags(parser, "outputs/evaluate")
+    command.add_flag(
+        parser,
+        "metrics",
+        default=DEFAULT_METRICS,
         help="comma-separated: rfid, is, psnr, ssim, lpips, fd_<network>, perceptual_<network>",
     )
-    parser.add_argument(
-        "--feature_network",
-        "--feature-network",
-        default=None,
-        help="adds a Fréchet distance in another network: efficientnet_lite0 (in a package), or a timm name",
+    command.add_flag(
+        parser,
+        "feature_network",
+        help="adds a Fréchet distance in another network: efficientnet_lite0 (in a package), or a "
+        "timm name",
     )
-    parser.add_argument(
-        "--feature_weights",
-        "--feature-weights",
-        default=None,
-        help="file with that network's weights",
+    command.add_flag(parser, "feature_weights", help="file with that network's weights")
+    command.add_flag(
+        parser, "inception_weights", help="torch-fidelity's Inception file, for rfid and is"
     )
-    parser.add_argument(
-        "--inception_weights",
-        "--inception-weights",
-        default=None,
-        help="torch-fidelity's Inception file, for rfid and is",
-    )
-    parser.add_argument(
-        "--lpips_net", "--lpips-net", default="alex", choices=("alex", "vgg", "squeeze")
-    )
-    parser.add_argument(
-        "--lpips_weights",
-        "--lpips-weights",
-        default=None,
-        help="torchvision's file of the LPIPS backbone",
-    )
-    parser.add_argument(
-        "--num_pictures",
-        "--num-pictures",
-        type=int,
-        default=8,
-        help="pictures in reconstructions.png",
+    command.add_flag(parser, "lpips_net", default="alex", choices=("alex", "vgg", "squeeze"))
+    command.add_flag(parser, "lpips_weights", help="torchvision's file of the LPIPS backbone")
+    command.add_flag(
+        parser, "num_pictures", type=int, default=8, help="pictures in reconstructions.png"
     )
     args = cli.parse(parser, argv)
-    cfg = cli.load_cfg(args)
-    from muse.evaluation.reconstruction import measure_reconstruction
-
-    values, facts, sheet = measure_reconstruction(args, cfg)
-    if command.finish():
-        from muse.utils.viz_utils import save_image
-
-        path = command.write_metrics(args, cfg, values, **facts)
-        if sheet is not None:
-            save_image(sheet, Path(args.output_dir) / "reconstructions.png")
-        for name, value in values.items():
+    setup = command.set_up(args, cli.load_cfg(args))
+    names = [name.strip() for name in args.metrics.split(",") if name.strip()]
+    options = {name: getattr(args, name) for name in OPTIONS}
+    measured = measure_reconstruction(setup, names, args.num_pictures, **options)
+    if measured is not None:
+        path = command.write_metrics(setup, measured)
+        if measured.picture is not None:
+            save_image(measured.picture, Path(setup.output_dir) / "reconstructions.png")
+        for name, value in measured.values.items():
             print(f"{name:>24} {value:.4f}")
         print(path)
     return 0

@@ -1,4 +1,7 @@
-"""Train stage 0, encoder_distillation: `python scripts/train_stage0.py --config configs/muse_tiny/stage0.yaml [key=value ...]`."""
+"""Train stage 0, encoder_distillation.
+
+`python scripts/train_stage0.py --config configs/muse_tiny/stage0.yaml [key=value ...]`.
+"""
 
 import sys
 

@@ -1,4 +1,7 @@
-"""Train stage 1, topology_warmup: `python scripts/train_stage1.py --config configs/muse_tiny/stage1.yaml [key=value ...]`."""
+"""Train stage 1, topology_warmup.
+
+`python scripts/train_stage1.py --config configs/muse_tiny/stage1.yaml [key=value ...]`.
+"""
 
 import sys
 

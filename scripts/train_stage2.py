@@ -1,4 +1,7 @@
-"""Train stage 2, semantic_injection: `python scripts/train_stage2.py --config configs/muse_tiny/stage2.yaml [key=value ...]`."""
+"""Train stage 2, semantic_injection.
+
+`python scripts/train_stage2.py --config configs/muse_tiny/stage2.yaml [key=value ...]`.
+"""
 
 import sys
 

@@ -1,4 +1,7 @@
-"""Train stage 3, synergistic_tuning: `python scripts/train_stage3.py --config configs/muse_tiny/stage3.yaml [key=value ...]`."""
+"""Train stage 3, synergistic_tuning.
+
+`python scripts/train_stage3.py --config configs/muse_tiny/stage3.yaml [key=value ...]`.
+"""
 
 import sys
 

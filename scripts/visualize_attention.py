@@ -34,7 +34,7 @@ def main(argv=None) -> int:
 
     pictures = pictures_for(cfg, args.mode, args.image, args.num_images)
     folder = writable_directory(args.output)
-    model = cli.load_model(args, cfg)
+    model = cli.open_model(args, cfg)
     for path in draw_attention(model, pictures, Path(folder), args.mode, args.query):
         print(path)
     return 0

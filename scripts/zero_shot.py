@@ -1,44 +1,45 @@
-"""Zero-shot classification (top-1, top-5) and, if asked for, caption retrieval, into OUTPUT_DIR/metrics.json."""
+"""Zero-shot classification (top-1, top-5) and, if asked for, caption retrieval.
+
+The values go to OUTPUT_DIR/metrics.json.
+"""
 
 import sys
 
 from muse import cli
+from muse.evaluation import command
+from muse.evaluation.zero_shot import run_zero_shot
 
 
 @cli.entry
 def main(argv=None) -> int:
-    from muse.evaluation import command
-
     parser = cli.parser(__doc__, checkpoint=True)
-    command.add_flags(parser, "outputs/zero_shot")
-    parser.add_argument(
-        "--classnames",
-        default=None,
-        help="file, one name a line in the order of the labels; default: classes.txt beside the shards, the class "
-        "folders' names, else open_clip's ImageNet names",
+    command.add_data_flags(parser, "outputs/zero_shot")
+    command.add_flag(
+        parser,
+        "classnames",
+        help="file, one name a line in the order of the labels; default: classes.txt beside the "
+        "shards, the class folders' names, else open_clip's ImageNet names",
     )
-    parser.add_argument(
-        "--templates",
-        default=None,
+    command.add_flag(
+        parser,
+        "templates",
         help="file, one template a line with {} for the name; default: open_clip's 80",
     )
-    parser.add_argument(
-        "--retrieval",
+    command.add_flag(
+        parser,
+        "retrieval",
         type=int,
         default=0,
         metavar="K",
         help="also caption retrieval among K (the data needs captions)",
     )
     args = cli.parse(parser, argv)
-    cfg = cli.load_cfg(args)
-    from muse.evaluation.zero_shot_run import run_zero_shot
-
-    measured = run_zero_shot(args, cfg)
+    setup = command.set_up(args, cli.load_cfg(args))
+    measured = run_zero_shot(setup, args.classnames, args.templates, args.retrieval)
     if measured is not None:
-        values, facts = measured
-        for name, value in values.items():
+        for name, value in measured.values.items():
             print(f"{name:>20} {value:.4f}" if isinstance(value, float) else f"{name:>20} {value}")
-        print(command.write_metrics(args, cfg, values, **facts))
+        print(command.write_metrics(setup, measured))
     return 0
 
 

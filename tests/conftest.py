@@ -34,7 +34,7 @@ def shapes_data(tmp_path_factory):
 def trained_run(shapes_data, tmp_path_factory):
     """(configuration file, output directory) of two steps of stage 2 with tiny parts; a checkpoint after each step."""
     from muse.config import load_config
-    from muse.training.trainer import train
+    from muse.training.tokenizer_task import train
 
     folder = tmp_path_factory.mktemp("trained")
     config = helpers.run_config(

@@ -1,20 +1,26 @@
-"""Every command of the core as a user calls it; a user's mistake is one line, exit code 2, nothing half-written."""
+"""The core's commands as a user calls them; a mistake is one line, exit code 2, nothing written."""
 
+import errno
+import hashlib
+import importlib
 import json
+import logging
 import os
 import shutil
 import subprocess
 import sys
+import tempfile
 
 import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from muse import cli
-from muse.utils.io import write_json
+from muse import cli, load_config
+from muse.errors import MuseError
+from muse.utils.io import atomic_file, write_json
 from scripts import inference, train_stage1, train_stage2, train_stage3, visualize_attention
-from tests.data.helpers import picture
+from tests.data.helpers import picture, write_tar
 from tests.helpers import ROOT, one_error, run_config
 
 TRAIN = {
@@ -36,7 +42,7 @@ def photo(tmp_path):
     return str(tmp_path / "photo.jpg")
 
 
-# ---------------------------------------------------------------------------------------------------- inference
+# ---------------------------------------------------------------------------------------- inference
 @pytest.mark.parametrize(
     ("name", "size"),
     [("a.png", (32, 32)), ("b.jpg", (53, 37)), ("c.webp", (1, 1)), ("d.bmp", (90, 7))],
@@ -129,7 +135,7 @@ def test_bare_config_and_overrides_anywhere(flags, trained_run, photo, tmp_path)
     assert (args.config, args.checkpoint, args.overrides) == ("c.yaml", "k", ["a.b=1", "d=[2,3]"])
 
 
-# ---------------------------------------------------------------------------------------------------- a user's mistakes
+# -------------------------------------------------------------------------------- a user's mistakes
 def broken_directory(trained_run, tmp_path, change):
     folder = tmp_path / "broken"
     shutil.copytree(trained_run[1] / "final", folder)
@@ -269,7 +275,6 @@ def test_one_unreadable_picture_among_others(flags, tmp_path, capsys):
 
 def test_a_directory_without_permission(flags, photo, tmp_path, monkeypatch, capsys):
     """Tests may run as root, whom no permission stops: the system call itself says no."""
-    import tempfile
 
     def refuse(*args, **kwargs):
         raise PermissionError(13, "Permission denied", str(tmp_path / "out"))
@@ -282,7 +287,7 @@ def test_a_directory_without_permission(flags, photo, tmp_path, monkeypatch, cap
     assert "cannot be written (Permission denied)" in line
 
 
-# ---------------------------------------------------------------------------------------------------- training
+# ----------------------------------------------------------------------------------------- training
 @pytest.mark.parametrize("stage", TRAIN)
 def test_stage_scripts_train_and_inference_reads_what_they_leave(
     stage, shapes_data, photo, tmp_path
@@ -377,8 +382,6 @@ def test_the_shipped_configurations_name_the_variable_they_need(monkeypatch, cap
 
 
 def test_all_samples_unreadable_stops_the_run(tmp_path, shapes_data, capsys):
-    from tests.data.helpers import write_tar
-
     write_tar(tmp_path / "bad.tar", {f"{n}": {"jpg": b"text", "txt": b"x"} for n in range(4)})
     config = run_config(tmp_path / "c.yaml", shapes_data, tmp_path / "run")
     words = [
@@ -393,7 +396,7 @@ def test_all_samples_unreadable_stops_the_run(tmp_path, shapes_data, capsys):
     assert not (tmp_path / "run/final").exists()
 
 
-# ---------------------------------------------------------------------------------------------------- attention pictures
+# ------------------------------------------------------------------------------- attention pictures
 def test_attention_of_one_picture_and_of_many(flags, photo, tmp_path, capsys):
     assert (
         visualize_attention.main([*flags, "--image", photo, "--output", str(tmp_path / "one")]) == 0
@@ -433,7 +436,7 @@ def test_attention_mistakes(words, message, flags, photo, tmp_path, capsys):
     assert message in line and not list(tmp_path.rglob("*.png"))
 
 
-# ---------------------------------------------------------------------------------------------------- shared pieces
+# ------------------------------------------------------------------------------------ shared pieces
 def test_json_is_written_whole_or_not_at_all(tmp_path):
     write_json(tmp_path / "deep/metrics.json", {"a": 1})
     with pytest.raises(TypeError):
@@ -441,6 +444,29 @@ def test_json_is_written_whole_or_not_at_all(tmp_path):
     assert json.loads((tmp_path / "deep/metrics.json").read_text()) == {"a": 1} and os.listdir(
         tmp_path / "deep"
     ) == ["metrics.json"]
+
+
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), MuseError),
+        (RuntimeError("a bug"), RuntimeError),
+        (KeyboardInterrupt(), KeyboardInterrupt),
+    ],
+)
+def test_a_file_is_the_old_one_or_the_new_one(error, raised, tmp_path):
+    target = tmp_path / "deep" / "a.png"
+    with atomic_file(target, durable=True) as partial:
+        partial.write_text("old")
+        assert partial.suffix == ".png" and not target.exists()
+    assert target.stat().st_mode & 0o777 == 0o644
+    with pytest.raises(raised) as caught:
+        with atomic_file(target) as partial:
+            partial.write_text("half")
+            raise error
+    if raised is MuseError:
+        assert str(caught.value) == f"{target}: cannot be written (No space left on device)"
+    assert target.read_text() == "old" and os.listdir(target.parent) == ["a.png"]
 
 
 def test_bugs_keep_their_traceback():
@@ -453,8 +479,6 @@ def test_bugs_keep_their_traceback():
 
 
 def test_the_log_follows_a_redirected_stderr(capsys):
-    import logging
-
     for _ in range(2):
         cli.setup_logging()
         logging.getLogger("muse.test").warning("one line")
@@ -463,10 +487,6 @@ def test_the_log_follows_a_redirected_stderr(capsys):
 
 
 def test_protocol_names_what_was_used(trained_run):
-    import hashlib
-
-    from muse import load_config
-
     config, run = trained_run
     words = ["--config", str(config), "--checkpoint", str(run / "final"), "--device", "cpu"]
     args = cli.parse(cli.parser("x", checkpoint=True), words)
@@ -486,8 +506,6 @@ def test_protocol_names_what_was_used(trained_run):
     sorted(path.stem for path in (ROOT / "scripts").glob("*.py") if path.stem != "__init__"),
 )
 def test_every_script_has_help(script, capsys):
-    import importlib
-
     with pytest.raises(SystemExit) as caught:
         importlib.import_module(f"scripts.{script}").main(["--help"])
     assert caught.value.code == 0 and "usage:" in capsys.readouterr().out

@@ -1,6 +1,11 @@
-"""Configuration: every key known, typed and frozen; the documented default file is the default; environment variables wait."""
+"""Configuration: every key known, typed, checked, frozen; default.yaml comes from the schema."""
 
 import dataclasses
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -9,22 +14,30 @@ from omegaconf.errors import InterpolationResolutionError, ReadonlyConfigError
 
 from muse import ConfigError, load_config
 from muse.config import (
-    CHOICES,
     ROUTING_CELLS,
+    STREAM_KEYS,
     model_config,
     nearest,
     plain,
+    read_section,
     resolved,
+    shipped_config,
     unset_variable,
 )
-from muse.config_schema import Config, ModelConfig
+from muse.config_fields import key, restore_words, walk
+from muse.config_model import ModelConfig
+from muse.config_schema import Config, TextTeacherConfig, TopologyTeacherConfig
 from muse.errors import MuseError
+from muse.teachers.build import TOPOLOGY_TEACHERS
 from tests.helpers import MODEL, ROOT
 
 DEFAULT = ROOT / "configs/default.yaml"
 FILES = sorted(
     file for file in (ROOT / "configs").rglob("*.yaml") if file.parent.name != "accelerate"
 )  # those are accelerate's own
+
+
+CHOICES = {name: f.metadata["choices"] for name, f in walk(Config) if f.metadata.get("choices")}
 
 
 def write(folder: Path, name: str, text: str) -> Path:
@@ -37,13 +50,39 @@ def empty(tmp_path):
     return write(tmp_path, "empty.yaml", "{}")
 
 
-# ---------------------------------------------------------------------------------------------------- defaults and files
+# ------------------------------------------------------------------------------- defaults and files
+def default_script():
+    path = ROOT / "tools/make_default_config.py"
+    spec = importlib.util.spec_from_file_location("make_default_config", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    return script
+
+
+def test_default_yaml_is_what_the_schema_says(tmp_path, capsys):
+    """Keys, defaults, order, comments: tools/make_default_config.py would change nothing."""
+    assert default_script().main(["--output", str(tmp_path / "default.yaml")]) == 0
+    assert capsys.readouterr().out.strip() == str(tmp_path / "default.yaml")
+    assert (tmp_path / "default.yaml").read_text() == DEFAULT.read_text()
+
+
+def test_default_yaml_states_choices_and_sentences():
+    """Two keys by hand, one of them too long for its line."""
+    lines = [line.strip() for line in DEFAULT.read_text().splitlines()]
+    assert "mixed_precision: bf16        # no | bf16 | fp16" in lines
+    start = lines.index(
+        "kind: none                 # none | backbone; for losses.distillation (a stand-in for a"
+    )
+    assert lines[start + 1] == "# pretrained encoder)"
+    assert max(len(line) for line in DEFAULT.read_text().splitlines()) <= 100
+
+
 def test_default_yaml_is_the_defaults_and_states_every_key():
     def keys(node, prefix=""):
-        for key, value in node.items():
-            yield prefix + key
+        for name, value in node.items():
+            yield prefix + name
             if isinstance(value, dict):
-                yield from keys(value, f"{prefix}{key}.")
+                yield from keys(value, f"{prefix}{name}.")
 
     written = OmegaConf.to_container(OmegaConf.load(DEFAULT), resolve=False)
     typed = OmegaConf.to_container(OmegaConf.structured(Config), resolve=False)
@@ -71,7 +110,7 @@ def test_every_file_loads_without_environment(file, monkeypatch):
 
 @pytest.mark.parametrize("size", ["muse_1b", "muse_3b", "muse_tiny"])
 def test_stages_say_what_fidelity_says(size):
-    """The recipe that FIDELITY quotes, stage by stage; the small model keeps its order and its switches."""
+    """The recipe that FIDELITY quotes, stage by stage; the small model keeps order and switches."""
     one, two, three = (
         load_config(ROOT / f"configs/{size}/stage{stage}.yaml") for stage in (1, 2, 3)
     )
@@ -111,7 +150,7 @@ def test_stages_say_what_fidelity_says(size):
     )
 
 
-# ---------------------------------------------------------------------------------------------------- mistakes
+# ----------------------------------------------------------------------------------------- mistakes
 @pytest.mark.parametrize(
     ("override", "words"),
     [
@@ -172,10 +211,100 @@ def test_one_wrong_key_is_one_line_that_names_it(override, words, empty):
     assert isinstance(caught.value, MuseError) and isinstance(caught.value, ValueError)
 
 
-@pytest.mark.parametrize("key", [key for key in CHOICES if key != "model.routing"])
-def test_every_choice_is_checked(key, empty):
-    with pytest.raises(ConfigError, match=f"{key} must be one of .*got 'nonsense'"):
-        load_config(empty, [f"{key}=nonsense"])
+@pytest.mark.parametrize("name", [name for name, choices in CHOICES.items() if "order" not in name])
+def test_every_choice_is_checked(name, empty):
+    with pytest.raises(ConfigError, match=f"{name} must be one of .*got 'nonsense'"):
+        load_config(empty, [f"{name}=nonsense"])
+
+
+def test_keys_with_choices():
+    """The table that the choices were, before they stood at their fields."""
+    assert {
+        "model.routing",
+        "teacher.topology.kind",
+        "teacher.topology.order",
+        "teacher.text.kind",
+        "teacher.feature.kind",
+        "losses.reconstruction.type",
+        "losses.topology.blocks",
+        "losses.topology.heads",
+        "losses.itc.blocks",
+        "losses.itc.objective",
+        "optimizer.name",
+        "lr_scheduler.scheduler",
+        "training.stage",
+        "training.mixed_precision",
+        "experiment.tracker",
+    } == CHOICES.keys()
+
+
+@pytest.mark.parametrize(
+    ("bound", "names"),
+    [
+        (
+            ("least", 1),
+            "model.dim model.num_heads model.num_blocks model.unshuffle model.latent_dim "
+            "model.semantic_dim training.max_train_steps training.per_gpu_batch_size "
+            "training.gradient_accumulation_steps dataset.preprocessing.resize_shorter_edge "
+            "dataset.preprocessing.crop_size dataset.params.eval_batch_size experiment.log_every",
+        ),
+        (
+            ("least", 0),
+            "losses.reconstruction.weight losses.perceptual.weight losses.topology.weight "
+            "losses.itc.weight losses.adversarial.weight losses.distillation.weight "
+            "losses.recognition.weight "
+            "dataset.params.num_workers_per_gpu optimizer.params.learning_rate "
+            "lr_scheduler.params.warmup_steps dataset.max_bad_fraction training.max_skipped_steps "
+            "training.max_grad_norm experiment.keep_last experiment.save_every "
+            "experiment.eval_every experiment.generate_every teacher.text.cache",
+        ),
+        (("above", 0), "teacher.topology.temperature"),
+    ],
+    ids=["positive", "zero or more", "above zero"],
+)
+def test_every_range_is_checked(bound, names, empty):
+    kind, limit = bound
+    found = {name for name, f in walk(Config) if f.metadata.get(kind) == limit}
+    assert found == set(names.split())
+    wrong = limit if kind == "above" else limit - 1
+    words = {("least", 1): "positive", ("least", 0): "zero or more", ("above", 0): "above 0"}[bound]
+    for name in found:
+        with pytest.raises(ConfigError, match=f"{name} must be {words}, got {wrong}"):
+            load_config(empty, [f"{name}={wrong}"])
+
+
+@pytest.mark.parametrize("word", ["no", "No", "off", "false"])
+def test_words_that_yaml_reads_as_booleans_stay_words(word, empty, tmp_path):
+    """`no` is a choice of this key and the only one that YAML's false can mean."""
+    assert load_config(empty, [f"training.mixed_precision={word}"]).training.mixed_precision == "no"
+    file = write(tmp_path, "precision.yaml", f"training: {{mixed_precision: {word}}}")
+    assert load_config(file).training.mixed_precision == "no"
+
+
+def test_a_boolean_that_means_no_choice_is_refused(empty):
+    for override in ("training.mixed_precision=yes", "experiment.tracker=off"):
+        with pytest.raises(ConfigError, match=f"{override.partition('=')[0]} must be one of"):
+            load_config(empty, [override])
+    assert load_config(empty, ["training.use_ema=no"]).training.use_ema is False
+
+
+def test_each_boolean_word_is_restored_where_it_is_a_choice():
+    @dataclasses.dataclass
+    class Switches:
+        light: str = key("dim", choices=("on", "off", "dim"))
+        answer: str = key("yes", choices=("yes", "no"))
+        formal: str = key("true", choices=("true", "false"))
+        both: str = key("no", choices=("no", "off"))
+        free: str = key("")
+
+    for value, words in ((True, ["on", "yes", "true"]), (False, ["off", "no", "false"])):
+        given = OmegaConf.create(
+            dict.fromkeys(("light", "answer", "formal", "both", "free"), value)
+        )
+        config = OmegaConf.merge(OmegaConf.structured(Switches), given)
+        restore_words(config, Switches)
+        assert [config.light, config.answer, config.formal] == words
+        assert config.both == config.free == str(value)  # two could be meant, or none
 
 
 @pytest.mark.parametrize(
@@ -225,7 +354,7 @@ def test_files_that_are_no_configuration(tmp_path):
         load_config(write(tmp_path, "typo.yaml", "model: {dims: 512}"))
 
 
-# ---------------------------------------------------------------------------------------------------- base files
+# --------------------------------------------------------------------------------------- base files
 def test_base_files_are_read_first_and_from_beside_the_file(tmp_path):
     (tmp_path / "deep").mkdir()
     write(tmp_path, "root.yaml", "model: {dim: 64, num_heads: 4}\ntraining: {seed: 1}")
@@ -265,7 +394,7 @@ def test_the_same_base_twice_is_no_circle(tmp_path):
     )
 
 
-# ---------------------------------------------------------------------------------------------------- overrides, types, freezing
+# ----------------------------------------------------------------------- overrides, types, freezing
 def test_overrides_reach_nested_keys_and_free_sections(empty):
     cfg = load_config(
         empty,
@@ -356,12 +485,116 @@ def test_contract_keys_of_the_model_section():
     assert {name: plain(cfg[name]) for name in contract} == contract
 
 
-# ---------------------------------------------------------------------------------------------------- environment
+def test_stream_keys_are_cells_of_every_routing_and_keys_of_the_model():
+    fields = [field.name for field in dataclasses.fields(ModelConfig)]
+    assert [name for name in fields if name in ROUTING_CELLS["paper"]] == list(STREAM_KEYS)
+    for cells in ROUTING_CELLS.values():
+        assert cells.keys() == {*STREAM_KEYS, "topology", "itc"}
+
+
+# ---------------------------------------------------------------------------------- single sections
+def test_a_section_alone_is_a_plain_dict_over_its_defaults(monkeypatch, empty):
+    monkeypatch.setenv("TEACHERS", "/weights")
+    given = OmegaConf.create({"source": "${oc.env:TEACHERS}/clip", "config": {"dim": 4}})
+    read = read_section(given, TextTeacherConfig, "teacher.text")
+    assert read == {
+        "kind": "open_clip",
+        "source": "/weights/clip",
+        "config": {"dim": 4},
+        "cache": 32768,
+    }
+    assert type(read["config"]) is dict
+    read["config"]["dim"] = 5
+    assert read_section(None, TextTeacherConfig, "teacher.text")["config"] == {}
+    cfg = load_config(empty, ["teacher.text.cache=7"])
+    assert read_section(cfg.teacher.text, TextTeacherConfig, "teacher.text")["cache"] == 7
+    null = {"temperature": None, "layers": None}
+    assert read_section(null, TopologyTeacherConfig, "t") == dataclasses.asdict(
+        TopologyTeacherConfig()
+    )
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"sorce": "x"}, r"unknown key t\.sorce; did you mean source\?"),
+        ({"temperature": "warm"}, r"wrong type for t\.temperature"),
+        ({"spread": 3.5}, r"wrong type for t\.spread"),
+        ({"order": 3}, r"t\.order must be one of 1, 2, got 3"),
+        ({"temperature": 0}, r"t\.temperature must be above 0, got 0"),
+        ({"kind": "colour"}, r"t\.kind must be one of dinov3, affinity, random, none"),
+    ],
+)
+def test_a_section_alone_is_checked_like_a_configuration(given, words):
+    with pytest.raises(ConfigError, match=words):
+        read_section(given, TopologyTeacherConfig, "t")
+    choices = {"kind": ("colour",)}
+    assert read_section({"kind": "colour"}, TopologyTeacherConfig, "t", choices)["kind"] == "colour"
+
+
+def test_kinds_of_teachers_are_those_that_can_be_built():
+    assert set(CHOICES["teacher.topology.kind"]) == {"none", *TOPOLOGY_TEACHERS}
+
+
+# --------------------------------------------------------------- configurations that come with muse
+def test_shipped_configurations_by_short_name(tmp_path, monkeypatch):
+    expected = ROOT / "configs/muse_tiny/stage3.yaml"
+    assert shipped_config("muse_tiny/stage3.yaml") == expected
+    monkeypatch.chdir(tmp_path)
+    whole = load_config(expected)
+    for name in ("muse_tiny/stage3", "muse_tiny/stage3.yaml", "configs/muse_tiny/stage3.yaml"):
+        assert load_config(name) == whole
+    with pytest.raises(ConfigError, match="did you mean muse_tiny/stage3.yaml"):
+        shipped_config("muse_tiny/stage33.yaml")
+    with pytest.raises(ConfigError, match="muse_tiny/stage9: no such configuration file"):
+        load_config("muse_tiny/stage9")
+    (tmp_path / "muse_tiny").mkdir()
+    write(tmp_path / "muse_tiny", "stage3.yaml", "training: {seed: 5}")
+    assert (
+        load_config("muse_tiny/stage3.yaml").training.seed == 5
+    )  # a file of one's own comes first
+
+
+def test_shipped_configurations_are_installed_with_the_package(tmp_path):
+    """What `pip install .` would copy, read where there is no clone."""
+    source, target = tmp_path / "source", tmp_path / "installed"
+    for folder in ("muse", "configs"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("*.pyc"))
+    for name in ("setup.py", "requirements.txt"):
+        shutil.copy(ROOT / name, source)
+    build = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(target)]
+    subprocess.run(build, cwd=source, check=True, capture_output=True)
+    shutil.rmtree(source)
+    code = (
+        "from muse import load_config; from muse.config import shipped_config; import sys\n"
+        "print(shipped_config('muse_tiny/stage3.yaml'))\n"
+        "print(load_config('configs/muse_1b/stage1').training.stage)\n"
+        "print('torch' in sys.modules)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(target)}
+    result = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=tmp_path,
+        env=environment,
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    assert result.stdout.split() == [
+        str(target / "muse/configs/muse_tiny/stage3.yaml"),
+        "topology_warmup",
+        "False",  # a configuration loads without torch
+    ]
+    installed = {file.relative_to(target / "muse") for file in target.rglob("*.yaml")}
+    assert installed == {file.relative_to(ROOT) for file in (ROOT / "configs").rglob("*.yaml")}
+
+
+# -------------------------------------------------------------------------------------- environment
 def test_environment_is_read_when_a_value_is_used(empty, monkeypatch):
     monkeypatch.delenv("DATA_DIR", raising=False)
     cfg = load_config(empty)
     with pytest.raises(InterpolationResolutionError) as caught:
-        cfg.dataset.params.train_shards_path_or_url
+        cfg.dataset.params.train_shards_path_or_url  # noqa: B018 - reading it is the test
     assert "DATA_DIR" in unset_variable(
         caught.value
     ) and "dataset.params.train_shards_path_or_url" in unset_variable(caught.value)

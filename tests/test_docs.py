@@ -203,7 +203,7 @@ def test_data_examples_run(tmp_path, monkeypatch, capsys):
 @pytest.fixture
 def tables():
     """The tables that the examples add to; afterwards they are what they were."""
-    from muse.evaluation.metric_table import METRICS
+    from muse.evaluation.evaluator import METRICS
     from muse.experiments.ablation import VARIANTS
     from muse.losses.muse_loss import TERMS
     from muse.stages import STAGES

@@ -1,5 +1,8 @@
-"""What a run writes down: records, pictures, memory, curves; and that a step between two records touches no number."""
+"""What a run writes down: records, pictures, memory, curves; and that a step between two records
+touches no number.
+"""
 
+import importlib.util
 import json
 import os
 from types import SimpleNamespace
@@ -7,15 +10,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
 from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from muse import load_config
 from muse.errors import DataError
-from muse.training.logger import RunLog
+from muse.inference import read_image
+from muse.training.accelerator import build_accelerator
+from muse.training.logger import RunLog, memory_in_use
 from muse.utils.curves import draw_curves, numbers_of, points, read_run
-from muse.utils.viz_utils import read_image, save_image, to_uint8
-from tests.helpers import one_error, random_images, run_config
+from muse.utils.viz_utils import save_image, to_uint8
+from scripts import demo
+from tests.helpers import ROOT, one_error, random_images, run_config
 
 
 class Tracker:
@@ -48,7 +55,9 @@ class Machine:
 
 @pytest.fixture
 def opened(shapes_data, tmp_path):
-    """`opened(every, tracker, trackers…)` -> (the open log, its machine); it writes into `tmp_path`."""
+    """`opened(every, tracker, trackers…)` -> (the open log, its machine); it writes into
+    `tmp_path`.
+    """
 
     def make(every=3, tracker="none", *trackers):
         changes = {
@@ -75,7 +84,7 @@ class NoOperation(TorchDispatchMode):
         raise AssertionError(f"{func} between two log steps")
 
 
-# ---------------------------------------------------------------------------------------------------- records
+# ------------------------------------------------------------------------------------- records
 def test_a_step_between_two_records_touches_no_number(opened, tmp_path):
     log, _ = opened(3)
     numbers = {"loss": torch.tensor(2.0), "grad_norm/encoder": torch.tensor(5.0)}
@@ -112,15 +121,13 @@ def test_a_record_holds_losses_norms_rates_memory_and_data_time(opened, tmp_path
 
 
 def test_memory_of_a_gpu_is_the_peak_of_its_tensors(monkeypatch):
-    from muse.training.logger import memory_in_use
-
     monkeypatch.setattr(
         torch.cuda, "max_memory_allocated", {torch.device("cuda", 1): 123}.__getitem__
     )
     assert memory_in_use(torch.device("cuda", 1)) == 123
 
 
-# ---------------------------------------------------------------------------------------------------- trackers
+# ------------------------------------------------------------------------------------ trackers
 def test_pictures_reach_every_tracker_in_its_own_form(opened, tmp_path):
     board, other = Tracker("tensorboard"), Tracker("wandb")
     image = random_images(1, 6, 9)[0]
@@ -154,9 +161,9 @@ def test_tensorboard_gives_back_what_a_run_logged(shapes_data, tmp_path):
     pytest.importorskip(
         "tensorboard", reason="tensorboard is not installed: pip install tensorboard"
     )
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    from muse.training.accelerator import build_accelerator
+    from tensorboard.backend.event_processing.event_accumulator import (  # noqa: PLC0415
+        EventAccumulator,
+    )
 
     changes = {"experiment": {"log_every": 1, "tracker": "tensorboard", "name": "tiny"}}
     cfg = load_config(
@@ -192,7 +199,7 @@ def test_tensorboard_gives_back_what_a_run_logged(shapes_data, tmp_path):
     assert torch.equal(to_uint8(read_image(tmp_path / "shown.png")), to_uint8(image))
 
 
-# ---------------------------------------------------------------------------------------------------- curves
+# -------------------------------------------------------------------------------------- curves
 def write_run(folder, rows, tail=""):
     folder.mkdir()
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + tail)
@@ -231,8 +238,6 @@ def test_points_are_the_finite_numbers_one_stage_after_another(runs):
     ("together", "expected"), [(False, [[10, 20], [25, 30]]), (True, [[10, 20], [5, 10]])]
 )
 def test_the_picture_has_a_line_a_run(together, expected, runs, tmp_path, monkeypatch):
-    from matplotlib.axes import Axes
-
     drawn, plot = [], Axes.plot
 
     def watched(self, x, y, **more):
@@ -263,10 +268,6 @@ def test_curves_of_runs_that_are_not_there(runs, tmp_path):
 
 
 def tool(name):
-    import importlib.util
-
-    from tests.helpers import ROOT
-
     spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -298,6 +299,4 @@ def test_flags_of_the_demo_data_are_checked_in_one_line(words, capsys):
 
 @pytest.mark.parametrize("words", [["--fast", "--full"], ["--kind", "clouds"], ["--outptu", "x"]])
 def test_flags_of_the_demo_are_checked_in_one_line(words, capsys):
-    from scripts import demo
-
     assert "(see " in one_error(capsys, demo.main(words))

@@ -1,12 +1,15 @@
 #!/usr/bin/env python3
-"""Turn the authors' checkpoint file into a `from_pretrained` directory, or (`--to release`) any checkpoint into their layout."""
+"""Turn the authors' checkpoint file into a `from_pretrained` directory, or the way back.
+
+With `--to release` any checkpoint becomes a file in the authors' layout.
+"""
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from muse import cli
+from muse import cli  # noqa: E402
 from muse.errors import CheckpointError  # noqa: E402
 
 
@@ -21,7 +24,8 @@ def main(argv: list[str] | None = None) -> int:
         "--to", choices=("muse", "release"), default="muse", help="which layout to write"
     )
     args = cli.parse(parser, argv)
-    # The authors' weights give the authors' outputs under their routing alone; an override of one's own stands behind it.
+    # The authors' weights give the authors' outputs under their routing alone; a user's own
+    # override comes later and wins.
     args.overrides = ["model.routing=release", "model.join_semantics=null", *args.overrides]
     cfg = cli.load_cfg(args)
     target = Path(args.output).expanduser()
@@ -29,16 +33,19 @@ def main(argv: list[str] | None = None) -> int:
         raise CheckpointError(
             f"{target}: with --to release the output is a file named .bin or .safetensors"
         )
-    model = cli.load_model(args, cfg)
+    model = cli.open_model(args, cfg)
     if args.to == "muse":
         model.save_pretrained(target)
     else:
-        from muse.models.release_weights import to_release, write_release_file
+        from muse.models.release_weights import (  # noqa: PLC0415 (imports torch)
+            to_release,
+            write_release_file,
+        )
 
         if model.config.join_semantics or model.config.routing == "shared":
             raise CheckpointError(
-                f"{args.checkpoint}: model.routing={model.config.routing}, but the authors' code computes "
-                "routing=release alone and would give other outputs"
+                f"{args.checkpoint}: model.routing={model.config.routing}, but the authors' code "
+                "computes routing=release alone and would give other outputs"
             )
         write_release_file(target, to_release(model.state_dict()))
     print(target)

@@ -1,4 +1,6 @@
-"""Kill training processes at random instants, and compare the end of a run with one that nobody touched. For the study and the tests."""
+"""Kill training processes at random instants, and compare the end of a run with one that nobody
+touched. For the study and the tests.
+"""
 
 import json
 import os
@@ -8,6 +10,9 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple, Protocol
+
+from muse.models.loading import checkpoints
+from muse.utils.weights import read_state_dict
 
 AIMS = ("start", "step", "save", "save")  # where a kill falls; half of them into a save
 CLOCK = (
@@ -34,7 +39,7 @@ class Kill(NamedTuple):
     unfinished: tuple[str, ...]  # what the process was writing or removing
 
 
-# ------------------------------------------------------------------------------------------------------- killing
+# ------------------------------------------------------------------------------------- killing
 def logged(output: Path) -> int:
     """The last step in `metrics.jsonl`; 0 without one. A line that was cut off does not count."""
     try:
@@ -63,10 +68,9 @@ def unfinished(output: Path) -> tuple[str, ...]:
 
 
 def hold_whole(output: Path) -> int:
-    """Read every file of every checkpoint, as a resume would; gives the newest one's step (0: there is none)."""
-    from muse.models.pretrained import read_weights
-    from muse.training.checkpointer import checkpoints
-
+    """Read every file of every checkpoint, as a resume would; gives the newest one's step (0: there
+    is none).
+    """
     found = checkpoints(output)
     for _, path in found:
         names = {file.name for file in path.iterdir()}
@@ -78,7 +82,7 @@ def hold_whole(output: Path) -> int:
             "rank-0.safetensors",
         } <= names, (path, names)
         for file in path.iterdir():
-            json.loads(file.read_text()) if file.suffix == ".json" else read_weights(file)
+            json.loads(file.read_text()) if file.suffix == ".json" else read_state_dict(file)
     return found[-1][0] if found else 0
 
 
@@ -97,7 +101,9 @@ def wait_for(condition: Callable[[], bool], process: Process, limit: float = 300
 def kill_often(
     start: Callable[[], Process], output: Path, kills: int, rng: random.Random, step_time: float
 ) -> list[Kill]:
-    """Start and SIGKILL `kills` times, at random instants of starting, stepping and saving; then let it end."""
+    """Start and SIGKILL `kills` times, at random instants of starting, stepping and saving; then
+    let it end.
+    """
     found: list[Kill] = []
     begun = 2.0
     while len(found) < kills:
@@ -107,21 +113,22 @@ def kill_often(
         if aim == "start":
             time.sleep(rng.uniform(0, begun))
         elif aim == "step":
-            wait_for(lambda: logged(output) > saved or logged(output) > before, process)
+            first = min(saved, before)
+            wait_for(lambda first=first: logged(output) > first, process)
             begun = time.monotonic() - clock
             time.sleep(rng.uniform(0, 4 * step_time))
         else:
-            wait_for(
-                lambda: not unfinished(output) and logged(output) > saved, process
-            )  # the last life's leftovers are gone
+            # The leftovers of the run before must be gone, and a save begun.
+            wait_for(lambda saved=saved: not unfinished(output) and logged(output) > saved, process)
             wait_for(lambda: bool(unfinished(output)), process)
             time.sleep(rng.uniform(0, step_time))
         if process.poll() is not None:
             raise RuntimeError(
-                f"the run ended (status {process.poll()}) after {len(found)} of {kills} kills: give it more steps"
+                f"the run ended (status {process.poll()}) after {len(found)} of {kills} kills: "
+                "give it more steps"
             )
         os.kill(process.pid, signal.SIGKILL)
-        wait_for(lambda: process.poll() is not None, process)
+        wait_for(lambda process=process: process.poll() is not None, process)
         found.append(Kill(aim, logged(output), hold_whole(output), unfinished(output)))
     process = start()
     wait_for(lambda: process.poll() is not None, process)
@@ -130,7 +137,7 @@ def kill_often(
     return found
 
 
-# ------------------------------------------------------------------------------------------------------- comparing
+# ----------------------------------------------------------------------------------- comparing
 def records(output: Path) -> list[dict]:
     """The log without what a clock or the machine says."""
     lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
@@ -141,8 +148,6 @@ def records(output: Path) -> list[dict]:
 
 def differences(left: Path, right: Path) -> list[str]:
     """What is not equal, bit for bit, between the ends of two runs; empty where everything is."""
-    from muse.training.checkpointer import checkpoints
-
     (step, a), (other, b) = checkpoints(left)[-1], checkpoints(right)[-1]
     found = [f"last checkpoint {step} and {other}"] if step != other else []
     for one, two in ((a, b), (left / "final", right / "final")):

@@ -1,8 +1,11 @@
-"""Kill, signal and starve training runs many times, print what was lost (docs/reliability.md): `python tools/study_faults.py --output DIR`.
+"""Kill, signal and starve training runs many times, and print what was lost (docs/reliability.md).
 
-Each run is the real script (`scripts/train_stageN.py`) on configs/muse_tiny with very small parts and drawn pictures, in a process of its
-own (forked from one that has torch imported), and each is compared with the same run left alone: weights, averages, optimizers,
-generators, data position and log, bit for bit.
+`python tools/study_faults.py --output DIR`
+
+Each run is the real script (`scripts/train_stageN.py`) on configs/muse_tiny with very small parts
+and drawn pictures, in a process of its own (forked from one that has torch imported), and each is
+compared with the same run left alone: weights, averages, optimizers, generators, data position and
+log, bit for bit.
 """
 
 import argparse
@@ -17,9 +20,12 @@ import time
 from collections import Counter
 from pathlib import Path
 
+import torch
+
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from muse.experiments.demo_data import make_demo_data  # noqa: E402
 from tools.killing import differences, hold_whole, kill_often, logged, wait_for  # noqa: E402
 
 STAGES = {1: "topology_warmup", 2: "semantic_injection", 3: "synergistic_tuning"}
@@ -32,10 +38,11 @@ SMALL = (
     "model.unshuffle=1",
     "model.latent_dim=8",
     "model.semantic_dim=16",
-    "model.encoder.config={hidden_size: 16, intermediate_size: 32, num_hidden_layers: 2, num_attention_heads: 2, "
-    "image_size: [32, 32], patch_size: [8, 8], attention_bias: true}",
-    "model.decoder.config={latent_channels: 8, decoder_block_types: ResBlock, decoder_block_out_channels: [8, 8, 8, 8], "
-    "decoder_layers_per_block: [0, 1, 1, 1], decoder_qkv_multiscales: [[], [], [], []], upsample_block_type: interpolate}",
+    "model.encoder.config={hidden_size: 16, intermediate_size: 32, num_hidden_layers: 2, "
+    "num_attention_heads: 2, image_size: [32, 32], patch_size: [8, 8], attention_bias: true}",
+    "model.decoder.config={latent_channels: 8, decoder_block_types: ResBlock, "
+    "decoder_block_out_channels: [8, 8, 8, 8], decoder_layers_per_block: [0, 1, 1, 1], "
+    "decoder_qkv_multiscales: [[], [], [], []], upsample_block_type: interpolate}",
     "teacher.topology.kind=random",
     "teacher.text.kind=random",
     "teacher.text.config={dim: 16}",
@@ -55,13 +62,19 @@ ADVERSARY = (
 
 
 def run_script(stage: int, argv: list[str], log: str, data: str, limit: int) -> None:
-    """The stage's script as its command line runs it; files may grow to `limit` bytes (-1: any size)."""
+    """The stage's script as its command line runs it.
+
+    Args:
+        stage: its number.
+        argv: the script's arguments.
+        log: the file that takes what it says.
+        data: the folder of the demo data.
+        limit: bytes that a file may grow to; -1: any size.
+    """
     sys.stdout = sys.stderr = open(log, "a", buffering=1)
     os.environ.update(MUSE_DATA=data, OMP_NUM_THREADS="1", CUDA_VISIBLE_DEVICES="")
     script = ROOT / f"scripts/train_stage{stage}.py"
     sys.argv = [str(script), *argv]
-    import torch
-
     torch.set_num_threads(1)
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
     runpy.run_path(str(script), run_name="__main__")
@@ -74,7 +87,7 @@ class Script:
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(
             [
-                "muse.training.trainer",
+                "muse.training.tokenizer_task",
                 "muse.training.main",
                 "muse.data.dataloader",
                 "transformers.models.internvl.modeling_internvl",
@@ -100,8 +113,6 @@ class Study:
         self.work, self.rng = work, random.Random(seed)
         self.data = work / "data"
         if not self.data.is_dir():
-            from muse.experiments.demo_data import make_demo_data
-
             make_demo_data(
                 kind="shapes", output=self.data, images=64, val_images=8, size=32, workers=1
             )
@@ -155,11 +166,13 @@ class Study:
             [max(0, kill.logged - kill.saved) for kill in found],
         )
         torn = sum(bool(kill.unfinished) for kill in found)
+        aimed = ", ".join(f"{n} aimed at a {aim}" for aim, n in sorted(aims.items()))
         return (
             f"SIGKILL, stage {stage}",
             len(found),
-            f"at most {max(lost)} logged steps a kill (saved every {EVERY}), {sum(lost)} in all; {torn} left a half-written save or "
-            f"removal ({', '.join(f'{n} aimed at a {aim}' for aim, n in sorted(aims.items()))}); {self.end(whole, output, steps)}",
+            f"at most {max(lost)} logged steps a kill (saved every {EVERY}), {sum(lost)} in all; "
+            f"{torn} left a half-written save or removal ({aimed}); "
+            f"{self.end(whole, output, steps)}",
         )
 
     def signals(self, name: str, times: int) -> tuple[str, int, str]:
@@ -170,7 +183,7 @@ class Study:
         for _ in range(times):
             before = hold_whole(output)
             process = self.start(stage, output, steps)
-            if not wait_for(lambda: logged(output) > before, process):
+            if not wait_for(lambda before=before: logged(output) > before, process):
                 raise RuntimeError("the run ended before it was signalled")
             os.kill(process.pid, getattr(signal, name))
             codes[process.wait()] += 1
@@ -183,7 +196,9 @@ class Study:
         )
 
     def refused_writes(self, limits: list[int]) -> tuple[str, int, str]:
-        """From the second checkpoint on files may grow to so many bytes only: the system refuses as a full disk does."""
+        """From the second checkpoint on files may grow to so many bytes only: the system refuses as
+        a full disk does.
+        """
         steps, stage = 3 * EVERY, 3
         whole, output = self.alone(stage, steps), self.work / "full"
         messages, codes, kept = 0, Counter(), []
@@ -200,8 +215,9 @@ class Study:
         return (
             "the system refuses a write (RLIMIT_FSIZE)",
             len(limits),
-            f"nothing before it: checkpoints of steps {min(kept)} to {max(kept)} stayed whole; exit codes {dict(codes)}, {messages} "
-            f"error lines; with room again {self.end(whole, output, steps)}",
+            f"nothing before it: checkpoints of steps {min(kept)} to {max(kept)} stayed whole; "
+            f"exit codes {dict(codes)}, {messages} error lines; "
+            f"with room again {self.end(whole, output, steps)}",
         )
 
 

@@ -1,8 +1,9 @@
-"""What the objectives' gradients do to each other (MUSE, Fig. 3): cosines between them, and where in the attention their energy goes.
+"""What the objectives' gradients do to each other (MUSE, Fig. 3): cosines, and where energy goes.
 
-The three objectives of the paper are sums of the loss terms that serve them. A gradient is taken of each alone, on the tensors that
-train, after any stop-gradient of the routing. Where no tensor of a subspace gets a gradient from both objectives of a pair there is
-nothing to compare: the cosine is None ("no shared gradient"), never a 0 that would look like a measurement.
+The three objectives of the paper are sums of the loss terms that serve them. A gradient is taken of
+each alone, on the tensors that train, after any stop-gradient of the routing. Where no tensor of a
+subspace gets a gradient from both objectives of a pair there is nothing to compare: the cosine is
+None ("no shared gradient"), never a 0 that would look like a measurement.
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -24,7 +25,8 @@ OBJECTIVES: dict[str, tuple[str, ...]] = {
 }
 PAIRS = tuple(f"{first}~{second}" for first, second in combinations(OBJECTIVES, 2))
 MATRICES = {"W_Q": ("q_topo",), "W_K": ("k_topo",), "W_V": ("v_sem",), "W_ITC": ("v_itc",)}
-# W_V of a pair's cosine is the whole space of values: with MUSE's own values for semantics, W_ITC belongs to it.
+# W_V of a pair's cosine is the whole space of values: with MUSE's own values for semantics, W_ITC
+# belongs to it.
 SUBSPACES = {**MATRICES, "W_QK": ("q_topo", "k_topo"), "W_V": ("v_sem", "v_itc")}
 
 Gradients = dict[
@@ -46,7 +48,11 @@ def objectives(values: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def subspace(name: str, names: Iterable[str]) -> list[str]:
-    """The parameters of `W_Q`, `W_K`, `W_QK`, `W_V` (weights of the blocks), `blocks`, `encoder` (with the adapter) or `all`."""
+    """The parameters of a subspace, out of `names`.
+
+    name: `W_Q`, `W_K`, `W_QK` or `W_V` (weights of the blocks), `blocks`, `encoder` (with the
+    adapter) or `all`.
+    """
     if name == "all":
         return list(names)
     if name == "encoder":
@@ -62,7 +68,13 @@ def subspace(name: str, names: Iterable[str]) -> list[str]:
 def take_gradients(
     model: nn.Module, losses: Mapping[str, Tensor], accelerator: Any = None
 ) -> dict[str, Gradients]:
-    """Objective -> gradient of each tensor that trains, averaged over processes; `.grad` of the parameters is left alone."""
+    """Objective -> gradient of each tensor that trains; `.grad` of the parameters is left alone.
+
+    Args:
+        model: some of its parameters have `requires_grad`.
+        losses: objective -> scalar with graph.
+        accelerator: averages over its processes; None: there is one.
+    """
     named = {
         name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad
     }
@@ -82,7 +94,13 @@ def take_gradients(
 
 
 def cosine(first: Gradients, second: Gradients, names: Iterable[str]) -> float | None:
-    """Cosine of two gradients over the tensors `names` taken as one vector; None where no tensor gets both."""
+    """Cosine of two gradients; None where no tensor gets both.
+
+    Args:
+        first: one objective's gradients by parameter name.
+        second: the other's.
+        names: the tensors that are taken as one vector.
+    """
     dot, norms, shared = 0.0, [0.0, 0.0], False
     for name in names:
         sizes = [
@@ -97,7 +115,10 @@ def cosine(first: Gradients, second: Gradients, names: Iterable[str]) -> float |
 
 
 def energy_shares(gradients: Gradients) -> dict[str, float] | None:
-    """Shares of one objective's squared gradient on W_Q, W_K, W_V and W_ITC of all blocks; they sum to 1. None: it reaches none."""
+    """Shares of an objective's squared gradient on W_Q, W_K, W_V and W_ITC of all blocks.
+
+    They sum to 1. None where it reaches none of them.
+    """
     energy = {
         matrix: sum(
             float(grad.double().square().sum())
@@ -111,7 +132,11 @@ def energy_shares(gradients: Gradients) -> dict[str, float] | None:
 
 
 def gradient_report(gradients: Mapping[str, Gradients]) -> dict[str, Any]:
-    """`cosine`: pair -> subspace -> cosine or None; `energy`: objective -> shares or None; `norm`: objective -> norm on all tensors."""
+    """What one step's gradients, by objective, say in numbers.
+
+    `cosine`: pair -> subspace -> cosine or None; `energy`: objective -> shares or None; `norm`:
+    objective -> norm on all tensors.
+    """
     names = list(next(iter(gradients.values())))
     report: dict[str, Any] = {"cosine": {}, "energy": {}, "norm": {}}
     for pair in PAIRS:
@@ -130,28 +155,12 @@ def gradient_report(gradients: Mapping[str, Gradients]) -> dict[str, Any]:
     return report
 
 
-def report_of(trainer: Any, batch: dict[str, Any]) -> dict[str, Any]:
-    """`gradient_report` of a `Trainer` on one of its batches: a pass of its own, which moves neither weights nor generators.
-
-    Under FSDP, which hands out gradients by hooks alone, an unsharded copy of the model is asked.
-    """
-    from muse.training.fsdp import plain_copy
-
-    model = plain_copy(trainer.model, trainer.accelerator)
-    if model is not trainer.model:
-        for own, parameter in zip(trainer.model.parameters(), model.parameters()):
-            parameter.requires_grad_(own.requires_grad)
-    model.train()
-    with trainer.accelerator.autocast():
-        out = model(batch["images"], **trainer.raw_loss.needs)
-    values, _ = trainer.raw_loss.weighted(out, batch)
-    on = objectives(values)
-    return gradient_report(take_gradients(model, on, trainer.accelerator)) if on else {}
-
-
-# --------------------------------------------------------------------------------------------------- what runs have kept
+# ------------------------------------------------------------------------- what runs have kept
 def gradient_records(folders: Sequence[Path]) -> Iterator[dict[str, Any]]:
-    """What successive runs measured of their gradients (`experiment.log_grad_every`), `total_step` counted through them."""
+    """What successive runs measured of their gradients (`experiment.log_grad_every`).
+
+    `total_step` counts through the runs.
+    """
     offset = 0
     for folder in map(Path, folders):
         if not (folder / "config.yaml").is_file():
@@ -170,10 +179,11 @@ def gradient_records(folders: Sequence[Path]) -> Iterator[dict[str, Any]]:
 
 
 def conflict(records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Gradients of many steps in a few numbers: pair -> subspace -> `abs` (mean |cosine|), `mean`, `negative` (share of steps with
-    a cosine below 0), `conflict` (mean of max(0, -cosine)) over `steps` of the `measured` ones.
+    """Gradients of many steps in a few numbers: pair -> subspace -> numbers or None.
 
-    Only steps in which the pair shares a gradient there count; None where it never does.
+    They are `abs` (mean |cosine|), `mean`, `negative` (share of steps with a cosine below 0) and
+    `conflict` (mean of max(0, -cosine)) over `steps` of the `measured` ones. Only steps in which
+    the pair shares a gradient there count; None where it never does.
     """
     values: dict[str, dict[str, list[float | None]]] = {}
     for record in records:

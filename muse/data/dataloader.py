@@ -1,4 +1,4 @@
-"""Batches for training (endless, shuffled, mixed, resumable) and for evaluation (every sample once, in order)."""
+"""The front door to data: endless batches for training, each sample once for evaluation."""
 
 import os
 from collections.abc import Mapping, Sequence
@@ -10,6 +10,8 @@ from torch import Tensor
 
 from muse.config import plain
 from muse.data.eval import EvalLoader, EvalStream, count_samples
+from muse.data.folders import FolderSource, is_image_folder
+from muse.data.mixture import parse_mixture
 from muse.data.records import InMemory, Source
 from muse.data.samples import SampleMaker
 from muse.data.shards import check_enough
@@ -19,159 +21,13 @@ from muse.data.transforms import Transform
 from muse.errors import ConfigError
 
 
-def _parse_mixture(source: object) -> tuple[list[object], list[float]]:
-    """(source specs, weights) of one source or of a list of mappings with a `weight` each (default 1)."""
-    is_list = isinstance(source, Sequence) and not isinstance(source, str)
-    if not (is_list and source and all(isinstance(item, Mapping) for item in source)):
-        return [source], [1.0]
-    weights = []
-    for item in source:
-        weight = item.get("weight", 1.0)
-        if (
-            isinstance(weight, bool)
-            or not isinstance(weight, (int, float))
-            or not 0 <= weight < float("inf")
-        ):
-            raise ConfigError(
-                f"weight of data source {item.get('urls', item.get('images'))!r} must be a number >= 0, not {weight!r}"
-            )
-        weights.append(float(weight))
-    kept = [(item, weight) for item, weight in zip(source, weights, strict=True) if weight > 0]
-    if not kept:
-        raise ConfigError("all data sources have weight 0")
-    return [item for item, _ in kept], [weight for _, weight in kept]
-
-
-def train_loader(
-    source: object,
-    *,
-    batch_size: int,
-    resize_shorter_edge: int | None = 256,
-    crop_size: int = 224,
-    random_crop: bool = True,
-    random_flip: bool = True,
-    fields: Sequence[str] = ("images", "text"),
-    caption_keys: Sequence[str] = ("caption", "text"),
-    zero_label_ignored: bool = False,
-    num_workers: int = 0,
-    seed: int = 0,
-    rank: int = 0,
-    world: int = 1,
-    shuffle_buffer: int = 1000,
-    resampled: bool = False,
-    cache_in_memory: bool = False,
-    max_bad_fraction: float = 0.01,
-    pin_memory: bool = False,
-    prefetch_factor: int | None = None,
-) -> TrainLoader:
-    """Endless batches `{images (B,3,c,c) float32 [0,1], text, keys[, labels (B,)][, masks (B,c,c)]}` of one rank.
-
-    source: see `open_source`, or a list of `{"urls": ..., "weight": w}` mixed in these proportions.
-
-    fields: what a sample must have; one without it is skipped and counted. A caption not asked for may be missing ("").
-
-    zero_label_ignored: masks are numbered as in ADE20K, see `reduce_zero_label`.
-
-    resampled: each worker draws shards with replacement (many ranks, few or remote shards); resuming is approximate.
-
-    cache_in_memory: decoded pictures stay in memory after the first epoch, per worker; for small sets, with 0 workers.
-
-    Raises DataError at once for missing or too few shards; while iterating, when more than `max_bad_fraction` of the
-    samples cannot be used.
-    """
-    _check_numbers(batch_size, num_workers, rank, world, max_bad_fraction)
-    specs, weights = _parse_mixture(source)
-    sources = [open_source(spec) for spec in specs]
-    if not resampled:
-        for one in sources:
-            check_enough(len(one.shards), world, num_workers, one.name)
-    if cache_in_memory:
-        sources = [InMemory(one) for one in sources]
-    maker = SampleMaker(
-        Transform(resize_shorter_edge, crop_size, random_crop, random_flip),
-        tuple(fields),
-        tuple(caption_keys),
-        zero_label_ignored,
-    )
-    spec = StreamSpec(
-        sources=tuple(sources),
-        weights=tuple(weights),
-        maker=maker,
-        batch_size=batch_size,
-        seed=seed,
-        rank=rank,
-        world=world,
-        workers=max(1, num_workers),
-        shuffle_buffer=shuffle_buffer,
-        resampled=resampled,
-    )
-    return TrainLoader(spec, num_workers, max_bad_fraction, pin_memory, prefetch_factor)
-
-
-def _check_numbers(
-    batch_size: int, num_workers: int, rank: int, world: int, max_bad_fraction: float
-) -> None:
-    if batch_size < 1:
-        raise ConfigError(f"batch_size must be positive, not {batch_size}")
-    if num_workers < 0:
-        raise ConfigError(f"num_workers must not be negative, but is {num_workers}")
-    if not 0 <= rank < world:
-        raise ConfigError(f"rank {rank} is not one of {world} ranks")
-    if not 0 <= max_bad_fraction <= 1:
-        raise ConfigError(f"max_bad_fraction must be between 0 and 1, not {max_bad_fraction}")
-
-
-def eval_loader(
-    source: object,
-    *,
-    batch_size: int,
-    fields: Sequence[str] = ("images",),
-    resize_shorter_edge: int | None = 256,
-    crop_size: int | None = 224,
-    caption_keys: Sequence[str] = ("caption", "text"),
-    zero_label_ignored: bool = False,
-    num_workers: int = 0,
-    rank: int = 0,
-    world: int = 1,
-    max_images: int | None = None,
-    max_bad_fraction: float = 0.01,
-    pin_memory: bool = False,
-    prefetch_factor: int | None = None,
-) -> EvalLoader:
-    """Each sample once over all ranks and workers, in order, centre crop; batches like training's, the last one kept.
-
-    Batches carry `indices` (B,) int64 too: the sample's place in the source, dense from 0 for local sources (for remote
-    shards only ascending and unique). Batches are the same for any number of workers; a bad sample makes its batch
-    shorter. `max_images`: the first so many samples. `crop_size` None (whole pictures) needs batch_size 1.
-
-    Raises DataError at once for a source that is missing, empty or has a broken shard; while iterating, when more than
-    `max_bad_fraction` of the samples cannot be used.
-    """
-    _check_numbers(batch_size, num_workers, rank, world, max_bad_fraction)
-    if max_images is not None and max_images < 1:
-        raise ConfigError(f"max_images must be positive, not {max_images}")
-    if crop_size is None and batch_size != 1:
-        raise ConfigError("pictures without a crop differ in size: batch_size must be 1")
-    opened = open_source(source)
-    maker = SampleMaker(
-        Transform(resize_shorter_edge, crop_size),
-        tuple(fields),
-        tuple(caption_keys),
-        zero_label_ignored,
-    )
-    counts = count_samples(opened, max_images) if opened.local else []
-    stream = EvalStream(opened, maker, batch_size, rank, world, max_images, counts)
-    return EvalLoader(stream, num_workers, max_bad_fraction, pin_memory, prefetch_factor)
-
-
 def open_source(spec: object) -> Source:
-    """The source that `spec` describes.
+    """The source that `spec` describes. Raises DataError when it is missing or empty.
 
-    spec: shard pattern(s) as in shards.py; a directory of shards or of pictures (folders.py); `{"images": DIR, "masks":
-    DIR}`; a mapping with `urls`; or a source. Raises DataError when it is missing or empty.
+    Args:
+        spec: shard pattern(s) as in shards.py; a directory of shards or of pictures (folders.py);
+            `{"images": DIR, "masks": DIR}`; a mapping with `urls`; or a source.
     """
-    from muse.data.folders import FolderSource, is_image_folder
-
     if hasattr(spec, "shards") and hasattr(spec, "read"):
         return spec
     if isinstance(spec, Mapping):
@@ -189,23 +45,158 @@ def open_source(spec: object) -> Source:
     return TarSource(os.fspath(spec) if isinstance(spec, os.PathLike) else spec)
 
 
-def build_train_loader(cfg: DictConfig, accelerator: Any) -> TrainLoader:
-    """Endless batches of this process."""
-    params, preprocessing = cfg.dataset.params, cfg.dataset.preprocessing
+# ------------------------------------------------------------------------------------------ loaders
+def train_loader(
+    source: object,
+    *,
+    batch_size: int,
+    resize_shorter_edge: int | None = 256,
+    crop_size: int = 224,
+    random_crop: bool = True,
+    random_flip: bool = True,
+    fields: Sequence[str] = ("images", "text"),
+    zero_label_ignored: bool = False,
+    num_workers: int = 0,
+    seed: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    shuffle_buffer: int = 1000,
+    resampled: bool = False,
+    cache_in_memory: bool = False,
+    max_bad_fraction: float = 0.01,
+    pin_memory: bool = False,
+) -> TrainLoader:
+    """Endless shuffled batches of one rank.
+
+    A batch is `{images (B,3,c,c) float32 [0,1], text, keys[, labels (B,)][, masks (B,c,c)]}`.
+
+    Args:
+        source: see `open_source`; or a list of `{"urls": ..., "weight": w}`, mixed as weighted.
+        fields: what a sample must have; one without it is skipped and counted. A caption that is
+            not asked for may be missing ("").
+        zero_label_ignored: masks are numbered as in ADE20K, see `reduce_zero_label`.
+        resampled: each worker draws shards with replacement (many ranks, few or remote shards);
+            resuming is then approximate.
+        cache_in_memory: decoded pictures stay in memory, per worker: for small sets.
+
+    Raises:
+        DataError: at once for missing or too few shards; while iterating, when more than
+            `max_bad_fraction` of the samples cannot be used.
+    """
+    _check_numbers(batch_size, num_workers, rank, world, max_bad_fraction)
+    specs, weights = parse_mixture(source)
+    sources = [open_source(spec) for spec in specs]
+    if not resampled:
+        for one in sources:
+            check_enough(len(one.shards), world, num_workers, one.name)
+    if cache_in_memory:
+        sources = [InMemory(one) for one in sources]
+    transform = Transform(resize_shorter_edge, crop_size, random_crop, random_flip)
+    spec = StreamSpec(
+        sources=tuple(sources),
+        weights=tuple(weights),
+        maker=SampleMaker(transform, tuple(fields), zero_label_ignored),
+        batch_size=batch_size,
+        seed=seed,
+        rank=rank,
+        world=world,
+        workers=max(1, num_workers),
+        shuffle_buffer=shuffle_buffer,
+        resampled=resampled,
+    )
+    return TrainLoader(spec, num_workers, max_bad_fraction, pin_memory)
+
+
+def eval_loader(
+    source: object,
+    *,
+    batch_size: int,
+    fields: Sequence[str] = ("images",),
+    resize_shorter_edge: int | None = 256,
+    crop_size: int | None = 224,
+    zero_label_ignored: bool = False,
+    num_workers: int = 0,
+    rank: int = 0,
+    world: int = 1,
+    max_images: int | None = None,
+    max_bad_fraction: float = 0.01,
+    pin_memory: bool = False,
+) -> EvalLoader:
+    """Each sample once over all ranks and workers, in order, centre crop, the last batch kept.
+
+    Batches are `train_loader`'s with `indices` (B,) int64: the sample's place in the source, dense
+    from 0 for local sources, for remote shards only ascending and unique. They are the same for any
+    number of workers; a bad sample makes its batch shorter.
+
+    Args:
+        source: see `open_source`.
+        fields: what a sample must have.
+        crop_size: None for the picture as resized, which needs batch_size 1.
+        zero_label_ignored: masks are numbered as in ADE20K, see `reduce_zero_label`.
+        max_images: only the first so many samples.
+
+    Raises:
+        DataError: at once for a source that is missing, empty or has a broken shard; while
+            iterating, when more than `max_bad_fraction` of the samples cannot be used.
+    """
+    _check_numbers(batch_size, num_workers, rank, world, max_bad_fraction)
+    if max_images is not None and max_images < 1:
+        raise ConfigError(f"max_images must be positive, not {max_images}")
+    if crop_size is None and batch_size != 1:
+        raise ConfigError("pictures without a crop differ in size: batch_size must be 1")
+    opened = open_source(source)
+    maker = SampleMaker(
+        Transform(resize_shorter_edge, crop_size), tuple(fields), zero_label_ignored
+    )
+    counts = count_samples(opened, max_images) if opened.local else []
+    stream = EvalStream(opened, maker, batch_size, rank, world, max_images, counts)
+    return EvalLoader(stream, num_workers, max_bad_fraction, pin_memory)
+
+
+def _check_numbers(
+    batch_size: int, num_workers: int, rank: int, world: int, max_bad_fraction: float
+) -> None:
+    if batch_size < 1:
+        raise ConfigError(f"batch_size must be positive, not {batch_size}")
+    if num_workers < 0:
+        raise ConfigError(f"num_workers must not be negative, but is {num_workers}")
+    if not 0 <= rank < world:
+        raise ConfigError(f"rank {rank} is not one of {world} ranks")
+    if not 0 <= max_bad_fraction <= 1:
+        raise ConfigError(f"max_bad_fraction must be between 0 and 1, not {max_bad_fraction}")
+
+
+# -------------------------------------------------------------------------- out of a configuration
+def build_train_loader(
+    cfg: DictConfig,
+    accelerator: Any | None = None,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    pin_memory: bool = False,
+) -> TrainLoader:
+    """The training batches of process `rank` out of `world`; `pin_memory` where they go to a GPU.
+
+    `accelerator`, if given, stands for the other three.
+    """
+    if accelerator is not None:
+        rank, world = accelerator.process_index, accelerator.num_processes
+        pin_memory = accelerator.device.type == "cuda"
+    params = cfg.dataset.params
     return train_loader(
         plain(params.train_shards_path_or_url),
         batch_size=cfg.training.per_gpu_batch_size,
-        **plain(preprocessing),
+        **plain(cfg.dataset.preprocessing),
         num_workers=params.num_workers_per_gpu,
         seed=cfg.training.seed,
-        rank=accelerator.process_index,
-        world=accelerator.num_processes,
+        rank=rank,
+        world=world,
         shuffle_buffer=params.shuffle_buffer,
         resampled=params.resampled,
         cache_in_memory=params.cache_in_memory,
         max_bad_fraction=cfg.dataset.max_bad_fraction,
         fields=("images", "text") if cfg.losses.itc.weight > 0 else ("images",),
-        pin_memory=accelerator.device.type == "cuda",
+        pin_memory=pin_memory,
     )
 
 
@@ -215,19 +206,30 @@ def build_eval_loader(
     source: Any = None,
     fields: tuple[str, ...] = ("images",),
     max_images: int | None = None,
+    *,
+    rank: int = 0,
+    world: int = 1,
 ) -> EvalLoader:
-    """Each picture of `source` (default: the evaluation set) once, over all processes."""
+    """Each picture once, shared out over the processes: those of process `rank` out of `world`.
+
+    Args:
+        cfg: a configuration.
+        accelerator: if given, stands for rank and world.
+        source: see `open_source`; the configuration's evaluation set when None.
+        fields: what a sample must have.
+        max_images: only the first so many; the configuration's number when None.
+    """
+    if accelerator is not None:
+        rank, world = accelerator.process_index, accelerator.num_processes
     params, preprocessing = cfg.dataset.params, cfg.dataset.preprocessing
-    source = plain(params.eval_shards_path_or_url) if source is None else source
     return eval_loader(
-        source,
+        plain(params.eval_shards_path_or_url) if source is None else source,
         batch_size=params.eval_batch_size,
         fields=fields,
         resize_shorter_edge=preprocessing.resize_shorter_edge,
         crop_size=preprocessing.crop_size,
-        num_workers=0,
-        rank=accelerator.process_index if accelerator else 0,
-        world=accelerator.num_processes if accelerator else 1,
+        rank=rank,
+        world=world,
         max_images=max_images or params.max_eval_images,
         max_bad_fraction=cfg.dataset.max_bad_fraction,
     )

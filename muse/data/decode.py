@@ -1,4 +1,4 @@
-"""Bytes to pictures, captions and labels; whatever cannot be decoded is named by a `kind`, counted and skipped."""
+"""Bytes to pictures, captions and labels; what cannot be decoded is named, counted and skipped."""
 
 import io
 import json
@@ -7,6 +7,7 @@ import math
 import struct
 import warnings
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Mapping
 
 import numpy
@@ -18,6 +19,7 @@ logger = logging.getLogger(__name__)
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm")
 MASK_EXTENSION = "seg.png"
+CAPTION_KEYS = ("caption", "text")  # of a `.json` member, the first that is there
 SAMPLE_EXTENSIONS = frozenset((*IMAGE_EXTENSIONS, MASK_EXTENSION, "txt", "json", "cls"))
 MAX_PIXELS = 89_478_485  # Pillow's own bound: above it a file is taken for a decompression bomb
 MAX_ASPECT = 50.0  # a 1 x 10000 strip resized by its shorter edge would fill the memory
@@ -49,15 +51,15 @@ class BadSample(Exception):
 def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """Decode `data` as it is stored (any mode).
 
-    Raises BadSample: empty_file, not_an_image, decompression_bomb, truncated_image or corrupt_image.
+    Raises BadSample: empty_file, not_an_image, decompression_bomb, truncated_image or
+    corrupt_image.
     """
     if not data:
         raise BadSample("empty_file")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # about damaged tags, and about size, for which the bound below is ours
+            # Damaged tags do no harm, and for the size there is the bound below.
+            warnings.simplefilter("ignore")
             image = Image.open(io.BytesIO(data), formats=_FORMATS)
             width, height = image.size
             if width * height > max_pixels:
@@ -75,10 +77,10 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """Decode `data` to an RGB picture, upright by its EXIF tag, transparency laid on white, 16 bits scaled to 8.
+    """Decode `data` to RGB: upright by its EXIF tag, transparency on white, 16 bits scaled to 8.
 
-    Raises BadSample with one of the kinds of `open_image`, or unsupported_mode (float, 32-bit), aspect_ratio (beyond
-    50:1).
+    Raises BadSample with one of the kinds of `open_image`, or unsupported_mode (float, 32-bit), or
+    aspect_ratio (beyond 50:1).
     """
     image = open_image(data, max_pixels)
     try:
@@ -121,11 +123,10 @@ def image_bytes(members: Mapping[str, bytes]) -> bytes:
     raise BadSample("missing_image", f"members: {', '.join(sorted(members)) or 'none'}")
 
 
-def decode_captions(
-    members: Mapping[str, bytes], keys: Iterable[str] = ("caption", "text")
-) -> tuple[str, ...]:
-    """A sample's captions, stripped, at least one: `.txt`, else the first of `keys` in `.json` (a string or a list).
+def decode_captions(members: Mapping[str, bytes]) -> tuple[str, ...]:
+    """A sample's captions, stripped, at least one.
 
+    `.txt` holds one; else the first of CAPTION_KEYS in `.json` does, a string or a list of them.
     Raises BadSample missing_caption, caption_not_utf8 or bad_json.
     """
     try:
@@ -134,7 +135,7 @@ def decode_captions(
             record = json.loads(members["json"].decode("utf-8-sig"))
             if not isinstance(record, dict):
                 raise BadSample("bad_json", "not an object")
-            found = next((record[key] for key in keys if record.get(key)), None)
+            found = next((record[key] for key in CAPTION_KEYS if record.get(key)), None)
     except UnicodeDecodeError as error:
         raise BadSample("caption_not_utf8") from error
     except (json.JSONDecodeError, RecursionError) as error:
@@ -160,7 +161,13 @@ def decode_label(members: Mapping[str, bytes]) -> int:
 
 
 class BadSamples:
-    """Counts skipped samples by kind, keeps the first keys of each, raises when they are too many of what was read."""
+    """Counts skipped samples by kind; raises when they are too many of those that were read.
+
+    Args:
+        max_fraction: of the samples that may be bad.
+        min_count: samples to be read before a judgement, unless an epoch ends earlier.
+        keep: keys kept of each kind, for the message.
+    """
 
     def __init__(self, max_fraction: float = 0.01, min_count: int = 200, keep: int = 10):
         self.max_fraction, self.min_count, self.keep = max_fraction, min_count, keep
@@ -185,8 +192,8 @@ class BadSamples:
     def check(self, final: bool = False) -> None:
         """Raise DataError if more than `max_fraction` was bad.
 
-        Unless `final` (an epoch was read), not before `min_count` samples and with three standard deviations to spare,
-        so that an unlucky start does not stop a run.
+        Unless `final` (an epoch was read), not before `min_count` samples and with three standard
+        deviations to spare, so that an unlucky start does not stop a run.
         """
         expected = self.max_fraction * self.seen
         if not final:
@@ -217,3 +224,39 @@ class BadSamples:
         self.seen = int(state["seen"])
         self.counts = {kind: int(n) for kind, n in state["counts"].items()}
         self.keys = {kind: list(keys) for kind, keys in state["keys"].items()}
+
+
+class BadInARow:
+    """Stops a stream that gives nothing usable any more: DataError after so many in a row."""
+
+    MAX_SAMPLES = 500
+    # Each shard was tried several times, so after three the storage is gone and not a shard.
+    MAX_SHARDS = 3
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        """A good sample was read."""
+        self.samples = self.shards = 0
+
+    def add(self, kind: str, key: str, shard: str) -> None:
+        """Sample `key` of `shard` could not be used, for the reason `kind`."""
+        self.samples += 1
+        self.shards += kind == "unreadable_shard"
+        if self.shards >= self.MAX_SHARDS:
+            raise DataError(
+                f"{self.shards} shards in a row cannot be read, the last of them {shard}; when the "
+                "storage is back, the same command goes on from the newest checkpoint"
+            )
+        if self.samples >= self.MAX_SAMPLES:
+            raise DataError(
+                f"{self.samples} samples in a row cannot be used, the last of them {key} of "
+                f"{shard} ({kind})"
+            )
+
+
+def kinds_of(faults: Iterable[tuple[str, str]]) -> str:
+    """`truncated_image 3, missing_caption 1`, or `no samples at all`."""
+    counts = Counter(kind for kind, _ in faults)
+    return ", ".join(f"{kind} {n}" for kind, n in counts.most_common()) or "no samples at all"

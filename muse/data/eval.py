@@ -1,4 +1,4 @@
-"""Every sample of a source exactly once, in order, shared out by sample index over ranks and workers."""
+"""Evaluation data: every sample exactly once, in order, shared out over ranks and workers."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,7 +13,8 @@ from muse.data.samples import Prepared, SampleMaker, torch_loader
 from muse.data.shards import split_shards
 from muse.errors import DataError
 
-# The first sample of remote shard i has index i * SHARD_STRIDE: nobody knows how many samples lie before it.
+# The first sample of remote shard i has index i * SHARD_STRIDE: how many samples lie before it is
+# not known.
 SHARD_STRIDE = 2**32
 
 
@@ -42,7 +43,10 @@ def _count_shard(source: Source, shard: str) -> int:
 
 
 def broken_shard(fault: str, shard: str, count: int) -> DataError:
-    """In training a broken shard counts as one bad sample; a measurement has to know over how many samples it is."""
+    """The error for a broken shard.
+
+    In training it counts as one bad sample, but a measurement must know how many samples it covers.
+    """
     if fault == "unreadable_shard" and not count:
         return DataError(
             f"shard {shard} cannot be read ({fault}): check its address, or the command of a pipe"
@@ -54,7 +58,7 @@ def broken_shard(fault: str, shard: str, count: int) -> DataError:
 
 @dataclass
 class EvalStream(IterableDataset):
-    """(batch or None, samples seen, faults) for one rank; torch's workers take its batches in turn."""
+    """(batch or None, samples seen, faults) of one rank; torch's workers make batches in turn."""
 
     source: Source
     maker: SampleMaker
@@ -67,10 +71,14 @@ class EvalStream(IterableDataset):
     def __post_init__(self) -> None:
         super().__init__()
 
-    def span(self) -> tuple[int, int]:
-        """The rank's [first, last) sample index in a local source: contiguous, so that it opens only its own shards."""
+    def total(self) -> int:
+        """Samples of a local source, over all ranks."""
         total = sum(self.counts)
-        total = total if self.max_images is None else min(total, self.max_images)
+        return total if self.max_images is None else min(total, self.max_images)
+
+    def span(self) -> tuple[int, int]:
+        """The rank's samples [first, last) of a local source, contiguous: few shards to open."""
+        total = self.total()
         return total * self.rank // self.world, total * (self.rank + 1) // self.world
 
     def __iter__(self) -> Iterator[tuple[dict | None, int, list[tuple[str, str]]]]:
@@ -102,7 +110,7 @@ class EvalStream(IterableDataset):
             start += count
 
     def _strided(self) -> Iterator[tuple[int, Record]]:
-        """Remote shards too few to share out: everyone reads them through and decodes his own."""
+        """Remote shards too few to share out: every rank reads all of them and decodes its part."""
         records = (record for shard in self.source.shards for record in self.source.read(shard))
         return islice(enumerate(records), self.rank, self.max_images, self.world)
 
@@ -130,8 +138,8 @@ class EvalStream(IterableDataset):
 class EvalLoader:
     """Iterable of batches over one rank's part; each pass starts anew, with a new `bad` count.
 
-    `num_samples` of all ranks together (None for remote shards); `len()` is this rank's number of batches if none is
-    lost.
+    `num_samples` counts those of all ranks together, None for remote shards; `len()` is this rank's
+    number of batches if none is lost.
     """
 
     def __init__(
@@ -140,17 +148,11 @@ class EvalLoader:
         num_workers: int,
         max_bad_fraction: float,
         pin_memory: bool,
-        prefetch_factor: int | None,
     ):
         self.stream, self.num_workers, self.max_bad_fraction = stream, num_workers, max_bad_fraction
         self.bad = BadSamples(max_bad_fraction)
-        self._pin_memory, self._prefetch = pin_memory, prefetch_factor
-        counts, limit = stream.counts, stream.max_images
-        self.num_samples = (
-            None
-            if not stream.source.local
-            else min(sum(counts), limit if limit is not None else sum(counts))
-        )
+        self.pin_memory = pin_memory
+        self.num_samples = stream.total() if stream.source.local else None
         self.classes = getattr(stream.source, "classes", ())
 
     def __len__(self) -> int:
@@ -161,9 +163,7 @@ class EvalLoader:
 
     def __iter__(self) -> Iterator[dict]:
         self.bad = BadSamples(self.max_bad_fraction)
-        for batch, seen, faults in torch_loader(
-            self.stream, self.num_workers, 0, self._pin_memory, self._prefetch
-        ):
+        for batch, seen, faults in torch_loader(self.stream, self.num_workers, 0, self.pin_memory):
             self.bad.add(seen, faults)
             for kind, key in faults:
                 if kind in SHARD_FAULTS:
@@ -175,7 +175,7 @@ class EvalLoader:
         if self.num_samples is not None:
             first, last = self.stream.span()
             if self.bad.seen != last - first:
-                name = self.stream.source.name
                 raise DataError(
-                    f"{name}: {self.bad.seen} samples read where {last - first} were counted at the start"
+                    f"{self.stream.source.name}: {self.bad.seen} samples read where "
+                    f"{last - first} were counted at the start"
                 )

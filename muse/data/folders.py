@@ -1,9 +1,10 @@
 """Plain image folders, as equals of tar shards.
 
-root/cat/1.jpg, root/dog/7.jpg          class folders: the label is the place of the folder's name in alphabetical order
-root/1.jpg, root/1.txt                  flat: captions (.txt or .json of the same name) if there are any
-root/images/1.jpg, root/masks/1.png     segmentation (`annotations` or `labels` for `masks` too), or two folders given
-apart
+root/cat/1.jpg, root/dog/7.jpg       class folders: the label is the place of the folder's name in
+                                     alphabetical order
+root/1.jpg, root/1.txt               flat: captions (.txt or .json of the same name) if there are
+root/images/1.jpg, root/masks/1.png  segmentation (`annotations` or `labels` for `masks` too), or
+                                     two folders given apart
 """
 
 import os
@@ -27,13 +28,14 @@ def is_image_folder(path: str) -> bool:
         return False
     if next(_walk_images(path), None) is None:
         raise DataError(
-            f"directory {path} holds neither *.tar shards nor pictures ({', '.join(IMAGE_EXTENSIONS)})"
+            f"directory {path} holds neither *.tar shards nor pictures "
+            f"({', '.join(IMAGE_EXTENSIONS)})"
         )
     return True
 
 
 def _walk_images(root: str) -> Iterator[str]:
-    """Relative paths of pictures, sorted within each folder; masks (`*.seg.png`) and hidden files are none."""
+    """Relative paths of pictures, sorted within each folder, without masks and hidden files."""
     for folder, subfolders, files in os.walk(root, followlinks=True):
         subfolders[:] = sorted(name for name in subfolders if not name.startswith("."))
         for name in sorted(files):
@@ -44,7 +46,7 @@ def _walk_images(root: str) -> Iterator[str]:
 
 
 class FolderSource:
-    """Each picture is a shard of one sample: any number of readers can share them, an epoch is shuffled as a whole.
+    """Pictures in folders. Each is a shard of one sample, so any number of readers can share them.
 
     `classes` are the class folders' names, () for a flat folder. Keys are paths relative to `root`.
     """
@@ -73,7 +75,8 @@ class FolderSource:
         if inside and len(inside) < len(self.shards):
             loose = min(set(self.shards) - set(inside))
             raise DataError(
-                f"image folder {self.root} mixes class folders with loose pictures such as {loose!r}"
+                f"image folder {self.root} mixes class folders with loose pictures "
+                f"such as {loose!r}"
             )
         return tuple(sorted({path.split(os.sep, 1)[0] for path in inside}))
 

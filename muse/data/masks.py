@@ -1,4 +1,4 @@
-"""Masks: decoding, the ADE20K label mapping, and pairing folders of pictures with folders of masks."""
+"""Masks: decoding, the ADE20K label mapping, and pairing folders of pictures with masks."""
 
 import os
 from collections.abc import Mapping
@@ -14,8 +14,10 @@ _PAIRED_FOLDERS = (("images", "masks"), ("images", "annotations"), ("images", "l
 
 
 def decode_mask(members: Mapping[str, bytes]) -> Image.Image:
-    """The label map `.seg.png` as a mode "I" picture of its stored numbers (palette indices stay indices), ignored pixels as
-    `IGNORE_INDEX`: 255 in a file of 8 bits, 65535 in one of 16, which may hold more than 255 classes.
+    """The label map `.seg.png` as a mode "I" picture of its stored numbers.
+
+    Palette indices stay indices. Ignored pixels become `IGNORE_INDEX`: they are 255 in a file of 8
+    bits, and 65535 in one of 16 bits, which may hold more than 255 classes.
 
     Raises BadSample missing_mask or bad_mask.
     """
@@ -36,13 +38,13 @@ def decode_mask(members: Mapping[str, bytes]) -> Image.Image:
 
 
 def reduce_zero_label(mask: numpy.ndarray) -> numpy.ndarray:
-    """ADE20K's numbering to training numbering: 0 ("other") -> ignored, 1..150 -> 0..149; ignored stays ignored."""
+    """ADE20K's numbers to training's: 0 ("other") and ignored -> ignored, 1..150 -> 0..149."""
     ignored = (mask == 0) | (mask == IGNORE_INDEX)
     return numpy.where(ignored, IGNORE_INDEX, mask - 1)
 
 
 def paired_folders(root: str) -> tuple[str, str] | None:
-    """(pictures, masks) if `root` is laid out as `images/` beside `masks/`, `annotations/` or `labels/`."""
+    """(pictures, masks) if `root` holds `images/` beside `masks/`, `annotations/` or `labels/`."""
     for images, masks in _PAIRED_FOLDERS:
         pair = os.path.join(root, images), os.path.join(root, masks)
         if os.path.isdir(pair[0]) and os.path.isdir(pair[1]):
@@ -51,9 +53,9 @@ def paired_folders(root: str) -> tuple[str, str] | None:
 
 
 def pair_masks(images: list[str], mask_folder: str) -> dict[str, str]:
-    """The mask's path for each picture's relative path, matched without extension; pictures without one are left out.
+    """The mask's path for each picture's relative path, matched without extension.
 
-    Raises DataError if the folder is missing or not a single mask fits.
+    Pictures without a mask are left out. Raises DataError if the folder is missing or no mask fits.
     """
     if not os.path.isdir(mask_folder):
         raise DataError(f"no such mask folder: {mask_folder}")

@@ -1,8 +1,8 @@
-"""Where samples come from: tar shards here, image folders in folders.py, one interface for both.
+"""What a source of samples is: the interface of tar shards (tar.py) and image folders (folders.py).
 
-A source has `shards` (the units that ranks and workers share out) and `read(shard)`, which yields `Record`s: the key
-and the places of a sample's members, so that samples can be passed over (resume, another rank's share) without reading
-them.
+A source has `shards` (the units that ranks and workers share out) and `read(shard)`, which yields
+`Record`s: the key and the places of a sample's members, so that samples can be passed over (resume,
+another rank's share) without reading them.
 """
 
 from collections.abc import Iterator, Sequence
@@ -22,13 +22,13 @@ class Span(NamedTuple):
 
 @dataclass(slots=True)
 class Record:
-    """One sample before decoding; `fault` says what is wrong with it, if anything; `prepared` is a cache's place."""
+    """One sample before decoding."""
 
     key: str
     shard: str
     members: dict[str, bytes | Span] = field(default_factory=dict)
-    fault: str | None = None
-    prepared: object = None
+    fault: str | None = None  # what is wrong with it
+    prepared: object = None  # what was decoded of it, where it stays in memory
 
     def load(self) -> "Record":
         """Read the members' bytes, if that was not yet done."""
@@ -51,7 +51,10 @@ def _read_span(span: Span) -> bytes:
 
 
 class Source(Protocol):
-    """What loaders read from."""
+    """What loaders read from.
+
+    A source may also have `retries` (how many reads it began anew) and `classes` (folders' names).
+    """
 
     name: str
     shards: Sequence[str]
@@ -62,7 +65,7 @@ class Source(Protocol):
 
 
 class InMemory:
-    """A source whose records stay in memory, with what was decoded from them; for some thousand small pictures."""
+    """A source that keeps its records and what was decoded of them, for some thousand pictures."""
 
     def __init__(self, source: Source):
         self.name, self.shards, self.local = source.name, source.shards, source.local

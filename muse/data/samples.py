@@ -44,15 +44,15 @@ class SampleMaker:
 
     transform: Transform
     fields: tuple[str, ...] = ("images", "text")
-    caption_keys: tuple[str, ...] = ("caption", "text")
-    zero_label_ignored: bool = False
+    zero_label_ignored: bool = False  # masks are numbered as in ADE20K
     max_pixels: int = MAX_PIXELS
 
     def __post_init__(self) -> None:
         unknown = set(self.fields) - set(FIELDS)
         if unknown:
             raise ConfigError(
-                f"unknown field {sorted(unknown)[0]!r}; the fields of a batch are {', '.join(FIELDS)}"
+                f"unknown field {sorted(unknown)[0]!r}; "
+                f"the fields of a batch are {', '.join(FIELDS)}"
             )
 
     def prepare(self, record: Record) -> Prepared:
@@ -72,14 +72,14 @@ class SampleMaker:
 
     def _captions(self, members: dict[str, bytes]) -> tuple[str, ...]:
         try:
-            return decode_captions(members, self.caption_keys)
+            return decode_captions(members)
         except BadSample:
             if "text" in self.fields:
                 raise
             return ("",)
 
     def finish(self, prepared: Prepared, rng: random.Random | None = None) -> Prepared:
-        """Crop, flip and pick a caption; with `rng` as drawn from it, without one centre crop and the first caption."""
+        """Crop, flip and pick a caption by `rng`; without it the centre and the first caption."""
         pixels, mask = self.transform.crop(prepared.pixels, prepared.mask, rng)
         captions = prepared.captions
         if len(captions) > 1:
@@ -87,16 +87,18 @@ class SampleMaker:
         return Prepared(prepared.key, pixels, captions, prepared.label, mask)
 
     def collate(self, samples: Sequence[Prepared]) -> dict:
-        """images float32 (B,3,H,W) in [0,1], text and keys; if asked for, int64 labels (B,) and masks (B,H,W)."""
+        """A batch: images float32 (B,3,H,W) in [0,1], text, keys; labels and masks if asked for."""
         batch = {
             "images": to_float(torch.stack([sample.pixels for sample in samples])),
             "text": [sample.captions[0] for sample in samples],
             "keys": [sample.key for sample in samples],
         }
         if "labels" in self.fields:
-            batch["labels"] = torch.tensor([sample.label for sample in samples], dtype=torch.int64)
+            labels = [sample.label for sample in samples]
+            batch["labels"] = torch.tensor(labels, dtype=torch.int64)  # (B,)
         if "masks" in self.fields:
-            batch["masks"] = torch.stack([sample.mask for sample in samples]).to(torch.int64)
+            masks = torch.stack([sample.mask for sample in samples])
+            batch["masks"] = masks.to(torch.int64)  # (B,H,W)
         return batch
 
 
@@ -105,20 +107,22 @@ def _as_it_is(batch: tuple) -> tuple:
 
 
 def torch_loader(
-    dataset: IterableDataset,
-    num_workers: int,
-    seed: int,
-    pin_memory: bool,
-    prefetch_factor: int | None,
+    dataset: IterableDataset, num_workers: int, seed: int, pin_memory: bool
 ) -> DataLoader:
+    """torch's loader over a data set that makes its batches itself.
+
+    Args:
+        dataset: yields batches.
+        num_workers: processes that read ahead, two batches each; 0 reads in this process.
+        seed: of torch's own generators in the workers, which no random choice here depends on.
+        pin_memory: batches lie where a GPU can fetch them without waiting.
+    """
     return DataLoader(
         dataset,
         batch_size=None,
         num_workers=num_workers,
         pin_memory=pin_memory,
-        prefetch_factor=prefetch_factor if num_workers else None,
         collate_fn=_as_it_is,
-        generator=torch.Generator().manual_seed(
-            seed
-        ),  # else starting the workers would draw from the global generator
+        # Without one of its own, starting the workers would draw from the global generator.
+        generator=torch.Generator().manual_seed(seed),
     )

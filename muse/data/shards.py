@@ -1,8 +1,8 @@
 """Which tar shards there are, who reads which, and how a failing read is tried again.
 
-A shard is a local path or anything webdataset opens (`pipe:COMMAND`, `https://`, `gs://`, `hf://`, ...; `s3://` becomes
-a pipe of the aws command line). Patterns: braces (`train-{000..127}.tar`), globs, a directory of shards, a list, or
-several joined by `::`.
+A shard is a local path or anything webdataset opens (`pipe:COMMAND`, `https://`, `gs://`, `hf://`,
+...; `s3://` becomes a pipe of the aws command line). Patterns: braces (`train-{000..127}.tar`),
+globs, a directory of shards, a list, or several joined by `::`.
 """
 
 import glob
@@ -28,7 +28,7 @@ T = TypeVar("T")
 
 
 def is_remote(url: str) -> bool:
-    """True for `scheme:` urls other than `file:`: they are read as a stream and cannot be looked into beforehand."""
+    """True for `scheme:` urls other than `file:`, which nobody can look into beforehand."""
     scheme = re.match(r"([A-Za-z][A-Za-z0-9+.-]+):", url)
     return scheme is not None and scheme.group(1).lower() != "file"
 
@@ -39,9 +39,9 @@ def needs_stream(url: str) -> bool:
 
 
 def expand_urls(urls: str | os.PathLike | Iterable[str | os.PathLike]) -> list[str]:
-    """All shards that a pattern, or a list of patterns, names; in the order given, each pattern's own shards sorted.
+    """All shards that a pattern, or a list of patterns, names; each pattern's own shards sorted.
 
-    Raises DataError, naming the pattern, when a local pattern matches nothing or one of its files is missing.
+    Raises DataError, naming the pattern, when it matches nothing or one of its files is missing.
     """
     if isinstance(urls, (str, os.PathLike)):
         patterns = os.fspath(urls).split("::")
@@ -56,7 +56,8 @@ def expand_urls(urls: str | os.PathLike | Iterable[str | os.PathLike]) -> list[s
 def _expand_pattern(pattern: str) -> list[str]:
     if not pattern:
         raise DataError(
-            "an empty shard url: give a path, a pattern such as 'DIR/train-{000..009}.tar', or a directory"
+            "an empty shard url: give a path, a pattern such as 'DIR/train-{000..009}.tar', "
+            "or a directory"
         )
     try:
         names = list(braceexpand(pattern))
@@ -82,7 +83,8 @@ def _remote(url: str) -> list[str]:
         return [f"pipe:aws s3 cp {shlex.quote(url)} -"]
     if scheme not in gopen_schemes:
         raise DataError(
-            f"cannot read {url!r}: unknown scheme {scheme!r}; 'pipe:COMMAND' reads what a command writes"
+            f"cannot read {url!r}: unknown scheme {scheme!r}; "
+            "'pipe:COMMAND' reads what a command writes"
         )
     return [url]
 
@@ -106,18 +108,20 @@ def _local(name: str) -> list[str]:
 
 
 def split_shards(shards: Sequence[T], part: int, parts: int) -> list[T]:
-    """What reader `part` of `parts` reads: every parts-th shard; the parts are disjoint and together are all shards."""
+    """What reader `part` of `parts` reads: every parts-th shard, so that together they read all."""
     return list(shards[part::parts])
 
 
 def check_enough(count: int, world: int, workers: int, what: str) -> None:
-    """Raise DataError unless each of the world × workers readers gets a shard; one without would hang the others."""
+    """DataError unless each of the world × workers readers gets a shard: one without would hang
+    all.
+    """
     readers = world * max(1, workers)
     if count < readers:
         fewer = f"use at most {count // world} workers per rank, " if count >= world else ""
         raise DataError(
-            f"{what} has {count} shards for {world} ranks x {max(1, workers)} workers = {readers} readers: {fewer}"
-            f"write at least {readers} shards, or set resampled: true"
+            f"{what} has {count} shards for {world} ranks x {max(1, workers)} workers = {readers} "
+            f"readers: {fewer}write at least {readers} shards, or set resampled: true"
         )
 
 
@@ -130,10 +134,16 @@ def with_retries(
     sleep: Callable[[float], None] = time.sleep,
     on_retry: Callable[[], None] = lambda: None,
 ) -> Iterator[T]:
-    """Items of `start()`, started again after a failure without repeating what was already handed out.
+    """Items of `start()`, started again after a failure without repeating what was handed out.
 
-    `attempts` failures in a row (no item in between), each followed by twice the wait of the one before, and the last
-    one is raised. `on_retry` is called before each new start.
+    Args:
+        start: a new iterator from the first item on.
+        retry_on: the errors that count as failures; the last one is raised.
+        what: the name of what is read, for the log.
+        attempts: failures in a row, without an item in between.
+        first_wait: seconds after the first failure; each wait is twice the one before.
+        sleep: how to wait.
+        on_retry: called before each new start.
     """
     done, failures = 0, 0
     while True:

@@ -1,4 +1,8 @@
-"""Tar shards as a source: WebDataset's layout, read by offset where the file is local and plain, as a stream elsewhere."""
+"""Tar shards as a source, in WebDataset's layout.
+
+A local, uncompressed shard is read by offset: its members need not be read to be passed over. Every
+other one is read as a stream.
+"""
 
 import os
 import re
@@ -14,13 +18,11 @@ from muse.data.decode import SAMPLE_EXTENSIONS
 from muse.data.records import Record, Span
 
 _READ_ERRORS = (OSError, EOFError, tarfile.TarError, zlib.error)
-
-
 _META = re.compile(r"__[^/]*__($|/)")  # webdataset keeps its own notes in members of such names
 
 
 class _StrictTarInfo(tarfile.TarInfo):
-    """tarfile takes a damaged or missing header for the end of the archive; here only the end marker is the end."""
+    """Only the end marker ends an archive; tarfile itself also stops at a damaged header."""
 
     @classmethod
     def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
@@ -33,10 +35,16 @@ class _StrictTarInfo(tarfile.TarInfo):
 
 
 class TarSource:
-    """WebDataset shards: members of one key (file name up to the first dot) lie side by side and make a sample.
+    """Shards whose members of one key (file name up to the first dot) lie together and make a
+    sample.
 
-    A shard that breaks off gives its whole samples and then a record with one of SHARD_FAULTS; remote shards, and local
-    ones whose disk fails, are tried again first, `attempts` times with doubling waits from `first_wait` seconds.
+    A shard that breaks off gives its complete samples and then a record with one of SHARD_FAULTS.
+    Remote shards, and local ones whose disk fails, are tried again first.
+
+    Args:
+        urls: shard pattern(s) as in shards.py.
+        attempts: reads of a shard without any sample in between.
+        first_wait: seconds before the second attempt; each wait is twice the one before.
     """
 
     one_per_shard = False
@@ -94,10 +102,8 @@ def _read_tar(url: str) -> Iterator[Record]:
             pass  # a command that is cut off by our closing its pipe would report an error
         finished = True
     except tarfile.TarError:
-        finished = (
-            True  # closing tells whether the command failed: a better reason than the tar error
-        )
-        stream.close()
+        finished = True
+        stream.close()  # where the command failed, this raises: a better reason than the tar error
         raise
     finally:
         if not finished:
@@ -106,7 +112,7 @@ def _read_tar(url: str) -> Iterator[Record]:
 
 
 def _tar_members(archive: tarfile.TarFile, url: str, path: str | None) -> Iterator[dict]:
-    """Members as webdataset's grouping wants them; the data is a Span where the archive is a plain file at `path`."""
+    """Members for webdataset's grouping, with Spans in place of data in a plain file at `path`."""
     size = os.path.getsize(path) if path else 0
     while (info := archive.next()) is not None:
         archive.members = []  # tarfile would remember every header

@@ -1,24 +1,22 @@
-"""The endless, shuffled, resumable stream of training samples of one worker.
+"""Training data: endless, shuffled, mixed, and resumable to the sample.
 
-Every random choice comes from a generator seeded by (seed, epoch, rank, worker, source, key), so a position is a few
-integers: how many samples were drawn from the mixture, and per source the epoch and how far into it. Going to a
-position walks the epoch's records once without loading them (tar headers of local shards; remote shards have to be read
-through).
+Every random choice comes from a generator seeded by (seed, epoch, rank, worker, source, key), so a
+position is a few integers: how many samples were drawn from the mixture, and for each source the
+epoch and how far into it. Going to a position walks through the epoch's records once without
+loading them (the tar headers of local shards; remote shards have to be read).
 """
 
 import copy
 import logging
-from bisect import bisect_right
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import NamedTuple
 
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.filters import shuffle
 
-from muse.data.decode import BadSample, BadSamples
+from muse.data.decode import BadInARow, BadSample, BadSamples, kinds_of
+from muse.data.mixture import pick_source
 from muse.data.records import InMemory, Record, Source
 from muse.data.samples import Prepared, SampleMaker, torch_loader
 from muse.data.shards import split_shards
@@ -26,12 +24,6 @@ from muse.data.transforms import generator_for
 from muse.errors import CheckpointError, DataError, MuseError
 
 logger = logging.getLogger(__name__)
-
-MAX_BAD_IN_A_ROW = 500
-MAX_UNREADABLE_IN_A_ROW = (
-    3  # shards; each was tried several times, so it is the storage that is gone, not a shard
-)
-_GOLDEN = 0.6180339887498949
 
 
 class Report(NamedTuple):
@@ -61,18 +53,9 @@ class StreamSpec:
     resampled: bool = False
 
 
-def start_position(sources: int) -> dict:
-    return {"drawn": 0, "sources": [[0, 0] for _ in range(sources)]}
-
-
-def pick_source(spec: StreamSpec, worker: int, drawn: int) -> int:
-    """The source of draw number `drawn`: a golden-ratio sequence from a random start; ratios hold to about log(n)/n."""
-    if len(spec.sources) == 1:
-        return 0
-    start = generator_for("mixture", spec.seed, spec.rank, worker).random()
-    bounds = list(accumulate(spec.weights))
-    point = (start + drawn * _GOLDEN) % 1.0 * bounds[-1]
-    return min(bisect_right(bounds, point), len(bounds) - 1)
+def start_position(sources: int, drawn: int = 0, epoch: int = 0) -> dict:
+    """A worker's place: samples drawn from the mixture, and [epoch, records read] by source."""
+    return {"drawn": drawn, "sources": [[epoch, 0] for _ in range(sources)]}
 
 
 @dataclass
@@ -83,9 +66,8 @@ class WorkerStream:
     worker: int
     position: dict
     _seen: int = 0
-    _in_a_row: int = 0
-    _unreadable: int = 0
     _faults: list[tuple[str, str]] = field(default_factory=list)
+    _in_a_row: BadInARow = field(default_factory=BadInARow)
 
     def __iter__(self) -> Iterator[tuple[dict | None, Report]]:
         streams = [self._samples(i) for i in range(len(self.spec.sources))]
@@ -100,16 +82,14 @@ class WorkerStream:
             yield None, self._report(str(error))
 
     def _draw(self, streams: Sequence[Iterator[Prepared]]) -> Prepared:
-        source = pick_source(self.spec, self.worker, self.position["drawn"])
+        spec, drawn = self.spec, self.position["drawn"]
+        source = pick_source(spec.weights, drawn, (spec.seed, spec.rank, self.worker))
         self.position["drawn"] += 1
         return next(streams[source])
 
     def _report(self, error: str | None = None) -> Report:
-        position = {
-            "drawn": self.position["drawn"],
-            "sources": [list(place) for place in self.position["sources"]],
-        }
         retries = sum(getattr(source, "retries", 0) for source in self.spec.sources)
+        position = copy.deepcopy(self.position)
         report = Report(self.worker, position, self._seen, self._faults, error, retries)
         self._seen, self._faults = 0, []
         return report
@@ -125,18 +105,17 @@ class WorkerStream:
                 prepared = self._prepare(record, keep=isinstance(source, InMemory))
                 if prepared is not None:
                     good += 1
-                    yield self.spec.maker.finish(
-                        prepared, generator_for("sample", self.spec.seed, epoch, record.key)
-                    )
+                    rng = generator_for("sample", self.spec.seed, epoch, record.key)
+                    yield self.spec.maker.finish(prepared, rng)
             if good == 0 and start == 0:
                 raise DataError(
-                    f"{source.name}: not one of the {place[1]} samples of rank {self.spec.rank}, worker {self.worker} "
-                    f"can be used ({kinds_of(self._faults)})"
+                    f"{source.name}: not one of the {place[1]} samples of rank {self.spec.rank}, "
+                    f"worker {self.worker} can be used ({kinds_of(self._faults)})"
                 )
             place[:] = [epoch + 1, 0]
 
     def _prepare(self, record: Record, keep: bool) -> Prepared | None:
-        """The decoded sample, or None after noting why there is none. `keep`: in the record, in place of its bytes."""
+        """The decoded sample, or None after noting why; `keep` puts it in place of the bytes."""
         self._seen += 1
         prepared = record.prepared
         if prepared is None and record.fault is None:
@@ -147,33 +126,22 @@ class WorkerStream:
             if keep:
                 record.prepared, record.members = prepared, {}
         if prepared is not None:
-            self._in_a_row = self._unreadable = 0
+            self._in_a_row.reset()
             return prepared
         self._faults.append((record.fault, record.key))
-        self._in_a_row += 1
-        self._unreadable += record.fault == "unreadable_shard"
-        if self._unreadable >= MAX_UNREADABLE_IN_A_ROW:
-            raise DataError(
-                f"{self._unreadable} shards in a row cannot be read, the last of them {record.shard}; when the storage "
-                "is back, the same command goes on from the newest checkpoint"
-            )
-        if self._in_a_row >= MAX_BAD_IN_A_ROW:
-            raise DataError(
-                f"{self._in_a_row} samples in a row cannot be used, the last of them {record.key} of {record.shard} "
-                f"({record.fault})"
-            )
+        self._in_a_row.add(record.fault, record.key, record.shard)
         return None
 
     def _records(self, index: int, epoch: int, skip: int) -> Iterator[Record]:
         """The worker's records of one epoch, shuffled, without the first `skip`."""
         spec, source = self.spec, self.spec.sources[index]
         left = skip
-        # The bytes of what is skipped are not read; what is in the buffer when skipping ends is read when it comes out.
+        # What is skipped is not read: a record that enters the buffer before skipping ends, and
+        # every record that stays in memory, is loaded when it is decoded.
         lazy = isinstance(source, InMemory)
-        shards = self._shard_order(index, epoch)
         records = (
             record if left or lazy else record.load()
-            for shard in shards
+            for shard in self._shard_order(index, epoch)
             for record in source.read(shard)
         )
         if spec.shuffle_buffer > 1 and not source.one_per_shard:
@@ -192,7 +160,7 @@ class WorkerStream:
             )
 
     def _shard_order(self, index: int, epoch: int) -> list[str]:
-        """This worker's shards: its part of the epoch's one permutation, or its own draws if resampled."""
+        """This worker's part of the epoch's shuffled shards; draws of its own if resampled."""
         spec, shards = self.spec, list(self.spec.sources[index].shards)
         part, parts = spec.rank * spec.workers + self.worker, spec.world * spec.workers
         if spec.resampled:
@@ -203,17 +171,11 @@ class WorkerStream:
         return split_shards(shards, part, parts)
 
 
-def kinds_of(faults: Sequence[tuple[str, str]]) -> str:
-    """`truncated_image 3, missing_caption 1`, or `no samples at all`."""
-    counts = Counter(kind for kind, _ in faults)
-    return ", ".join(f"{kind} {n}" for kind, n in counts.most_common()) or "no samples at all"
-
-
 class TrainStream(IterableDataset):
     """The streams of all workers of one rank as torch's DataLoader wants them.
 
-    Worker i of a process goes on as stream (i + `first`) mod workers, since a DataLoader always asks its worker 0
-    first.
+    Worker i of a process goes on as stream (i + `first`) mod workers, since a DataLoader always
+    asks its worker 0 first.
     """
 
     def __init__(self, spec: StreamSpec, positions: list[dict], first: int):
@@ -232,25 +194,19 @@ class TrainLoader:
     """
 
     def __init__(
-        self,
-        spec: StreamSpec,
-        num_workers: int,
-        max_bad_fraction: float,
-        pin_memory: bool,
-        prefetch_factor: int | None,
+        self, spec: StreamSpec, num_workers: int, max_bad_fraction: float, pin_memory: bool
     ):
         self.spec, self.num_workers = spec, num_workers
         self.bad = BadSamples(max_bad_fraction)
         self.batches = 0
         self._retries = [0] * spec.workers
         self._positions = [start_position(len(spec.sources)) for _ in range(spec.workers)]
-        self._pin_memory, self._prefetch = pin_memory, prefetch_factor
+        self.pin_memory = pin_memory
 
     def __iter__(self) -> Iterator[dict]:
         stream = TrainStream(self.spec, self._positions, first=self.batches % self.spec.workers)
-        for batch, report in torch_loader(
-            stream, self.num_workers, self.spec.seed, self._pin_memory, self._prefetch
-        ):
+        loader = torch_loader(stream, self.num_workers, self.spec.seed, self.pin_memory)
+        for batch, report in loader:
             epochs_done = self.epoch
             self._positions[report.worker] = report.position
             self._retries[report.worker] = report.retries
@@ -277,7 +233,7 @@ class TrainLoader:
 
     @property
     def retries(self) -> int:
-        """Reads of remote or failing shards that were begun anew by this rank, since it last began to iterate."""
+        """Reads of remote or failing shards begun anew by this rank, in its present iteration."""
         return sum(self._retries)
 
     @property
@@ -286,49 +242,45 @@ class TrainLoader:
         return min(epoch for position in self._positions for epoch, _ in position["sources"])
 
     def state_dict(self) -> dict:
-        """The data position of this rank: JSON, integers but for the skipped samples' keys. Each rank saves its own."""
+        """The data position of this rank, as JSON. Each rank saves its own."""
         return {
             "layout": self._layout(),
             "batches": self.batches,
-            "positions": [
-                {"drawn": p["drawn"], "sources": [list(place) for place in p["sources"]]}
-                for p in self._positions
-            ],
+            "positions": copy.deepcopy(self._positions),
             "bad": self.bad.state_dict(),
         }
 
     def load_state_dict(self, state: Mapping) -> None:
         """Go on from `state`.
 
-        Exact (the same batches, bit for bit) where seed, rank, world, workers, buffer, weights and shards are what they
-        were. Otherwise, and for resampled shards, approximate: the sources' next epoch begins, with a warning. The
-        batch size may change.
+        Exact (the same batches, bit for bit) where seed, rank, world, workers, buffer, weights and
+        shards are what they were. Otherwise, and for resampled shards, approximate: the sources'
+        next epoch begins, with a warning. The batch size may change.
         """
-        spec = self.spec
         try:
-            layout, positions = dict(state["layout"]), state["positions"]
-            places = [[(int(e), int(n)) for e, n in p["sources"]] for p in positions]
-            drawn, batches = [int(p["drawn"]) for p in positions], int(state["batches"])
+            layout, positions = dict(state["layout"]), [_as_position(p) for p in state["positions"]]
+            batches = int(state["batches"])
             self.bad.load_state_dict(state["bad"])
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"not a data position: {error!r}") from error
         self.batches = batches
-        here = self._layout()
+        spec, here = self.spec, self._layout()
         if layout == here and not spec.resampled:
-            self._positions = [
-                {"drawn": d, "sources": [list(place) for place in p]}
-                for d, p in zip(drawn, places, strict=True)
-            ]
+            self._positions = positions
             return
         if layout != here:
-            changes = ", ".join(
-                f"{key} {layout.get(key)} -> {here[key]}"
-                for key in here
-                if layout.get(key) != here[key]
-            )
+            changes = [f"{k} {layout.get(k)} -> {v}" for k, v in here.items() if layout.get(k) != v]
             logger.warning(
-                "the data position is approximate (%s): going on with the next epoch", changes
+                "the data position is approximate (%s): going on with the next epoch",
+                ", ".join(changes),
             )
-        following = 1 + max((epoch for place in places for epoch, _ in place), default=0)
-        start = {"drawn": max(drawn, default=0), "sources": [[following, 0] for _ in spec.sources]}
-        self._positions = [start for _ in range(spec.workers)]
+        drawn = max((p["drawn"] for p in positions), default=0)
+        epoch = 1 + max((epoch for p in positions for epoch, _ in p["sources"]), default=0)
+        self._positions = [
+            start_position(len(spec.sources), drawn, epoch) for _ in range(spec.workers)
+        ]
+
+
+def _as_position(saved: Mapping) -> dict:
+    places = [[int(epoch), int(read)] for epoch, read in saved["sources"]]
+    return {"drawn": int(saved["drawn"]), "sources": places}

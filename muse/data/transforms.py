@@ -1,7 +1,7 @@
-"""Resize, crop and flip: PIL RGB to float32 (3,H,W) in [0,1]; masks follow with nearest resampling.
+"""Resize, crop and flip of pictures and their masks.
 
-Two halves, so that a small data set may be kept decoded: `resize` does what is the same in every epoch, `crop` what is
-drawn anew.
+Two halves, so that a small data set may be kept decoded: `resize` does what is the same in every
+epoch, `crop` what is drawn anew.
 """
 
 import hashlib
@@ -18,11 +18,16 @@ from muse.errors import ConfigError
 
 
 def generator_for(*parts: object) -> random.Random:
-    """A generator that depends on `parts` (seed, epoch, key, ...) only: no global state, the same on every machine."""
+    """A generator that depends on `parts` (seed, epoch, key, ...) alone, on every machine."""
     digest = hashlib.blake2b(
         repr(parts).encode("utf-8", "surrogateescape"), digest_size=16
     ).digest()
     return random.Random(int.from_bytes(digest, "big"))
+
+
+def to_pixels(image: Image.Image) -> Tensor:
+    """RGB picture -> uint8 (3,h,w)."""
+    return torch.from_numpy(numpy.array(image)).permute(2, 0, 1).contiguous()
 
 
 def to_float(images: Tensor) -> Tensor:
@@ -32,9 +37,13 @@ def to_float(images: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class Transform:
-    """`resize_shorter_edge` (pixels; None keeps the size where the crop fits), then a `crop_size` square.
+    """Shorter edge to a size, then a square out of it.
 
-    `random_crop` and `random_flip` are used only where a generator is given; without one: centre crop, no flip.
+    Args:
+        resize_shorter_edge: pixels; None keeps the size, or enlarges it to the crop.
+        crop_size: side of the square; None keeps the resized picture.
+        random_crop: a drawn place where `crop` gets a generator; else the centre.
+        random_flip: half of the pictures mirrored where `crop` gets a generator; else none.
     """
 
     resize_shorter_edge: int | None = 256
@@ -53,7 +62,7 @@ class Transform:
     def resize(
         self, image: Image.Image, mask: Image.Image | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """PIL -> uint8 (3,h,w), shorter edge as asked (antialiased bicubic), and int32 mask (h,w), nearest.
+        """RGB picture -> uint8 (3,h,w), antialiased bicubic, and its mask -> int32 (h,w), nearest.
 
         Raises BadSample mask_size if the mask is of another size than the picture.
         """
@@ -63,8 +72,7 @@ class Transform:
         if size != image.size:
             image = image.resize(size, Image.Resampling.BICUBIC)
             mask = None if mask is None else mask.resize(size, Image.Resampling.NEAREST)
-        pixels = torch.from_numpy(numpy.array(image)).permute(2, 0, 1).contiguous()
-        return pixels, None if mask is None else torch.from_numpy(numpy.array(mask))
+        return to_pixels(image), None if mask is None else torch.from_numpy(numpy.array(mask))
 
     def _target(self, width: int, height: int) -> tuple[int, int]:
         shorter = min(width, height)
@@ -74,7 +82,11 @@ class Transform:
     def crop(
         self, pixels: Tensor, mask: Tensor | None = None, rng: random.Random | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """(3,h,w) and (h,w) -> the same crop and flip of both; still uint8 and int32."""
+        """The same crop and flip of a picture (3,h,w) and its mask (h,w), both as `resize` gave
+        them.
+
+        `rng` draws them; without it the centre is cropped and nothing flipped.
+        """
         height, width = pixels.shape[-2:]
         side = self.crop_size
         if side is not None:
@@ -89,27 +101,3 @@ class Transform:
             pixels = pixels.flip(-1)
             mask = None if mask is None else mask.flip(-1)
         return pixels, mask
-
-
-def train_transform(
-    image: Image.Image,
-    rng: random.Random,
-    resize_shorter_edge: int | None = 256,
-    crop_size: int = 224,
-    random_crop: bool = True,
-    random_flip: bool = True,
-) -> Tensor:
-    """RGB picture -> float32 (3,crop,crop) in [0,1], crop and flip drawn from `rng`."""
-    transform = Transform(resize_shorter_edge, crop_size, random_crop, random_flip)
-    return to_float(transform.crop(transform.resize(image)[0], rng=rng)[0])
-
-
-def eval_transform(
-    image: Image.Image, resize_shorter_edge: int | None = 256, crop_size: int | None = 224
-) -> Tensor:
-    """RGB picture -> float32 (3,crop,crop) in [0,1]: shorter edge resized with antialias, centre crop.
-
-    `crop_size` None: no crop.
-    """
-    transform = Transform(resize_shorter_edge, crop_size)
-    return to_float(transform.crop(transform.resize(image)[0])[0])

@@ -1,14 +1,16 @@
-"""How well a student's attention follows the teacher's, and how well it stays on the object it looks from.
+"""How well a student's attention follows the teacher's, and how well it stays on its object.
 
-Beside every figure stands what needs no image: the uniform map and the positional prior (the teacher's mean map over a
-*training* set). Maps are averaged over heads. N = h*w tokens, L blocks, rows are queries.
+Beside every figure stands what needs no image: the uniform map and the positional prior (the
+teacher's mean map over a *training* set). Maps are averaged over heads. N = h*w tokens, L blocks,
+rows are queries.
 """
 
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
-from muse.evaluation.segmentation import IGNORE, cell_targets
+from muse.data.masks import IGNORE_INDEX
+from muse.evaluation.segmentation import cell_targets
 from muse.losses.topology import attention_kl, positional_prior, resize_attention
 from muse.utils.distributed import all_sum
 
@@ -19,8 +21,14 @@ TINY = 1e-30
 def teacher_maps(
     teacher: Callable, images: torch.Tensor, grid: tuple[int, int]
 ) -> list[torch.Tensor]:
-    """The teacher's head means on the student's grid: L tensors (B,1,N,N); a map that stands in several places is
-    resized once.
+    """The teacher's head means on the student's grid: L tensors (B,1,N,N).
+
+    A map that stands in several places is resized once.
+
+    Args:
+        teacher: images -> `TopologyTarget`.
+        images: (B,3,H,W).
+        grid: the student's (h, w).
     """
     target = teacher(images)
     done: dict[int, torch.Tensor] = {}
@@ -33,7 +41,14 @@ def teacher_maps(
 def mean_teacher_maps(
     teacher: Callable, batches: Iterable[dict], grid: tuple[int, int], device="cpu"
 ) -> torch.Tensor:
-    """The positional prior (L,N,N): mean of `teacher_maps` over the images of a training set."""
+    """The positional prior (L,N,N): mean of `teacher_maps` over the images of a training set.
+
+    Args:
+        teacher: images -> `TopologyTarget`.
+        batches: with `images`.
+        grid: the student's (h, w).
+        device: where the teacher is.
+    """
     total, count = None, 0
     for batch in batches:
         maps = teacher_maps(teacher, batch["images"].to(device), grid)
@@ -46,17 +61,22 @@ def mean_teacher_maps(
 
 
 def object_cells(masks: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """(B,H,W) object labels, 0 background -> (B,N): the label that covers more than half of a cell's area, else 0."""
-    inside = masks.masked_fill(masks == IGNORE, 0)
+    """(B,H,W) object labels, 0 background -> (B,N): the label on over half of a cell, else 0."""
+    inside = masks.masked_fill(masks == IGNORE_INDEX, 0)
     share, label = cell_targets(inside, grid, int(inside.max()) + 1).max(-1)
     return torch.where(share > 0.5, label, 0)
 
 
 def same_object_auc(maps: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
-    """(B,N,N) attention, (B,N) object labels -> (B,): how well attention separates the query's object from the rest.
+    """How well attention separates the query's object from the rest, (B,).
 
-    Area under the ROC curve over the keys of each query on an object (the query itself left out, ties count half),
-    averaged over the image's queries; NaN for an image without an object or with nothing else.
+    Area under the ROC curve over the keys of each query on an object (the query itself left out,
+    ties count half), averaged over the image's queries; NaN for an image without an object or with
+    nothing else.
+
+    Args:
+        maps: (B,N,N) attention.
+        cells: (B,N) object labels, 0 background.
     """
     count = maps.shape[-1]
     itself = torch.eye(count, dtype=torch.bool, device=maps.device)
@@ -75,7 +95,10 @@ def same_object_auc(maps: torch.Tensor, cells: torch.Tensor) -> torch.Tensor:
 
 
 class TopologyQuality:
-    """Streaming means over images of the divergences and the AUC, by block. prior (L,N,N): `mean_teacher_maps`."""
+    """Streaming means over images of the divergences and the AUC, by block.
+
+    prior: (L,N,N), see `mean_teacher_maps`.
+    """
 
     KEYS = ("kl", "kl_positional", "kl_uniform", "auc", "auc_teacher", "auc_positional")
 
@@ -90,10 +113,17 @@ class TopologyQuality:
         targets: Sequence[torch.Tensor],
         cells: torch.Tensor | None,
     ) -> None:
-        """L student maps (B,heads,N,N), L teacher maps (B,1,N,N), object cells (B,N) or None (no AUC)."""
+        """Add a batch.
+
+        Args:
+            topology: L student maps (B,heads,N,N).
+            targets: L teacher maps (B,1,N,N).
+            cells: (B,N) object labels, or None for no AUC.
+        """
         if not len(topology) == len(targets) == len(self.prior):
             raise ValueError(
-                f"{len(topology)} student maps, {len(targets)} teacher maps, {len(self.prior)} priors"
+                f"{len(topology)} student maps, {len(targets)} teacher maps, "
+                f"{len(self.prior)} priors"
             )
         for block, (maps, target, prior) in enumerate(
             zip(topology, targets, self.prior.to(targets[0].device), strict=True)
@@ -117,7 +147,7 @@ class TopologyQuality:
         self.counts[block, column] += len(values)
 
     def compute(self) -> dict:
-        """{"blocks": [{kl, kl_positional, kl_uniform (nats), auc, auc_teacher, auc_positional}, …]} and their means.
+        """Means over images by block, as `blocks`, and over blocks: `KEYS`, divergences in nats.
 
         AUC keys are absent without masks. ValueError without images.
         """
@@ -135,20 +165,3 @@ class TopologyQuality:
         ]
         means = {key: sum(block[key] for block in blocks) / len(blocks) for key in keys}
         return {"blocks": blocks, **means, "images": int(counts[0, 0])}
-
-
-@torch.no_grad()
-def topology_quality(
-    model, teacher: Callable, batches: Iterable[dict], prior: torch.Tensor, device="cpu"
-) -> dict:
-    """`TopologyQuality.compute()` of a model with `encode(images, return_attention=True)` over batches with `images`,
-    `masks`.
-    """
-    quality = TopologyQuality(prior)
-    for batch in batches:
-        images = batch["images"].to(device)
-        encoding = model.encode(images, return_attention=True)
-        masks = batch.get("masks")
-        cells = None if masks is None else object_cells(masks.to(device), encoding.grid)
-        quality.update(encoding.topology, teacher_maps(teacher, images, encoding.grid), cells)
-    return quality.compute()

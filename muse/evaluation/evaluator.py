@@ -1,13 +1,60 @@
-"""`Evaluator`: image pairs in, numbers out. It streams, and gives the same result for any batch size and world size."""
+"""Reconstructions against originals: the table of metrics and the `Evaluator`.
+
+It takes image pairs and gives numbers. It streams, and gives the same result for any batch size and
+number of processes. A new metric is one function or class and one line of `METRICS`.
+"""
 
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
 
-from muse.evaluation.metric_table import Options, build_metrics
-from muse.evaluation.metrics.psnr_ssim import check_pair
-from muse.utils.distributed import all_sum
+from muse.errors import ConfigError
+from muse.evaluation import measurement
+from muse.evaluation.measurement import Measured, Setup
+from muse.evaluation.metrics.frechet import frechet_metric
+from muse.evaluation.metrics.inception import inception_metric
+from muse.evaluation.metrics.lpips import lpips_metric, perceptual_metric
+from muse.evaluation.metrics.networks import MetricOptions
+from muse.evaluation.metrics.psnr_ssim import ImageMean, check_pair, psnr, ssim
+from muse.utils.distributed import all_sum, leave_processes
+from muse.utils.viz_utils import comparison_sheet
+
+# Name, or prefix of a name that ends in a network's -> builder(name, options). What it builds has
+# `update(real, fake, indices)`, `compute() -> dict[str, float]` and `protocol` (the network behind
+# it and its SHA-256); `compute` sums over processes, changes nothing and can be called again.
+# `rfid` and `is` stand apart, since they share one pass of one network.
+METRICS: dict[str, Callable] = {
+    "psnr": lambda name, options: ImageMean(name, psnr),
+    "ssim": lambda name, options: ImageMean(name, ssim),
+    "lpips": lpips_metric,
+    "fd_": frechet_metric,
+    "perceptual_": perceptual_metric,
+}
+
+
+def build_metrics(names: Sequence[str], options: MetricOptions) -> list:
+    """The metrics by name; rfid and is share one. ConfigError on a name that is not known."""
+    if not names:
+        raise ConfigError("no metric was named: give at least one, such as psnr")
+    metrics = []
+    inception = tuple(name for name in names if name in ("rfid", "is"))
+    for name in dict.fromkeys(names):
+        if name in inception:
+            if name == inception[0]:
+                metrics.append(inception_metric(inception, options))
+        else:
+            metrics.append(METRICS[_key(name)](name, options))
+    return metrics
+
+
+def _key(name: str) -> str:
+    """The line of `METRICS` for a name."""
+    for key in METRICS:
+        if name == key or (key.endswith("_") and name.startswith(key) and name != key):
+            return key
+    known = ", ".join(key + "<network>" if key.endswith("_") else key for key in METRICS)
+    raise ConfigError(f"unknown metric '{name}': one of rfid, is, {known}")
 
 
 def _clamped(images: torch.Tensor) -> torch.Tensor:
@@ -19,15 +66,20 @@ def _clamped(images: torch.Tensor) -> torch.Tensor:
 class Evaluator:
     """Metrics of reconstructions against originals, [0,1] images.
 
-    metrics: names out of psnr (dB), ssim, lpips, rfid, is, fd_<network>, perceptual_<network>.
-    feature_network: the name of a network adds the metric fd_<name> (efficientnet_lite0, or any of timm's);
-        a callable images -> (B, D) is used for the fd_ metric named, or adds fd_<its name>.
-    device: where the images of `update` are moved and where sums are kept.
-    expect: the number of images that must have been seen, over all processes, at `compute`.
-    inception_weights, feature_weights, lpips_weights: local files instead of each library's download.
-    lpips_net: alex, vgg or squeeze.
+    ConfigError for an unknown name; DataError or CheckpointError when a network's weights cannot
+    be had.
 
-    ConfigError for an unknown name; DataError or CheckpointError when a network's weights cannot be had.
+    Args:
+        metrics: names out of psnr (dB), ssim, lpips, rfid, is, fd_<network>, perceptual_<network>.
+        feature_network: the name of a network adds the metric fd_<name> (efficientnet_lite0, or any
+            of timm's); a callable images -> (B, D) is used for the fd_ metric named, or adds
+            fd_<its name>.
+        device: where the images of `update` are moved and where sums are kept.
+        expect: the number of images that must have been seen, over all processes, at `compute`.
+        inception_weights: torch-fidelity's file, instead of its download.
+        feature_weights: a file for the feature network, instead of its library's download.
+        lpips_net: alex, vgg or squeeze.
+        lpips_weights: torchvision's file of that network, instead of its download.
     """
 
     def __init__(
@@ -43,16 +95,14 @@ class Evaluator:
         lpips_weights: str | Path | None = None,
     ):
         names = [metrics] if isinstance(metrics, str) else list(metrics)
-        if feature_network is not None and not isinstance(feature_network, str):
-            if not any(name.startswith("fd_") for name in names):
-                names.append(
-                    f"fd_{getattr(feature_network, 'name', type(feature_network).__name__.lower())}"
-                )
-        elif feature_network is not None:
+        given = None if isinstance(feature_network, str) else feature_network
+        if isinstance(feature_network, str):
             names.append(f"fd_{feature_network}")
-        options = Options(
+        elif given is not None and not any(name.startswith("fd_") for name in names):
+            names.append(f"fd_{getattr(given, 'name', type(given).__name__.lower())}")
+        options = MetricOptions(
             device=device,
-            feature_network=None if isinstance(feature_network, str) else feature_network,
+            feature_network=given,
             feature_weights=feature_weights,
             inception_weights=inception_weights,
             lpips_net=lpips_net,
@@ -66,9 +116,15 @@ class Evaluator:
     def update(
         self, real: torch.Tensor, fake: torch.Tensor, indices: torch.Tensor | None = None
     ) -> None:
-        """Add (B,3,H,W) pairs. indices (B,): places in the data set, needed by `is` in several processes.
+        """Add pairs.
 
-        ValueError when the shapes differ, or a value is NaN or outside [-0.01, 1.01] (the range seen is named).
+        ValueError when the shapes differ, or a value is NaN or outside [-0.01, 1.01] (the range
+        seen is named).
+
+        Args:
+            real: (B,3,H,W) originals.
+            fake: (B,3,H,W) reconstructions.
+            indices: (B,) places in the data set, needed by `is` in several processes.
         """
         check_pair(real, fake)
         real, fake = (_clamped(images.detach().to(self.device)) for images in (real, fake))
@@ -77,7 +133,7 @@ class Evaluator:
         self.count += len(real)
 
     def compute(self) -> dict[str, float]:
-        """name -> value over all images of all processes (every process must call it); can be called again.
+        """name -> value over all images of all processes, which all must call it; repeatable.
 
         ValueError without images, or when their number is not `expect`.
         """
@@ -90,7 +146,7 @@ class Evaluator:
         return values
 
     def protocol(self) -> dict:
-        """After `compute`: the number of images, and the networks behind the metrics with their weights' SHA-256."""
+        """After `compute`: the number of images, and the networks with their weights' SHA-256."""
         networks = {
             getattr(m, "name", None) or "+".join(m.names): m.protocol
             for m in self.metrics
@@ -103,7 +159,10 @@ class Evaluator:
 def reconstruct_batches(
     model, batches: Iterable[dict], evaluator: Evaluator
 ) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
-    """Reconstruct every batch's `images`, add the pairs to the evaluator, and hand them on (on its device)."""
+    """Reconstruct every batch's `images`, add the pairs to the evaluator, and hand them on.
+
+    The pairs, (B,3,H,W) twice, are on the evaluator's device.
+    """
     for batch in batches:
         real = batch["images"].to(evaluator.device)
         fake = model.reconstruct(real)
@@ -119,8 +178,45 @@ def evaluate_reconstruction(
     device="cpu",
     **options,
 ) -> dict[str, float]:
-    """Metrics of `model.reconstruct` over batches with `images`; options go to `Evaluator`. All processes call it."""
+    """Metrics of `model.reconstruct` over batches with `images`. All processes call it.
+
+    metrics, feature_network, device and the options are those of `Evaluator`.
+    """
     evaluator = Evaluator(metrics, feature_network, device, **options)
     for _ in reconstruct_batches(model, batches, evaluator):
         pass
     return evaluator.compute()
+
+
+def measure_reconstruction(
+    setup: Setup, metrics: Sequence[str], num_pictures: int = 0, **options
+) -> Measured | None:
+    """The measurement of scripts/evaluate.py; None in the processes that write nothing.
+
+    Data and metrics are opened before the model, so that a wrong path or a missing weights file is
+    told of at once.
+
+    Args:
+        setup: what to measure, on which data.
+        metrics: names, as for `Evaluator`.
+        num_pictures: how many pictures the sheet shows; 0 makes none.
+        options: `feature_network` and the other options of `Evaluator`.
+    """
+    measurement.check_number("num_pictures", num_pictures, 0)
+    loader = measurement.eval_data(setup, "val", ("images",))
+    evaluator = Evaluator(metrics, device=setup.device, **options)
+    model = setup.load_model()
+    first: list[tuple[torch.Tensor, torch.Tensor]] = []
+    with measurement.one_line_errors("evaluation"):
+        for real, fake in reconstruct_batches(model, loader, evaluator):
+            missing = num_pictures - sum(len(pair[0]) for pair in first)
+            if missing > 0:
+                first.append((real[:missing].cpu(), fake[:missing].cpu()))
+        facts = measurement.data_facts(setup, loader)
+        if loader.num_samples is not None:
+            evaluator.expect = loader.num_samples - facts["samples"]["skipped"]
+        values = evaluator.compute()
+    if not leave_processes():
+        return None
+    sheet = comparison_sheet(*map(torch.cat, zip(*first, strict=True))) if first else None
+    return Measured(values, evaluator.protocol() | facts, sheet)

@@ -1,173 +1,259 @@
-"""Frozen features of a data set for a probe: which network, which feature, from where, cached under which key."""
+"""Frozen features of a data set for a probe: extracted once, kept on disk, memory-mapped.
 
-import argparse
-from collections.abc import Callable, Iterator
-from typing import Any
+A store is a folder named by the hash of what the features depend on. Every process writes its own
+rows as they come (one batch in memory at a time); process 0 then puts all rows in data-set order.
+1.28 million images of 512 float32 features are 2.6 GB of disk, and reading them back takes page
+cache, not memory of the process.
+"""
+
+import contextlib
+import hashlib
+import json
+import logging
+import os
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import NamedTuple
 
 import numpy
 import torch
-import torch.nn.functional as F
-from torch import nn
 
-from muse import cli
 from muse.config import plain
-from muse.errors import CheckpointError, DataError
-from muse.evaluation import command
-from muse.evaluation.feature_store import source_facts, stored_features
-from muse.evaluation.metrics.networks import state_sha256
-from muse.evaluation.segmentation import foreground_masks
-from muse.models.layers import padding_to_multiple
-from muse.utils.io import file_sha256
+from muse.errors import DataError
+from muse.evaluation import measurement
+from muse.evaluation.measurement import Setup
+from muse.evaluation.probed_network import ProbedNetwork
+from muse.utils.distributed import all_objects, is_main_process, process_index
 
-FEATURES = ("semantic", "block", "latent", "encoder")
-PIXEL_SIDE = 16
-
-
-class BareEncoder(nn.Module):
-    """The encoder as its source gives it, without a checkpoint of MUSE: `features(images)` on the latent grid."""
-
-    def __init__(self, config: Any):
-        super().__init__()
-        from muse.models.internvit import build_encoder
-        from muse.models.muse_vit import IMAGENET_MEAN, IMAGENET_STD
-
-        self.encoder = build_encoder(config.encoder.source, plain(config.encoder.config), True)
-        self.patch, self.unshuffle = self.encoder.config.patch_size[0], config.unshuffle
-        for name, values in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
-            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1))
-        self.eval()
-
-    def features(self, images: torch.Tensor, kind: str = "encoder") -> torch.Tensor:
-        """(B,3,H,W) in [0,1] -> (B,C,h,w): patch tokens, averaged over unshuffle cells as MUSE_ViT.features does."""
-        rows, columns = padding_to_multiple(images.shape[-2:], self.patch * self.unshuffle)
-        images = (
-            F.pad(images, (0, columns, 0, rows), mode="replicate") if rows or columns else images
-        )
-        tokens = self.encoder(pixel_values=(images - self.mean) / self.std).last_hidden_state[:, 1:]
-        grid = [side // self.patch for side in images.shape[-2:]]
-        return F.avg_pool2d(tokens.transpose(1, 2).unflatten(2, grid), self.unshuffle)
+logger = logging.getLogger(__name__)
+COPY_ROWS = 8192
+PARTS = ("train", "val")
 
 
-def add_flags(parser: argparse.ArgumentParser, feature: str) -> None:
-    """--checkpoint, --feature (with this default), --baseline, --cache_dir."""
-    parser.add_argument(
-        "--checkpoint",
-        default=None,
-        help="what to probe; not needed for a baseline that does not look at it",
-    )
-    parser.add_argument(
-        "--feature", default=feature, choices=FEATURES, help="which features of the model"
-    )
-    parser.add_argument(
-        "--baseline",
-        nargs="?",
-        const="encoder",
-        default=None,
-        choices=("encoder", "pixels"),
-        help="probe instead the bare encoder (as its source gives it; the checkpoint's where the source is "
-        "random), or the picture shrunk to 16x16 pixels",
-    )
-    parser.add_argument(
-        "--cache_dir",
-        "--cache-dir",
-        default=None,
-        help="where extracted features stay; default OUTPUT_DIR/features",
-    )
+class FeatureSet(NamedTuple):
+    """Memory-mapped features, (N,C) or (N,C,h,w), with labels (N,) or masks (N,H,W), and facts."""
+
+    features: numpy.ndarray
+    targets: numpy.ndarray
+    facts: dict
 
 
-def feature_network(
-    args: argparse.Namespace, cfg: Any
-) -> tuple[Callable[[torch.Tensor], torch.Tensor], dict]:
-    """images (B,3,H,W) -> (B,C,h,w), and the facts that name the network and its weights."""
-    if args.baseline == "pixels":
-        return lambda images: F.interpolate(images, (PIXEL_SIDE, PIXEL_SIDE), mode="area"), {
-            "feature": "pixels 16x16"
-        }
-    if args.baseline == "encoder" and cfg.model.encoder.source != "random":
-        encoder = BareEncoder(cfg.model).to(args.device)
-        facts = {
-            "feature": "bare encoder",
-            "source": cfg.model.encoder.source,
-            "weights_sha256": state_sha256(encoder),
-        }
-        return lambda images: encoder.features(images.to(args.device)), facts
-    if args.checkpoint is None:
-        raise CheckpointError(
-            "--checkpoint is needed: only --baseline pixels, and the bare encoder of a pretrained source, go without"
-        )
-    from muse.models.loading import weights_file
+def frozen_sets(
+    setup: Setup, network: ProbedNetwork, target: str, **options
+) -> tuple[FeatureSet, FeatureSet]:
+    """`frozen_features` of the training and of the validation set."""
+    train, val = (frozen_features(setup, network, target, part, **options) for part in PARTS)
+    return train, val
 
-    model = cli.load_model(args, cfg)
-    kind = "encoder" if args.baseline else args.feature
-    sha256 = file_sha256(weights_file(args.checkpoint))
-    routing = {key: cfg.model[key] for key in ("routing", "join_semantics")}
-    return lambda images: model.features(images.to(args.device), kind), {
-        "feature": kind,
-        "checkpoint_sha256": sha256,
-        **routing,
-    }
+
+def probe_facts(network: ProbedNetwork, recipe: dict, train: FeatureSet, val: FeatureSet) -> dict:
+    """For the protocol: what was probed, how, on which data."""
+    return {"network": network.facts, "probe": recipe, "train": train.facts, "val": val.facts}
 
 
 def frozen_features(
-    args: argparse.Namespace,
-    cfg: Any,
-    network: Callable,
-    network_facts: dict,
-    source: str | None,
-    default: str,
+    setup: Setup,
+    network: ProbedNetwork,
     target: str,
+    part: str,
+    *,
     pooled: bool,
-    foreground: bool = False,
+    relabel: Callable[[torch.Tensor], torch.Tensor] | None = None,
     **options,
-) -> tuple[numpy.ndarray, numpy.ndarray, dict]:
-    """Features and targets (`labels` or `masks`) of a whole data set as memory-mapped arrays, and the facts for the
-    protocol.
+) -> FeatureSet:
+    """Features and targets of a whole set, extracted once per network, feature, crop and data.
 
-    pooled: mean over the grid, (N,C); else the maps, (N,C,h,w). foreground: masks as 0 and 1. Extracted once per
-    network, feature, crop and data; DataError when the rows are not the whole data set.
+    DataError when the rows are not the whole set.
+
+    Args:
+        setup: which data, which crop, where the store is.
+        network: what is probed.
+        target: labels or masks.
+        part: train or val.
+        pooled: vectors, not maps.
+        relabel: changes masks before they are stored; its name stands for it in the store's key.
+        options: further options of the loader.
     """
-    loader = command.eval_data(args, cfg, source, default, ("images", target), **options)
-
-    @torch.no_grad()
-    def extract() -> Iterator[dict[str, numpy.ndarray]]:
-        for batch in loader:
-            maps = network(batch["images"]).float()
-            if not torch.isfinite(maps).all():
-                raise DataError(
-                    f"features of {batch['keys'][0]} and its batch contain NaN or infinity"
-                )
-            flat = (
-                maps.flatten(1)
-                if network_facts["feature"].startswith("pixels")
-                else maps.mean((2, 3))
-            )
-            values = foreground_masks(batch[target]) if foreground else batch[target]
-            values = values.to(torch.int64 if target == "labels" else torch.int32)
-            yield {
-                "features": (flat if pooled else maps).cpu().numpy(),
-                target: values.numpy(),
-                "indices": batch["indices"].numpy(),
-            }
-
-    crop = {key: cfg.dataset.preprocessing[key] for key in ("resize_shorter_edge", "crop_size")}
+    loader = measurement.eval_data(setup, part, ("images", target), **options)
     facts = {
-        **network_facts,
-        **crop,
+        **network.facts,
+        **setup.picture_crop()._asdict(),
         **options,
         "target": target,
         "pooled": pooled,
-        "max_images": args.max_images,
-    }
-    facts |= {
+        "relabel": relabel and relabel.__name__,
+        "max_images": setup.max_images,
         "shards": source_facts(loader.stream.source),
-        "model": plain(cfg.model),
-        "foreground": foreground,
+        "model": plain(setup.cfg.model),
     }
-    folder = args.cache_dir or f"{args.output_dir}/features"
-    arrays, notes = stored_features(folder, facts, extract, lambda: command.data_facts(loader, cfg))
-    command.check_share(
-        notes["samples"], cfg.dataset.max_bad_fraction
-    )  # a store may be from a run that allowed more
-    command.check_count(loader, notes, len(arrays[target]))
+    arrays, notes = stored_features(
+        setup.cache_dir or f"{setup.output_dir}/features",
+        facts,
+        lambda: _extract(loader, network, target, pooled, relabel),
+        lambda: measurement.data_facts(setup, loader),
+    )
+    # a store may be from a run that allowed more
+    measurement.check_share(notes["samples"], setup.cfg.dataset.max_bad_fraction)
+    measurement.check_count(loader, notes, len(arrays[target]))
     classes = {"class_names": list(loader.classes)} if loader.classes else {}
-    return arrays["features"], arrays[target], {**notes, **classes, "images": len(arrays[target])}
+    return FeatureSet(
+        arrays["features"],
+        arrays[target],
+        {**notes, **classes, "images": len(arrays[target])},
+    )
+
+
+@torch.no_grad()
+def _extract(
+    loader: Iterable[dict],
+    network: ProbedNetwork,
+    target: str,
+    pooled: bool,
+    relabel: Callable[[torch.Tensor], torch.Tensor] | None,
+) -> Iterator[dict[str, numpy.ndarray]]:
+    """Batch by batch: features, targets and indices of this process's samples."""
+    for batch in loader:
+        maps = network.features(batch["images"]).float()
+        if not torch.isfinite(maps).all():
+            raise DataError(f"features of {batch['keys'][0]} and its batch contain NaN or infinity")
+        values = relabel(batch[target]) if relabel else batch[target]
+        yield {
+            "features": (network.pool(maps) if pooled else maps).cpu().numpy(),
+            target: values.to(torch.int64 if target == "labels" else torch.int32).numpy(),
+            "indices": batch["indices"].numpy(),
+        }
+
+
+# -------------------------------------------------------------------------------------- the store
+def read_rows(array, index: torch.Tensor | slice) -> torch.Tensor:
+    """Rows of a tensor, or of a memory-mapped array without reading the rest."""
+    if isinstance(array, torch.Tensor):
+        return array[index]
+    return torch.from_numpy(
+        numpy.array(array[index if isinstance(index, slice) else index.numpy()])
+    )
+
+
+def store_key(facts: dict) -> str:
+    """Sixteen hex digits that stand for `facts` (JSON values)."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def source_facts(source) -> list:
+    """A data source's shards or pictures, with size and time of local files.
+
+    They are part of a store's key: no store outlives a change of its data.
+    """
+    facts = []
+    for shard in source.shards:
+        path = os.path.join(getattr(source, "root", ""), shard)
+        stat = os.stat(path) if os.path.exists(path) else None
+        facts.append([shard, stat.st_size, stat.st_mtime_ns] if stat else [shard])
+    return [source.name, facts]
+
+
+def stored_features(
+    folder: str | Path,
+    facts: dict,
+    extract: Callable[[], Iterable[dict[str, numpy.ndarray]]],
+    notes: Callable[[], dict] = dict,
+) -> tuple[dict[str, numpy.ndarray], dict]:
+    """The store of `facts`, or a new one: name -> memory-mapped array in data-set order, and notes.
+
+    DataError when there were no samples.
+
+    Args:
+        folder: where stores lie.
+        facts: what the arrays depend on.
+        extract: yields this process's batches, name -> array with one row a sample, `indices` among
+            them.
+        notes: asked once after it, kept with the store and given back whenever it is read.
+    """
+    target = Path(folder) / store_key(facts)
+    if all(all_objects((target / "facts.json").exists())):
+        logger.info("features from %s", target)
+    else:
+        _fill(target, facts, extract, notes)
+    arrays = {path.stem: numpy.load(path, mmap_mode="r") for path in sorted(target.glob("*.npy"))}
+    return arrays, json.loads((target / "facts.json").read_text())["notes"]
+
+
+def _fill(target: Path, facts: dict, extract: Callable, notes: Callable[[], dict]) -> None:
+    partial = target.with_name(f".{target.name}.partial")
+    if is_main_process():
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+    all_objects(None)  # everyone waits for the folder
+    try:
+        parts = [
+            part for part in all_objects(_write_rows(partial, process_index(), extract())) if part
+        ]
+        noted = notes()
+        if is_main_process():
+            if not parts:
+                raise DataError("no samples to extract features from")
+            _merge(partial, parts)
+            (partial / "facts.json").write_text(
+                json.dumps({"facts": facts, "notes": noted}, default=str)
+            )
+            shutil.rmtree(target, ignore_errors=True)
+            partial.rename(target)
+        all_objects(None)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+
+
+def _write_rows(folder: Path, rank: int, batches: Iterable[dict[str, numpy.ndarray]]) -> dict:
+    """Append every array of every batch to its own raw file.
+
+    Returns name -> (file, dtype, shape of a row, rows).
+    """
+    described: dict[str, tuple] = {}
+    with contextlib.ExitStack() as stack:
+        files = {}
+        for batch in batches:
+            for name, rows in batch.items():
+                path = folder / f"{name}.{rank}.raw"
+                if name not in files:
+                    files[name] = stack.enter_context(open(path, "wb"))
+                    described[name] = (str(path), rows.dtype.str, rows.shape[1:], 0)
+                _, dtype, shape, count = described[name]
+                if rows.dtype.str != dtype or rows.shape[1:] != tuple(shape):
+                    raise DataError(
+                        f"{name}: a batch of {rows.dtype} {rows.shape[1:]} after "
+                        f"{numpy.dtype(dtype)} {shape}"
+                    )
+                files[name].write(numpy.ascontiguousarray(rows).tobytes())
+                described[name] = (str(path), dtype, shape, count + len(rows))
+    return described
+
+
+def _merge(folder: Path, parts: list[dict]) -> None:
+    """Raw files of all processes -> one .npy an array, rows by index; the raw files are removed."""
+    indices = numpy.concatenate(
+        [numpy.fromfile(part["indices"][0], dtype=part["indices"][1]) for part in parts]
+    )
+    places = numpy.empty(len(indices), dtype=numpy.int64)
+    places[numpy.argsort(indices, kind="stable")] = numpy.arange(len(indices))
+    if len(numpy.unique(indices)) != len(indices):
+        raise DataError("a sample was read twice: its index occurs more than once")
+    for name in parts[0]:
+        if name == "indices":
+            continue
+        _, dtype, shape, _ = parts[0][name]
+        merged = numpy.lib.format.open_memmap(
+            folder / f"{name}.npy", mode="w+", dtype=dtype, shape=(len(indices), *shape)
+        )
+        start = 0
+        for part in parts:
+            path, _, _, count = part[name]
+            rows = numpy.memmap(path, dtype=dtype, mode="r", shape=(count, *shape))
+            for first in range(0, count, COPY_ROWS):
+                block = rows[first : first + COPY_ROWS]
+                merged[places[start + first : start + first + len(block)]] = block
+            start += count
+        merged.flush()
+    for path in folder.glob("*.raw"):
+        path.unlink()

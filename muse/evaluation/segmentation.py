@@ -1,4 +1,4 @@
-"""Segmentation probe: BatchNorm and a 1×1 convolution on frozen features, mIoU from one confusion matrix."""
+"""Segmentation probe: BatchNorm and a 1×1 convolution on frozen features, mIoU over all pixels."""
 
 import math
 from dataclasses import dataclass
@@ -9,84 +9,37 @@ import torch.nn.functional as F
 from torch import nn
 
 from muse.data.masks import IGNORE_INDEX
-from muse.utils.distributed import all_sum
+from muse.errors import ConfigError
+from muse.evaluation.frozen_features import FeatureSet, frozen_sets, probe_facts, read_rows
+from muse.evaluation.measurement import (
+    Measured,
+    Setup,
+    check_number,
+    eval_data,
+    one_line_errors,
+)
+from muse.evaluation.metrics.accuracy_iou import ConfusionMatrix, IoU
+from muse.evaluation.probed_network import probed_network
+from muse.utils.distributed import leave_processes
+from muse.utils.viz_utils import segmentation_sheet
 
-IGNORE = IGNORE_INDEX
-
-
-class ConfusionMatrix:
-    """Counts (true class, predicted class) over pixels; summed over processes when read."""
-
-    def __init__(self, num_classes: int, ignore: int = IGNORE):
-        self.num_classes, self.ignore = num_classes, ignore
-        self.counts = torch.zeros(num_classes, num_classes, dtype=torch.long)
-
-    def update(self, predictions: torch.Tensor, masks: torch.Tensor) -> None:
-        """Class indices of one shape, any number of dimensions. ValueError on another shape or a label out of range."""
-        if predictions.shape != masks.shape:
-            raise ValueError(
-                f"prediction {tuple(predictions.shape)} and mask {tuple(masks.shape)} differ in size"
-            )
-        if not masks.numel():
-            return
-        truth, guess = masks.to(torch.int32), predictions.to(torch.int32)  # half the memory traffic
-        ignored = truth == self.ignore
-        self._check("mask", truth.masked_fill(ignored, 0))
-        self._check("prediction", guess)
-        # A last row for the ignored label, dropped again: cheaper than picking its pixels out.
-        cells = (
-            truth.masked_fill(ignored, self.num_classes)
-            .mul_(self.num_classes)
-            .add_(guess)
-            .flatten()
-        )
-        counts = torch.bincount(cells, minlength=(self.num_classes + 1) * self.num_classes)
-        self.counts += counts.view(-1, self.num_classes)[:-1].cpu()
-
-    def _check(self, name: str, labels: torch.Tensor) -> None:
-        low, high = (int(bound) for bound in torch.aminmax(labels))
-        if low < 0 or high >= self.num_classes:
-            raise ValueError(f"{name} labels {low}..{high} do not fit {self.num_classes} classes")
-
-    def compute(self) -> "IoU":
-        """Intersection over union of every class."""
-        counts = all_sum(self.counts)
-        hits, truth, guess = (
-            counts.diagonal().double(),
-            counts.sum(1).double(),
-            counts.sum(0).double(),
-        )
-        union = truth + guess - hits
-        present = union > 0
-        per_class = torch.where(present, hits / union.clamp_min(1), torch.nan)
-        if not present.any():
-            raise ValueError("no labelled pixel was given")
-        return IoU(
-            float(per_class[present].mean()),
-            per_class,
-            int((~present).sum()),
-            float(hits.sum() / counts.sum()),
-        )
-
-
-@dataclass(frozen=True)
-class IoU:
-    """`mean` over the classes that occur in masks or predictions; `per_class` (K,) with NaN for the `absent` others."""
-
-    mean: float
-    per_class: torch.Tensor
-    absent: int
-    pixel_accuracy: float
+ADE20K_CLASSES = 150
 
 
 def cell_targets(
-    masks: torch.Tensor, grid: tuple[int, int], num_classes: int, ignore: int = IGNORE
+    masks: torch.Tensor, grid: tuple[int, int], num_classes: int, ignore: int = IGNORE_INDEX
 ) -> torch.Tensor:
-    """(B,H,W) labels -> (B,h*w,K) share of every class among the pixels of each cell; ignored pixels count nothing.
+    """(B,H,W) labels -> (B,h*w,K) share of every class among a cell's pixels, ignored ones none.
 
-    Cross-entropy against these shares, summed, equals pixel-wise cross-entropy on logits repeated over the cell's
-    pixels, at a fraction of the cost. Masks are cut to whole cells by nearest resizing where the grid does not divide
-    them.
+    Cross-entropy against these shares, summed, equals pixel-wise cross-entropy on logits repeated
+    over the cell's pixels, at a fraction of the cost. Masks are cut to whole cells by nearest
+    resizing where the grid does not divide them.
+
+    Args:
+        masks: (B,H,W) labels.
+        grid: (h, w).
+        num_classes: K.
+        ignore: the label that counts nothing.
     """
     height, width = masks.shape[-2:]
     rows, columns = max(1, round(height / grid[0])), max(1, round(width / grid[1]))
@@ -95,23 +48,17 @@ def cell_targets(
         size = (rows * grid[0], columns * grid[1])
         masks = F.interpolate(masks[:, None].float(), size, mode="nearest")[:, 0].long()
     ignored = masks == ignore
-    labels = masks.masked_fill(
-        ignored, num_classes
-    )  # a class of its own, dropped below: far cheaper than picking the others out
     low, high = (int(bound) for bound in torch.aminmax(masks.masked_fill(ignored, 0)))
     if low < 0 or high >= num_classes:
         raise ValueError(f"mask labels {low}..{high} do not fit {num_classes} classes")
+    # a class of its own, dropped below: far cheaper than picking the others out
+    labels = masks.masked_fill(ignored, num_classes)
     batch, cells = len(masks), grid[0] * grid[1]
-    tiles = (
-        labels.view(batch, grid[0], rows, grid[1], columns)
-        .permute(0, 1, 3, 2, 4)
-        .reshape(batch * cells, rows * columns)
-    )
+    tiles = labels.view(batch, grid[0], rows, grid[1], columns).permute(0, 1, 3, 2, 4)
+    tiles = tiles.reshape(batch * cells, rows * columns)  # the pixels of each cell
     places = torch.arange(batch * cells, device=masks.device)[:, None] * (num_classes + 1) + tiles
-    counts = torch.bincount(places.flatten(), minlength=batch * cells * (num_classes + 1)).view(
-        -1, num_classes + 1
-    )
-    shares = counts[:, :num_classes].float()
+    counts = torch.bincount(places.flatten(), minlength=batch * cells * (num_classes + 1))
+    shares = counts.view(-1, num_classes + 1)[:, :num_classes].float()
     return (shares / (rows * columns)).view(batch, cells, num_classes)
 
 
@@ -135,12 +82,6 @@ class SegmentationProbe(nn.Module):
         return F.interpolate(self(features), size, mode="bilinear", align_corners=False).argmax(1)
 
 
-def _rows(array, index) -> torch.Tensor:
-    """Rows of a tensor or of a memory-mapped array, as a tensor."""
-    rows = array[index]
-    return rows if isinstance(rows, torch.Tensor) else torch.from_numpy(numpy.array(rows))
-
-
 def train_segmentation_probe(
     features,
     masks,
@@ -151,10 +92,19 @@ def train_segmentation_probe(
     seed: int = 0,
     device: str | torch.device = "cpu",
 ) -> SegmentationProbe:
-    """Probe on (N,C,h,w) features with (N,H,W) labels (tensors or memory-mapped arrays).
+    """A trained probe: AdamW, cosine to zero, cross-entropy on the cells' class shares.
 
-    AdamW, cosine to zero, cross-entropy on the cells' class shares. ValueError on a label out of range, on maps and
-    masks that differ in number, or when it diverges.
+    ValueError on a label out of range, on sets that differ in number, or when it diverges.
+
+    Args:
+        features: (N,C,h,w) tensor or memory-mapped array.
+        masks: (N,H,W) labels, likewise.
+        num_classes: K.
+        steps: batches.
+        batch_size: maps in each, drawn anew.
+        learning_rate: at the start.
+        seed: of the first weights and the batches.
+        device: where the probe is.
     """
     if len(features) != len(masks) or not len(features):
         raise ValueError(f"{len(features)} feature maps and {len(masks)} masks")
@@ -169,10 +119,9 @@ def train_segmentation_probe(
     probe.train()
     for _ in range(steps):
         index = torch.randperm(len(features), generator=generator)[:batch_size].sort().values
-        target = cell_targets(_rows(masks, index).to(device), features.shape[-2:], num_classes)
-        log_shares = (
-            probe(_rows(features, index).to(device)).log_softmax(1).flatten(2).transpose(1, 2)
-        )
+        target = cell_targets(read_rows(masks, index).to(device), features.shape[-2:], num_classes)
+        logits = probe(read_rows(features, index).to(device))  # (B, K, h, w)
+        log_shares = logits.log_softmax(1).flatten(2).transpose(1, 2)  # (B, h*w, K)
         loss = -(target * log_shares).sum() / target.sum().clamp_min(1e-6)
         optimizer.zero_grad()
         loss.backward()
@@ -192,16 +141,15 @@ def evaluate_segmentation(probe: SegmentationProbe, features, masks, batch_size:
     device = probe.classify.weight.device
     for start in range(0, len(features), batch_size):
         block = slice(start, start + batch_size)
-        truth = _rows(masks, block)
-        confusion.update(
-            probe.predict(_rows(features, block).to(device), truth.shape[-2:]).cpu(), truth
-        )
+        truth = read_rows(masks, block)
+        maps = read_rows(features, block).to(device)
+        confusion.update(probe.predict(maps, truth.shape[-2:]).cpu(), truth)
     return confusion.compute()
 
 
 def foreground_masks(masks: torch.Tensor) -> torch.Tensor:
     """Object masks -> 0 background, 1 any object; ignored pixels stay ignored."""
-    return torch.where(masks == IGNORE, IGNORE, (masks > 0).long())
+    return torch.where(masks == IGNORE_INDEX, IGNORE_INDEX, (masks > 0).long())
 
 
 def foreground_iou(
@@ -211,8 +159,136 @@ def foreground_iou(
     val_masks: torch.Tensor,
     **options,
 ) -> float:
-    """IoU of the foreground under a linear probe: features (N,C,h,w), object masks (N,H,W) with 0 as background."""
+    """IoU of the foreground under a linear probe.
+
+    Args:
+        train_features: (N,C,h,w).
+        train_masks: (N,H,W) object masks, 0 is background.
+        val_features: (M,C,h,w).
+        val_masks: (M,H,W).
+        options: of `train_segmentation_probe`.
+    """
     probe = train_segmentation_probe(train_features, foreground_masks(train_masks), 2, **options)
     return float(
         evaluate_segmentation(probe, val_features, foreground_masks(val_masks)).per_class[1]
     )
+
+
+def count_classes(masks: numpy.ndarray, block: int = 256) -> int:
+    """Largest label + 1 over (N,H,W) masks, ignored pixels left out."""
+    largest = -1
+    for start in range(0, len(masks), block):
+        part = numpy.asarray(masks[start : start + block])
+        labelled = part[part != IGNORE_INDEX]
+        largest = max(largest, int(labelled.max()) if labelled.size else -1)
+    if largest < 0:
+        raise ValueError("the training masks hold no labelled pixel")
+    return largest + 1
+
+
+@dataclass(frozen=True)
+class SegmentRecipe:
+    """How the probe of `run_segment_probe` is trained, and on which labels.
+
+    Args:
+        labels: how masks are numbered: ade20k (0 is ignored, 1..150 become 0..149), plain (as they
+            are) or foreground (0 against the rest).
+        num_classes: None is 150 for ade20k, 2 for foreground, else the largest label + 1.
+        steps: batches.
+        batch_size: maps in each.
+        learning_rate: at the start.
+    """
+
+    labels: str = "ade20k"
+    num_classes: int | None = None
+    steps: int = 2000
+    batch_size: int = 32
+    learning_rate: float = 3e-3
+
+    def __post_init__(self) -> None:
+        check_number("num_classes", self.num_classes, 2)
+        check_number("steps", self.steps, 1)
+        check_number("probe_batch_size", self.batch_size, 2)
+        check_number("learning_rate", self.learning_rate, 0.0)
+        if self.num_classes is not None and self.labels == "foreground":
+            raise ConfigError(
+                "--num_classes does not go with --labels foreground, which has two classes"
+            )
+
+    def loading(self) -> dict:
+        """Options of `frozen_features` that give masks this numbering."""
+        relabel = foreground_masks if self.labels == "foreground" else None
+        return {"relabel": relabel, "zero_label_ignored": self.labels == "ade20k"}
+
+    def classes(self, masks: numpy.ndarray) -> int:
+        """What was asked for, or what the numbering has, or what the training masks hold."""
+        found = max(count_classes(masks), 2)
+        known = {"foreground": 2, "ade20k": ADE20K_CLASSES}
+        classes = self.num_classes or known.get(self.labels, found)
+        if classes > IGNORE_INDEX:
+            raise ValueError(
+                f"{classes} classes: at most {IGNORE_INDEX}, since label {IGNORE_INDEX} means an "
+                "ignored pixel"
+            )
+        return classes
+
+    def facts(self) -> dict:
+        """For the protocol."""
+        return {
+            "labels": self.labels,
+            "steps": self.steps,
+            "probe_batch_size": self.batch_size,
+            "learning_rate": self.learning_rate,
+        }
+
+
+def run_segment_probe(
+    setup: Setup,
+    recipe: SegmentRecipe,
+    feature: str = "block",
+    baseline: str | None = None,
+    num_pictures: int = 0,
+) -> Measured | None:
+    """The measurement of scripts/segment_probe.py; None in processes that only extract features.
+
+    Args:
+        setup: what is probed, on which data.
+        recipe: how the probe is trained.
+        feature: a kind of `MUSE_ViT.features`.
+        baseline: encoder or pixels, probed instead, see `probed_network`.
+        num_pictures: validation pictures in the sheet of predictions; 0 makes none.
+    """
+    check_number("num_pictures", num_pictures, 0)
+    network = probed_network(setup, feature, baseline)
+    train, val = frozen_sets(setup, network, "masks", pooled=False, **recipe.loading())
+    if not leave_processes():
+        return None
+    hint = " (ADE20K's labels counted from 0)" if recipe.labels == "ade20k" else ""
+    with one_line_errors("segmentation probe" + hint):
+        probe = train_segmentation_probe(
+            train.features,
+            train.targets,
+            recipe.classes(train.targets),
+            recipe.steps,
+            recipe.batch_size,
+            recipe.learning_rate,
+            setup.cfg.training.seed,
+            setup.device,
+        )
+        result = evaluate_segmentation(probe, val.features, val.targets)
+    sheet = _sheet(setup, recipe, probe, val, num_pictures) if num_pictures else None
+    facts = probe_facts(network, recipe.facts(), train, val)
+    return Measured(result.as_dict(), facts, sheet)
+
+
+def _sheet(
+    setup: Setup, recipe: SegmentRecipe, probe: SegmentationProbe, val: FeatureSet, count: int
+) -> torch.Tensor:
+    """The first pictures of the validation set with their true and predicted labels."""
+    ignored = recipe.loading()["zero_label_ignored"]
+    loader = eval_data(setup, "val", ("images", "masks"), zero_label_ignored=ignored)
+    images = next(iter(loader))["images"][:count]
+    truth = read_rows(val.targets, slice(len(images))).long()
+    maps = read_rows(val.features, slice(len(images))).to(probe.classify.weight.device)
+    guess = probe.predict(maps, truth.shape[-2:]).cpu()
+    return segmentation_sheet(images, truth, guess, probe.classify.out_channels)

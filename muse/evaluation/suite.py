@@ -1,6 +1,5 @@
-"""What the demo measures before and after each stage, on objects and backgrounds that no stage has seen."""
+"""What the demo measures before and after each stage, on pictures that no stage has seen."""
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,13 +12,13 @@ from torch import Tensor
 
 from muse.config import plain
 from muse.data.dataloader import build_eval_loader
-from muse.evaluation import Evaluator
 from muse.evaluation.attention_quality import (
     TopologyQuality,
     mean_teacher_maps,
     object_cells,
     teacher_maps,
 )
+from muse.evaluation.evaluator import Evaluator
 from muse.evaluation.linear_probe import pixel_features, train_linear_probe
 from muse.evaluation.segmentation import (
     evaluate_segmentation,
@@ -29,8 +28,6 @@ from muse.evaluation.segmentation import (
 from muse.evaluation.zero_shot import read_lines, retrieval, zero_shot
 from muse.models.muse_vit import MUSE_ViT
 from muse.teachers import class_embeddings
-
-log = logging.getLogger(__name__)
 
 TEMPLATES = ("A photo of a {}.", "A {}.", "A picture of a {}.", "Something, a kind of {}.")
 FIELDS = ("images", "text", "labels", "masks")
@@ -47,12 +44,12 @@ def latent_grid(cfg: DictConfig) -> tuple[int, int]:
 
 @dataclass
 class Pictures:
-    """A set held in memory: images (n,3,H,W) in [0,1], captions, labels (n,), masks (n,H,W) with 0 as background."""
+    """A set held in memory."""
 
-    images: Tensor
+    images: Tensor  # (n, 3, H, W) in [0, 1]
     text: list[str]
-    labels: Tensor
-    masks: Tensor
+    labels: Tensor  # (n,)
+    masks: Tensor  # (n, H, W), 0 is background
 
     @classmethod
     def load(cls, cfg: DictConfig, source: Any, limit: int | None = None) -> "Pictures":
@@ -76,7 +73,17 @@ class Pictures:
 
 
 class Yardstick:
-    """Everything that stays the same between measurements: pictures, teachers, baselines. `measure(model)` gives the numbers."""
+    """What stays the same between measurements: pictures, teachers, baselines.
+
+    `measure(model)` gives the numbers.
+
+    Args:
+        cfg: names the data.
+        topology_teacher: images -> `TopologyTarget`.
+        text_teacher: captions -> (n, E).
+        probe_images: how many training pictures the probes see.
+        val_images: how many are measured; None is all.
+    """
 
     def __init__(
         self,
@@ -103,7 +110,7 @@ class Yardstick:
         self.baselines = self._baselines()
 
     def _baselines(self) -> dict[str, float]:
-        """What needs no model: shrunk pictures, raw pixels under the same probe, chance, the majority class."""
+        """What needs no model: shrunk pictures, raw pixels under the same probe, chance."""
         probe = train_linear_probe(
             pixel_features(self.train.images),
             self.train.labels,
@@ -139,12 +146,9 @@ class Yardstick:
 
     @torch.no_grad()
     def _outputs(self, model: MUSE_ViT) -> tuple[Tensor, dict[str, Any], dict[str, float]]:
-        """Image embeddings, topology quality and picture quality on the validation set, from one pass."""
-        quality, evaluator, embeds = (
-            TopologyQuality(self.prior),
-            Evaluator(("psnr", "ssim", PERCEPTUAL, FRECHET)),
-            [],
-        )
+        """Embeddings, topology quality and picture quality of the validation set, from one pass."""
+        quality, embeds = TopologyQuality(self.prior), []
+        evaluator = Evaluator(("psnr", "ssim", PERCEPTUAL, FRECHET))
         for batch, targets in zip(self.val.batches(), self.targets):
             out = model(batch["images"])
             quality.update(
@@ -157,7 +161,10 @@ class Yardstick:
         return torch.cat(embeds), quality.compute(), evaluator.compute()
 
     def measure(self, model: MUSE_ViT) -> dict[str, Any]:
-        """All numbers of one model; shares in [0, 1], PSNR in dB, topology in nats. macro: mean over classes."""
+        """All numbers of one model: shares in [0, 1], PSNR in dB, topology in nats.
+
+        macro: mean over classes.
+        """
         model.eval()
         train, val = self._features(model, self.train), self._features(model, self.val)
         embeds, topology, quality = self._outputs(model)

@@ -1,59 +1,74 @@
 """Zero-shot classification and image-text retrieval from L2-normalised embeddings."""
 
-from collections.abc import Sequence
+import hashlib
+import json
+import logging
+import re
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
+from omegaconf import DictConfig
 
-from muse.errors import DataError
-from muse.evaluation.linear_probe import Accuracy, check_labels
-from muse.teachers.prompts import Template, imagenet_templates
+from muse.config import plain
+from muse.data.eval import EvalLoader
+from muse.errors import ConfigError, DataError
+from muse.evaluation.frozen_features import store_key
+from muse.evaluation.measurement import (
+    Measured,
+    Setup,
+    check_count,
+    data_facts,
+    eval_data,
+    one_line_errors,
+)
+from muse.evaluation.metrics.accuracy_iou import Accuracy, check_labels, hit_probability
+from muse.models.muse_vit import MUSE_ViT
+from muse.teachers import build_text_teacher, class_embeddings
+from muse.teachers.prompts import Template, imagenet_templates, prompts
+from muse.teachers.text import TextTeacher
+from muse.utils.distributed import all_objects, all_rows, is_main_process, leave_processes
+from muse.utils.weights import state_sha256
+
+logger = logging.getLogger(__name__)
 
 
-def imagenet_prompts() -> tuple[list[str], list[Template]]:
-    """open_clip's 1000 class names and 80 templates, the field's default."""
-    from open_clip import IMAGENET_CLASSNAMES
+def imagenet_names() -> list[str]:
+    """open_clip's names of the 1000 classes, the field's default."""
+    from open_clip import IMAGENET_CLASSNAMES  # noqa: PLC0415  takes seconds, and few runs need it
 
-    return list(IMAGENET_CLASSNAMES), imagenet_templates()
+    return list(IMAGENET_CLASSNAMES)
 
 
 def read_lines(path: str | Path, what: str) -> list[str]:
-    """The non-empty lines of a UTF-8 text file; DataError when it is missing, unreadable or empty."""
+    """The non-empty lines of a UTF-8 text file; DataError when it is missing or without any."""
     try:
-        lines = [
-            line.strip()
-            for line in Path(path).read_text(encoding="utf-8").splitlines()
-            if line.strip()
-        ]
+        text = Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise DataError(f"{what} file {path} cannot be read: {error}") from error
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         raise DataError(f"{what} file {path} has no lines")
     return lines
 
 
-def hit_probability(scores: torch.Tensor, targets: torch.Tensor, k: int) -> torch.Tensor:
-    """(n, m) scores, (n,) right columns -> (n,) float64 probability that the right one is among the k best, ties broken
-    at random.
-
-    Without ties this is 0 or 1. With them a collapsed model scores chance, not 100%.
-    """
-    right = scores.gather(1, targets[:, None])
-    above = (scores > right).sum(1)
-    level = (scores == right).sum(1)
-    return ((k - above).double() / level).clamp(0, 1)
-
-
 def zero_shot(
     image_embeds: torch.Tensor, labels: torch.Tensor, class_embeds: torch.Tensor
 ) -> dict[str, float]:
-    """Top-1 and top-5 (micro and macro) of (N, E) images against (K, E) classes, beside chance and the majority class.
+    """Top-1 and top-5 (micro and macro), beside chance and the majority class.
 
     The majority class is that of `labels` themselves, the best that a constant answer can do.
+
+    Args:
+        image_embeds: (N, E), L2-normalised.
+        labels: (N,).
+        class_embeds: (K, E), L2-normalised.
     """
     if image_embeds.shape[1] != class_embeds.shape[1]:
         raise ValueError(
-            f"image embeddings have width {image_embeds.shape[1]}, text embeddings {class_embeds.shape[1]}"
+            f"image embeddings have width {image_embeds.shape[1]}, text embeddings "
+            f"{class_embeds.shape[1]}"
         )
     if not torch.isfinite(image_embeds).all():
         raise ValueError("image embeddings contain NaN or infinity")
@@ -85,11 +100,18 @@ def retrieval(
     groups: int = 1000,
     seed: int = 0,
 ) -> dict[str, float]:
-    """R@1 and R@5 among `group` candidates, averaged over random groups, image → text and text → image.
+    """R@1 and R@5 among few candidates, image → text and text → image, averaged over random groups.
 
-    image_embeds and text_embeds (N, E) in pairs with their N captions. Every group holds `group` distinct captions,
-    each with one of its images at random; fewer distinct captions make the group smaller. Chance is 1/group and
-    5/group.
+    Every group holds `group` distinct captions, each with one of its images at random. Chance is
+    1/group and 5/group.
+
+    Args:
+        image_embeds: (N, E), L2-normalised.
+        text_embeds: (N, E), in pairs with the images.
+        captions: N.
+        group: candidates; fewer distinct captions make the group smaller.
+        groups: how many are drawn.
+        seed: of the draw.
     """
     if not len(image_embeds) == len(text_embeds) == len(captions):
         raise ValueError("images, texts and captions differ in number")
@@ -102,9 +124,7 @@ def retrieval(
         caption_of, len(distinct), group, groups, torch.Generator().manual_seed(seed)
     )
     similarity = image_embeds.float() @ text_embeds.float().T
-    scores = similarity[
-        members[:, :, None], members[:, None, :]
-    ]  # (groups, group images, group texts)
+    scores = similarity[members[:, :, None], members[:, None, :]]  # (groups, images, texts)
     targets = torch.arange(group).repeat(groups)
     result: dict[str, float] = {
         "group": group,
@@ -128,3 +148,145 @@ def _draw_groups(
     starts = counts.cumsum(0) - counts
     within = (torch.rand(groups, group, generator=generator) * counts[chosen]).long()
     return order[starts[chosen] + within]
+
+
+def class_names(loader: EvalLoader, file: str | None = None) -> tuple[list[str], str]:
+    """The classes' names and where they are from.
+
+    That is the file; `classes.txt` beside local data; the class folders; open_clip's ImageNet list.
+    """
+    if file:
+        return read_lines(file, "class name"), file
+    source = loader.stream.source
+    folder = Path(source.root) if hasattr(source, "root") else Path(source.shards[0]).parent
+    beside = folder / "classes.txt"
+    if beside.is_file():
+        return read_lines(beside, "class name"), str(beside)
+    folders = list(loader.classes)
+    if folders and not all(re.fullmatch(r"n\d{8}", name) for name in folders):
+        return [name.replace("_", " ") for name in folders], "class folders"
+    return imagenet_names(), "open_clip's ImageNet names"
+
+
+def text_weights(
+    encode: Callable,
+    teacher_facts: dict,
+    names: Sequence[str],
+    templates: Sequence[Template],
+    folder: str | Path,
+) -> torch.Tensor:
+    """`class_embeddings`, kept on disk under the hash of the text tower and of every prompt.
+
+    Args:
+        encode: the text tower, list of n strings -> (n, E).
+        teacher_facts: what names it.
+        names: of the classes.
+        templates: as for `class_embeddings`.
+        folder: where the embeddings are kept.
+    """
+    texts = [prompts(name, templates) for name in names]
+    path = Path(folder) / f"text-{store_key({'teacher': teacher_facts, 'prompts': texts})}.pt"
+    if path.exists():
+        logger.info("text weights from %s", path)
+        return torch.load(path, weights_only=True)
+    weights = class_embeddings(encode, names, templates).cpu()
+    if is_main_process():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial = path.with_suffix(".part")
+        torch.save(weights, partial)
+        partial.replace(path)
+    return weights
+
+
+class _Embedded(NamedTuple):
+    images: torch.Tensor  # (N, E) on the CPU
+    labels: torch.Tensor  # (N,), or (0,)
+    captions: list[str]
+
+
+@torch.no_grad()
+def embed_data(model: MUSE_ViT, loader: EvalLoader, device, fields: Sequence[str]) -> _Embedded:
+    """All processes' images in data-set order, with the labels and captions among `fields`."""
+    rows: dict[str, list] = {"images": [], "indices": [], "labels": [], "text": []}
+    for batch in loader:
+        rows["images"].append(model.embed_image(batch["images"].to(device)).float().cpu())
+        rows["indices"].append(batch["indices"])
+        rows["labels"].append(batch["labels"]) if "labels" in fields else None
+        rows["text"] += batch["text"] if "text" in fields else []
+    none, width = torch.zeros(0, dtype=torch.long), int(model.config.semantic_dim)
+    order = all_rows(torch.cat([none, *rows["indices"]])).argsort()
+    captions = [text for part in all_objects(rows["text"]) for text in part]
+    return _Embedded(
+        all_rows(torch.cat([torch.zeros(0, width), *rows["images"]]))[order],
+        all_rows(torch.cat([none, *rows["labels"]]))[order],
+        [captions[i] for i in order.tolist()] if captions else [],
+    )
+
+
+def _text_tower(cfg: DictConfig, device: str) -> tuple[TextTeacher, dict]:
+    """The configuration's text tower, and the facts that name it."""
+    teacher = build_text_teacher(plain(cfg.teacher.text))
+    if teacher is None:
+        raise ConfigError("zero-shot needs a text tower: teacher.text.kind is none")
+    if teacher.dim != cfg.model.semantic_dim:
+        raise ConfigError(
+            f"the text tower gives width {teacher.dim}, model.semantic_dim is "
+            f"{cfg.model.semantic_dim}"
+        )
+    facts = {"kind": cfg.teacher.text.kind, "source": cfg.teacher.text.source}
+    return teacher.to(device), facts | {"weights_sha256": state_sha256(teacher)}
+
+
+def run_zero_shot(
+    setup: Setup,
+    classnames: str | None = None,
+    templates: str | None = None,
+    candidates: int = 0,
+) -> Measured | None:
+    """The measurement of scripts/zero_shot.py; None in the processes that only embed.
+
+    Args:
+        setup: what is measured, on which data.
+        classnames: file of names in the order of the labels; None as in `class_names`.
+        templates: file of templates; None is open_clip's 80.
+        candidates: also caption retrieval among so many; 0 is none.
+    """
+    if candidates < 0 or candidates == 1:
+        raise ConfigError(
+            f"--retrieval must be 0 (none) or at least 2 candidates, not {candidates}"
+        )
+    fields = ("images", "labels") + (("text",) if candidates else ())
+    loader = eval_data(setup, "val", fields)
+    names, names_from = class_names(loader, classnames)
+    if is_main_process():
+        logger.info("%d class names: %s", len(names), names_from)
+    phrases = read_lines(templates, "template") if templates else imagenet_templates()
+    model = setup.load_model()
+    teacher, tower = _text_tower(setup.cfg, setup.device)
+    with one_line_errors("zero-shot"):
+        weights = text_weights(teacher.encode, tower, names, phrases, f"{setup.output_dir}/text")
+        images, labels, captions = embed_data(model, loader, setup.device, fields)
+        data = data_facts(setup, loader)
+        check_count(loader, data, len(images))
+        if not leave_processes():
+            return None
+        values = zero_shot(images, labels, weights)
+        if candidates:
+            texts = _caption_embeds(teacher.encode, captions)
+            seed = setup.cfg.training.seed
+            found = retrieval(images, texts, captions, candidates, seed=seed)
+            values |= {f"retrieval_{name}": value for name, value in found.items()}
+    text = json.dumps([prompts("{}", phrases), names])
+    prompt_facts = {
+        "classnames": names_from,
+        "templates": len(phrases),
+        "sha256": hashlib.sha256(text.encode()).hexdigest(),
+    }
+    return Measured(values, {"text_tower": tower, "prompts": prompt_facts, **data})
+
+
+def _caption_embeds(encode: Callable, captions: Sequence[str]) -> torch.Tensor:
+    """(N, E) on the CPU; a caption that occurs often is embedded once."""
+    distinct = {caption: row for row, caption in enumerate(dict.fromkeys(captions))}
+    texts = encode(list(distinct)).float().cpu()
+    return texts[[distinct[caption] for caption in captions]]

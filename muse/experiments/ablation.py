@@ -205,7 +205,7 @@ def _digest(cfg: DictConfig, before: StageRun | None) -> str:
 def train_base(study: Study) -> None:
     """Train the stand-in and save its encoder, unless that is there already."""
     from muse.models.muse_vit import MUSE_ViT
-    from muse.training.trainer import train
+    from muse.training.tokenizer_task import train
     from muse.utils.io import atomic_directory
 
     if not study.encoder.is_dir():
@@ -216,7 +216,7 @@ def train_base(study: Study) -> None:
 
 def train_run(run: StageRun) -> None:
     """Train a stage, unless it is there already; an interrupted run goes on from its checkpoint."""
-    from muse.training.trainer import train
+    from muse.training.tokenizer_task import train
 
     if not (run.folder / "final").is_dir():
         train(run.cfg)

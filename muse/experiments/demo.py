@@ -21,7 +21,7 @@ from muse.experiments.demo_report import write_report
 from muse.models.loading import load_model
 from muse.teachers.build import shared_text_teacher, shared_topology_teacher
 from muse.training.run_directory import was_run_with
-from muse.training.trainer import train
+from muse.training.tokenizer_task import train
 from muse.utils.io import versions, writable_directory, write_json
 
 log = logging.getLogger(__name__)

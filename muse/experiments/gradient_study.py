@@ -46,7 +46,7 @@ def compare(args: Namespace, output: Path) -> Arms:
     if args.steps < 1 or args.every < 1 or args.every > args.steps:
         raise ConfigError("--steps and --every must be 1 or more, and --every no more than --steps")
     from muse.training.run_directory import was_run_with
-    from muse.training.trainer import train
+    from muse.training.tokenizer_task import train
 
     arms: Arms = {}
     for arm in ARMS:

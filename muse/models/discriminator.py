@@ -1,8 +1,8 @@
-"""PatchGAN with blurred down-sampling: the adversary of stage 3 (release's arrangement and state-dict layout).
+"""PatchGAN with blurred down-sampling, the adversary of stage 3, in the release's layout.
 
-5x5 convolution, then stages of 3x3 convolution, blur (1,3,3,1) with stride 2, GroupNorm, LeakyReLU; the map is then
-max-pooled to a fixed grid, so that every image size gives the same number of patch logits. Blurring before sampling
-(Zhang, 2019) keeps the adversary from reading aliases.
+5x5 convolution, then stages of 3x3 convolution, blur (1,3,3,1) with stride 2, GroupNorm, LeakyReLU;
+the map is then max-pooled to a fixed grid, so that every image size gives the same number of patch
+logits. Blurring before sampling (Zhang, 2019) keeps the adversary from reading aliases.
 """
 
 import torch
@@ -13,7 +13,7 @@ BLUR = (1.0, 3.0, 3.0, 1.0)
 
 
 class BlurDownsample(nn.Module):
-    """Depthwise (1,3,3,1) x (1,3,3,1) / 64, stride 2, zeros around: (B,C,H,W) -> (B,C,ceil(H/2),ceil(W/2))."""
+    """Depthwise blur (1,3,3,1) x (1,3,3,1) / 64 with stride 2 and zeros around: halves H and W."""
 
     def __init__(self):
         super().__init__()
@@ -26,16 +26,19 @@ class BlurDownsample(nn.Module):
         height, width = x.shape[-2:]
         x = F.pad(x, (1, 1 + width % 2, 1, 1 + height % 2))
         channels = x.shape[1]
-        return F.conv2d(
-            x, self.kernel.to(x.dtype).expand(channels, 1, -1, -1), stride=2, groups=channels
-        )
+        kernel = self.kernel.to(x.dtype).expand(channels, 1, -1, -1)
+        return F.conv2d(x, kernel, stride=2, groups=channels)  # (B, C, ceil(H/2), ceil(W/2))
 
 
 class PatchDiscriminator(nn.Module):
     """Patch logits of an image.
 
-    `width`: channels, doubled from the second stage on; `stages`: halvings; `groups`: of each GroupNorm; `pool`: side
-    of the logit map. The release uses 128, 3, 32, 16. `width` must be a multiple of `groups` (ValueError otherwise).
+    Args:
+        width: channels, a multiple of `groups`, doubled from the second stage on; the release: 128.
+        stages: halvings; the release: 3.
+        groups: of each GroupNorm; the release: 32.
+        pool: side of the logit map; the release: 16.
+        slope: of every LeakyReLU.
     """
 
     def __init__(
@@ -72,7 +75,9 @@ class PatchDiscriminator(nn.Module):
         )
 
     def forward(self, images: Tensor) -> Tensor:
-        """Images (B,3,H,W) in [0,1], used as they are -> logits (B,1,pool,pool), high where the patch looks real."""
+        """Images (B,3,H,W) in [0,1], used as they are -> logits (B,1,pool,pool), high where the
+        patch looks real.
+        """
         x = self.block_in(images)
         for block in self.blocks:
             x = block(x)

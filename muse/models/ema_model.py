@@ -1,4 +1,8 @@
-"""Exponential moving average of the trainable tensors (FIDELITY row 23: decay 0.999, trainable tensors only)."""
+"""Exponential moving average of the tensors that train (docs/fidelity.md, row 23: decay 0.999).
+
+Why not diffusers' `EMAModel`: it keeps all parameters, by their place in a list and in their own
+precision; a checkpoint here holds those that train, by name, in float32.
+"""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -8,9 +12,10 @@ from torch import Tensor, nn
 
 
 class EMAModel:
-    """Holds `decay * mean + (1 - decay) * value` of every parameter that requires a gradient, in float32.
+    """The running mean, in float32, of every parameter that requires a gradient.
 
-    The decay is warmed up, min(decay, (1 + step) / (10 + step)), so that a short run is not the mean of its first steps.
+    An update makes it `decay * mean + (1 - decay) * value`. The decay is warmed up,
+    min(decay, (1 + step) / (10 + step)), so that a short run is not the mean of its first steps.
     """
 
     def __init__(self, model: nn.Module, decay: float = 0.999):
@@ -20,7 +25,7 @@ class EMAModel:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Fold the present weights in; one fused call, no synchronisation with the device."""
+        """Fold the present weights in: one fused call, which does not wait for the device."""
         self.step += 1
         decay = min(self.decay, (1 + self.step) / (10 + self.step))
         live = [p.detach().float() for p in self._live.values()]

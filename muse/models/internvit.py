@@ -1,49 +1,61 @@
-"""The two pretrained parts of the student: InternViT (transformers' native class) and the DC-AE decoder (diffusers).
+"""InternViT, the student's encoder, as transformers' `InternVLVisionModel`.
 
-A source is a hub id, a local directory, or `random` (built from `config`, no network). Where `config` is given, it alone
-fixes the architecture and the source gives only weights, so a checkpoint loads without its sources.
-Only the tensors that are needed are read: safetensors files are memory-mapped and picked from by name.
+Its source is a hub id, a local directory in either InternVL layout, a saved MUSE model (a packaged
+one by name: `muse_tiny`), or `random` (no network). Where
+`config` is given, it alone fixes the architecture and the source gives only weights, so a
+checkpoint loads without its sources.
 """
 
-import re
-from collections.abc import Callable, Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from muse.errors import CheckpointError, ConfigError
-from muse.utils.weights import TensorFiles, locate, read_config
+from muse.errors import ConfigError
+from muse.utils.weights import TensorFiles, load_into, locate, read_config, refuse_unknown
 
-# InternViT: the original layout's names (left) in transformers' words. Fused qkv is split in `internvit_to_transformers`.
-_INTERNVIT_NAMES = [
-    (r"^embeddings\.class_embedding$", "embeddings.cls_token"),
-    (r"^embeddings\.position_embedding$", "embeddings.position_embeddings"),
-    (r"^embeddings\.patch_embedding\.", "embeddings.patch_embeddings.projection."),
-    (r"^encoder\.layers\.", "encoder.layer."),
-    (r"\.ls1$", ".lambda_1"),
-    (r"\.ls2$", ".lambda_2"),
-    (r"\.attn\.proj\.", ".attention.projection_layer."),
-    (r"\.attn\.(q_norm|k_norm)\.", r".attention.\1."),
-    (r"(encoder\.layer\.\d+)\.norm1\.", r"\1.layernorm_before."),
-    (r"(encoder\.layer\.\d+)\.norm2\.", r"\1.layernorm_after."),
-]
-_VISION_PREFIXES = ("model.vision_tower.", "vision_tower.", "vision_model.", "")
+# One tensor's name in the original layout (left) and in transformers' (right), piece by piece; read
+# in both directions. Beside these, the original layout fuses q, k and v into one `attn.qkv`.
+_NAMES = (
+    ("embeddings.class_embedding", "embeddings.cls_token"),
+    ("embeddings.position_embedding", "embeddings.position_embeddings"),
+    ("embeddings.patch_embedding.", "embeddings.patch_embeddings.projection."),
+    ("encoder.layers.", "encoder.layer."),
+    (".ls1", ".lambda_1"),
+    (".ls2", ".lambda_2"),
+    (".attn.proj.", ".attention.projection_layer."),
+    (".attn.q_norm.", ".attention.q_norm."),
+    (".attn.k_norm.", ".attention.k_norm."),
+    (".norm1.", ".layernorm_before."),
+    (".norm2.", ".layernorm_after."),
+)
+_FUSED, _PARTS = ".attn.qkv.", tuple(f".attention.{part}_proj." for part in "qkv")
+_PREFIXES = ("model.vision_tower.", "vision_tower.", "vision_model.", "")
+# Notes that transformers keeps in a configuration and that do not shape the network.
+_NOTES = (
+    "architectures",
+    "transformers_version",
+    "torch_dtype",
+    "dtype",
+    "model_type",
+    "_name_or_path",
+)
+
+
+# ------------------------------------------------------------------------------------------ layouts
+def is_original_layout(names: list[str]) -> bool:
+    """Whether InternViT's tensor names (without prefix) are those of the original layout."""
+    return "embeddings.class_embedding" in names
 
 
 def internvit_to_transformers(name: str) -> list[str]:
-    """Names in transformers' layout of one tensor of the original InternViT layout; three (q, k, v) for a fused qkv."""
-    for pattern, replacement in _INTERNVIT_NAMES:
-        name = re.sub(pattern, replacement, name)
-    if ".attn.qkv." in name:
-        return [name.replace(".attn.qkv.", f".attention.{part}_proj.") for part in "qkv"]
-    return [name]
-
-
-def is_original_layout(names: list[str]) -> bool:
-    """Whether InternViT tensor names (without prefix) follow the original layout rather than transformers'."""
-    return "embeddings.class_embedding" in names
+    """Names in transformers' layout of one tensor of the original layout; three for a fused qkv."""
+    for original, transformers in _NAMES:
+        name = name.replace(original, transformers)
+    return [name.replace(_FUSED, part) for part in _PARTS] if _FUSED in name else [name]
 
 
 def convert_internvit(name: str, tensor: Tensor) -> dict[str, Tensor]:
@@ -52,88 +64,63 @@ def convert_internvit(name: str, tensor: Tensor) -> dict[str, Tensor]:
     return dict(zip(names, tensor.chunk(len(names), dim=0)))
 
 
-def _load_strict(module: nn.Module, state: dict[str, Tensor], source: str) -> None:
-    expected = module.state_dict()
-    missing = sorted(expected.keys() - state.keys())
-    if missing:
-        raise CheckpointError(
-            f"{source}: {len(missing)} tensors are missing, the first is {missing[0]}"
-        )
-    for name, tensor in expected.items():
-        if state[name].shape != tensor.shape:
-            raise CheckpointError(
-                f"{source}: {name} has shape {tuple(state[name].shape)}, the configuration makes it "
-                f"{tuple(tensor.shape)}"
-            )
-    module.load_state_dict({name: state[name] for name in expected})
+def original_internvit(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """All tensors of a tower in the original layout; the inverse of `convert_internvit`."""
+    converted = {}
+    for name, tensor in state.items():
+        if any(part in name for part in _PARTS[1:]):
+            continue  # k and v go with their q
+        if _PARTS[0] in name:
+            tensor = torch.cat([state[name.replace(_PARTS[0], part)] for part in _PARTS])
+            name = name.replace(_PARTS[0], _FUSED)
+        for original, transformers in _NAMES:
+            name = name.replace(transformers, original)
+        converted[name] = tensor
+    return converted
 
 
-# ------------------------------------------------------------------------------------------------------- encoder
+# ----------------------------------------------------------------------------------------- building
 def build_encoder(source: str, config: dict[str, Any], load_weights: bool = True) -> nn.Module:
-    """InternViT as transformers' `InternVLVisionModel`, without a final norm (FIDELITY, "The method").
+    """InternViT without a final norm (FIDELITY, "The method").
 
-    source: hub id, local directory in either InternVL layout, or `random`; config: fields of `InternVLVisionConfig`.
+    Args:
+        source: hub id, local directory in either InternVL layout, or `random`.
+        config: fields of `InternVLVisionConfig`; empty for those of the source.
+        load_weights: read the source's weights; False leaves them random.
     """
-    from transformers import InternVLVisionConfig, InternVLVisionModel
+    from transformers import InternVLVisionModel  # noqa: PLC0415 (takes seconds to import)
 
     directory = None
     if source != "random" and (load_weights or not config):
-        directory = locate(source, ["config.json", "*.safetensors", "*.safetensors.index.json"])
-    fields = dict(config) if config else {}
-    if not fields and directory is not None:
-        fields = _vision_fields(read_config(directory))
-    fields["use_mean_pooling"] = True  # the only difference it makes here: no final LayerNorm
-    vision_config = _checked(InternVLVisionConfig, fields, "model.encoder.config")
+        directory = locate(source)
+    vision_config = _vision_config(config, directory)
     with _full_precision_init():
         encoder = InternVLVisionModel(vision_config)
-    if directory is not None and load_weights:
-        _load_strict(encoder, dict(_vision_tensors(TensorFiles(directory))), source)
+    if directory and load_weights:
+        load_into(encoder, _vision_tensors(directory, encoder), source, "model.encoder")
     return encoder.eval()
 
 
-def _vision_fields(config: dict[str, Any]) -> dict[str, Any]:
-    """Fields of `InternVLVisionConfig` out of any InternVL config.json: whole model or tower alone, either layout."""
-    from transformers import InternVLVisionConfig
-
-    vision = config.get("vision_config", config)
-    fields = {name: vision[name] for name in InternVLVisionConfig().to_dict() if name in vision}
-    if "qkv_bias" in vision:  # the original layout's words
-        fields["attention_bias"] = vision["qkv_bias"]
-        fields["use_qk_norm"] = vision.get("qk_normalization", False)
-    for name in (
-        "model_type",
-        "architectures",
-        "transformers_version",
-        "torch_dtype",
-        "dtype",
-        "_name_or_path",
-    ):
-        fields.pop(name, None)
+def encoder_fields(encoder: nn.Module) -> dict[str, Any]:
+    """The fields of `InternVLVisionConfig` that build this encoder again."""
+    fields = {
+        name: value for name, value in encoder.config.to_diff_dict().items() if name not in _NOTES
+    }
+    for name in ("image_size", "patch_size"):  # lists, whatever the library's version makes of them
+        fields[name] = list(getattr(encoder.config, name))
     return fields
 
 
-def _vision_tensors(files: TensorFiles) -> Iterator[tuple[str, Tensor]]:
-    names = files.keys()
-    prefix = next(
-        p for p in _VISION_PREFIXES if p == "" or any(name.startswith(p) for name in names)
-    )
-    wanted = {name: name.removeprefix(prefix) for name in names if name.startswith(prefix)}
-    original = is_original_layout(list(wanted.values()))
-    for name, short in wanted.items():
-        if original:
-            yield from convert_internvit(short, files[name].float()).items()
-        else:
-            yield short, files[name].float()
+def _vision_config(config: dict[str, Any], directory: Path | None) -> Any:
+    """The given fields, or the source's, as transformers' class; `ConfigError` on a wrong one."""
+    from transformers import InternVLVisionConfig  # noqa: PLC0415 (takes seconds to import)
 
-
-# ------------------------------------------------------------------------------------------------------- decoder
-
-
-def _checked(make: Callable, fields: dict[str, Any], key: str) -> Any:
-    """`make(**fields)` for a transformers configuration class, with unknown or ill-typed fields as `ConfigError`."""
-    _refuse_unknown(fields, list(make().to_dict()), key)
+    key, known = "model.encoder.config", InternVLVisionConfig().to_dict().keys()
+    fields = _stored_fields(directory, known) if directory and not config else dict(config)
+    refuse_unknown(fields, known, key)
+    fields["use_mean_pooling"] = True  # the only difference it makes here: no final LayerNorm
     try:
-        return make(**fields)
+        return InternVLVisionConfig(**fields)
     except (TypeError, ValueError) as error:
         raise ConfigError(f"{key}: {str(error).strip().splitlines()[-1].strip()}") from None
     except Exception as error:  # huggingface_hub's strict dataclasses raise a class of their own
@@ -142,16 +129,40 @@ def _checked(make: Callable, fields: dict[str, Any], key: str) -> Any:
         raise ConfigError(f"{key}: {' '.join(str(error).split())}") from None
 
 
-def _refuse_unknown(fields: dict[str, Any], known: list[str], key: str) -> None:
-    from muse.config import nearest
+def _stored_fields(directory: Path, known: Collection[str]) -> dict[str, Any]:
+    """The vision fields of any InternVL's config.json: full model or tower alone, either layout."""
+    stored = read_config(directory)
+    if stored.get("model_type") == "muse":
+        stored = stored["model"]["encoder"]["config"]
+    vision = stored.get("vision_config", stored)
+    fields = {name: vision[name] for name in known if name in vision and name not in _NOTES}
+    if "qkv_bias" in vision:  # the original layout's words
+        fields["attention_bias"] = vision["qkv_bias"]
+        fields["use_qk_norm"] = vision.get("qk_normalization", False)
+    return fields
 
-    for name in fields:
-        if name not in known:
-            raise ConfigError(f"unknown key {key}.{name}{nearest(name, known)}")
+
+def _vision_tensors(directory: Path, encoder: nn.Module) -> dict[str, Tensor]:
+    """The encoder's tensors out of a source, which may hold more, such as a language model."""
+    expected = encoder.state_dict().keys()
+    found = _read_tower(TensorFiles(directory))
+    return {name: tensor for name, tensor in found if name in expected}
+
+
+def _read_tower(files: TensorFiles) -> Iterator[tuple[str, Tensor]]:
+    """(transformers' name, tensor in float32) of the vision tower, in whichever layout it lies."""
+    names = files.keys()
+    prefixes = ("encoder.", *_PREFIXES) if "encoder.embeddings.cls_token" in names else _PREFIXES
+    prefix = next(p for p in prefixes if p == "" or any(name.startswith(p) for name in names))
+    wanted = {name: name.removeprefix(prefix) for name in names if name.startswith(prefix)}
+    original = is_original_layout(list(wanted.values()))
+    for name, short in wanted.items():
+        tensor = files[name].float()
+        yield from (convert_internvit(short, tensor) if original else {short: tensor}).items()
 
 
 @contextmanager
-def _full_precision_init():
+def _full_precision_init() -> Iterator[None]:
     """Weights are made in float32 whatever default the caller has set."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.float32)

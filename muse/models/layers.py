@@ -1,4 +1,4 @@
-"""Small parts shared by the model: the pixel contract, pixel-unshuffle, rotary positions, RMSNorm, SwiGLU, gradient scale."""
+"""Small parts of the networks: pixel contract, pixel-unshuffle, rotary positions, norms, SwiGLU."""
 
 import math
 
@@ -7,12 +7,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 PIXEL_RANGE = (-0.01, 1.01)
+# Channel statistics to which most vision networks normalise their [0, 1] pixels.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 def check_images(images: Tensor, what: str = "images", wait: bool = True) -> None:
-    """Hold the pixel contract: a floating (B, 3, H, W) tensor of RGB in [0, 1], or `ValueError` with what was seen.
+    """The pixel contract: a floating (B, 3, H, W) tensor of RGB in [0, 1], or `ValueError`.
 
-    wait: False within a training step: the range is then looked at on a CPU alone, since asking an accelerator waits for it.
+    Args:
+        images: what was given.
+        what: its name in the message.
+        wait: False within a training step: the range is then checked on a CPU alone, since reading
+            a number from an accelerator waits for all its work.
     """
     if images.ndim != 4 or images.shape[1] != 3:
         raise ValueError(f"{what} must have shape (B, 3, H, W), got {tuple(images.shape)}")
@@ -31,25 +38,31 @@ def check_images(images: Tensor, what: str = "images", wait: bool = True) -> Non
 def pixel_unshuffle(
     tokens: Tensor, grid: tuple[int, int], side: int
 ) -> tuple[Tensor, tuple[int, int]]:
-    """Fold each side×side cell of tokens into one: (B, h*w, C) -> (B, h*w/side², C*side²), and the new grid.
+    """Fold each side×side cell of tokens into one; gives the new tokens and their grid.
 
-    Within a cell the tokens follow each other row by row, each with its C channels (the order the released weights expect).
+    Within a cell the tokens follow each other row by row, each with its C channels (the order that
+    the released weights expect).
+
+    Args:
+        tokens: (B, h*w, C), which become (B, h*w/side², C*side²).
+        grid: (h, w).
+        side: of a cell; 1 changes nothing.
     """
     if side == 1:
         return tokens, grid
     h, w = grid
     if h % side or w % side:
         raise ValueError(
-            f"a token grid of {h}x{w} cannot be folded by {side}: both sides must be multiples of it"
+            f"a token grid of {h}x{w} cannot be folded by {side}: "
+            "both sides must be multiples of it"
         )
-    cells = tokens.unflatten(1, (h // side, side, w // side, side)).transpose(
-        2, 3
-    )  # (B, h/s, w/s, s, s, C)
+    cells = tokens.unflatten(1, (h // side, side, w // side, side))  # (B, h/s, s, w/s, s, C)
+    cells = cells.transpose(2, 3)  # (B, h/s, w/s, s, s, C)
     return cells.flatten(3).flatten(1, 2), (h // side, w // side)
 
 
 class RotaryEmbedding(nn.Module):
-    """1-D rotary positions over the flattened grid (base 10000), made for whatever length is asked for."""
+    """1-D rotary positions over the flattened grid, for any length."""
 
     def __init__(self, head_dim: int, base: float = 10000.0):
         super().__init__()
@@ -59,7 +72,7 @@ class RotaryEmbedding(nn.Module):
 
     def forward(self, length: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """Cosine and sine, each (length, head_dim), float32."""
-        # On the CPU a power of ten thousand is the same to the last bit everywhere; the table is a few hundred KB.
+        # Made anew each time: a few hundred KB, for whatever length, and nothing to save.
         frequencies = self.base ** (
             -torch.arange(0, self.head_dim, 2, dtype=torch.float32, device=device) / self.head_dim
         )

@@ -1,6 +1,7 @@
-"""One function that opens whatever a user calls a checkpoint."""
+"""Open whatever a user calls a checkpoint: saved directory, training checkpoint, weights file."""
 
 import logging
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,23 +12,39 @@ from omegaconf import DictConfig
 from muse.config import model_config, plain
 from muse.errors import CheckpointError
 from muse.models.muse_vit import MUSE_ViT
-from muse.models.pretrained import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    load_weights,
-    read_model_config,
-    read_weights,
-)
+from muse.models.pretrained import CONFIG_FILE, WEIGHTS_FILE, read_model_config
 from muse.models.release_weights import load_release_checkpoint
+from muse.utils.weights import load_into, packaged, read_state_dict
 
 log = logging.getLogger(__name__)
 
 EMA_FILE = "ema.safetensors"
+SIZES = ("dim", "num_heads", "num_blocks", "unshuffle", "latent_dim", "semantic_dim")
+_CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
+
+
+def checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
+    """(step, path) of every complete checkpoint of a training run, oldest first.
+
+    A folder that is still being written has another name.
+    """
+    found = [
+        (int(match[1]), path)
+        for path in Path(output_dir).glob("checkpoint-*")
+        if (match := _CHECKPOINT.match(path.name))
+    ]
+    return sorted(found)
+
+
+def latest_checkpoint(output_dir: str | Path) -> Path | None:
+    """The newest checkpoint of a training run, or None."""
+    found = checkpoints(output_dir)
+    return found[-1][1] if found else None
 
 
 def weights_file(checkpoint: str | Path) -> Path:
-    """The file whose weights `load_model` would use (for its hash): EMA weights where a training checkpoint has them."""
-    path = Path(checkpoint).expanduser()
+    """The file whose weights `load_model` uses: running means where the checkpoint has them."""
+    path = packaged(checkpoint) or Path(checkpoint).expanduser()
     if path.is_file():
         return path
     if not path.is_dir():
@@ -41,41 +58,49 @@ def weights_file(checkpoint: str | Path) -> Path:
 
 
 def load_model(checkpoint: str | Path, config: Any, device: str | torch.device = "cpu") -> MUSE_ViT:
-    """A model in eval mode from a `save_pretrained` directory, a training `checkpoint-N`, a `.safetensors` or the authors' file.
+    """A model in eval mode from any form of checkpoint.
 
-    config: the `model` section. A directory brings its own: one that contradicts it in size, or in a key that changes
-    outputs, is a `CheckpointError`.
+    Args:
+        checkpoint: a packaged model's name, a `save_pretrained` directory, a training `checkpoint-N`, a `.safetensors` file,
+            or the authors' file.
+        config: the `model` section.
+        device: where the model goes.
+
+    Raises:
+        CheckpointError: a directory's own configuration differs from `config` in a size, or in a
+            key that changes outputs; or the weights do not fit.
     """
     model, own = _open(checkpoint, config)
     if own is not None:
         for key in ("routing", "join_semantics"):
             if own[key] != model.config[key]:
                 raise CheckpointError(
-                    f"{checkpoint}: was trained with model.{key}={own[key]}, the configuration says "
-                    f"{model.config[key]}, which changes its outputs; pass model.{key}={own[key]}"
+                    f"{checkpoint}: was trained with model.{key}={own[key]}, the configuration "
+                    f"says {model.config[key]}, which changes its outputs; pass "
+                    f"model.{key}={own[key]}"
                 )
     return model.to(device).eval()
 
 
 def initial_model(cfg: DictConfig) -> MUSE_ViT:
-    """The student a training run starts from: `experiment.init_from` (another run, or any checkpoint), or the backbones' sources.
+    """The student that a training run starts from.
 
-    A run's directory stands for its `final` weights, else for its newest checkpoint.
+    `experiment.init_from` names another run or any checkpoint; without it the weights are those of
+    the backbones' sources. A run's directory stands for its `final` weights, else its newest
+    checkpoint.
     """
     source = cfg.experiment.init_from
     if source is None:
         return MUSE_ViT(cfg.model)
-    path = Path(source).expanduser()
+    path = packaged(source) or Path(source).expanduser()
     if (path / "final").is_dir():
         path = path / "final"
     elif path.is_dir() and not (path / WEIGHTS_FILE).is_file():
-        from muse.training.checkpointer import latest
-
-        path = latest(path) or path
+        path = latest_checkpoint(path) or path
     if not path.exists():
         raise CheckpointError(
-            f"experiment.init_from={source}: no such checkpoint; run the stage before this one, or set "
-            "experiment.init_from to its output directory"
+            f"experiment.init_from={source}: no such checkpoint; run the stage before this one, or "
+            "set experiment.init_from to its output directory"
         )
     model, _ = _open(path, cfg.model)
     modules = Counter(name.split(".")[0] for name in model.state_dict())
@@ -88,50 +113,46 @@ def initial_model(cfg: DictConfig) -> MUSE_ViT:
 
 
 def _open(checkpoint: str | Path, config: Any) -> tuple[MUSE_ViT, dict[str, Any] | None]:
-    """The model with the user's configuration and the checkpoint's weights, and the checkpoint's own model section, if any."""
+    """The checkpoint's weights in a model as configured, and the checkpoint's own model section."""
     file = weights_file(checkpoint)
-    state = read_weights(file) if file.suffix == ".safetensors" else {}
+    state = read_state_dict(file) if file.suffix == ".safetensors" else {}
     if not state or any(name.endswith("encoder.embeddings.class_embedding") for name in state):
         return load_release_checkpoint(file, config), None
-    if (
-        file.name == EMA_FILE
-    ):  # only what a stage trains has a running mean; the rest is the model's own
-        state = {**read_weights(file.parent / WEIGHTS_FILE), **state}
+    if file.name == EMA_FILE:  # only what a stage trains has a running mean
+        state = {**read_state_dict(file.parent / WEIGHTS_FILE), **state}
     config, own = model_config(config), None
     if (file.parent / CONFIG_FILE).is_file():
         own = read_model_config(file.parent)
         _check_sizes(own, config, file.parent)
         if (own["routing"] == "shared") != (config.routing == "shared"):
             raise CheckpointError(
-                f"{checkpoint}: was trained with model.routing={own['routing']}, whose blocks hold other tensors than "
-                f"those of model.routing={config.routing}; pass model.routing={own['routing']}"
+                f"{checkpoint}: was trained with model.routing={own['routing']}, whose blocks hold "
+                f"other tensors than those of model.routing={config.routing}; pass "
+                f"model.routing={own['routing']}"
             )
         # Encoder and decoder as they were built, so that their sources need not be read again.
         config = {**plain(config), "encoder": own["encoder"], "decoder": own["decoder"]}
     model = MUSE_ViT(config, load_backbones=False)
-    load_weights(model, state, str(checkpoint))
+    load_into(model, state, checkpoint)
     return model, own
 
 
 def _check_sizes(own: dict[str, Any], config: DictConfig, where: Path) -> None:
-    for key in ("dim", "num_heads", "num_blocks", "unshuffle", "latent_dim", "semantic_dim"):
-        if own.get(key) != config[key]:
-            raise CheckpointError(
-                f"{where}: a checkpoint of another size: its model.{key} is {own.get(key)}, the configuration "
-                f"says {config[key]}"
-            )
+    """`CheckpointError` at the first size in which a saved configuration differs from `config`."""
+    pairs = [(f"model.{key}", own.get(key), config[key]) for key in SIZES]
     for part in ("encoder", "decoder"):
-        for key, value in plain(config[part].config).items():
-            mine = own[part]["config"].get(key, value)
-            if (
-                isinstance(value, (int, list))
-                and not isinstance(value, bool)
-                and _sides(mine) != _sides(value)
-            ):
-                raise CheckpointError(
-                    f"{where}: a checkpoint of another size: its model.{part}.config.{key} is {mine}, the "
-                    f"configuration says {value}"
-                )
+        saved = own[part]["config"]
+        pairs += [
+            (f"model.{part}.config.{key}", saved.get(key, value), value)
+            for key, value in plain(config[part].config).items()
+            if isinstance(value, (int, list)) and not isinstance(value, bool)
+        ]
+    for key, mine, value in pairs:
+        if _sides(mine) != _sides(value):
+            raise CheckpointError(
+                f"{where}: a checkpoint of another size: its {key} is {mine}, the configuration "
+                f"says {value}"
+            )
 
 
 def _sides(value: Any) -> Any:

@@ -1,7 +1,8 @@
-"""MUSE_ViT: the student. InternViT encodes, SynergisticBlocks connect, a DC-AE decoder paints (MUSE, Fig. 2).
+"""MUSE_ViT, the student: InternViT encodes, SynergisticBlocks connect, DC-AE decodes (Fig. 2).
 
-Legend: B images, H W pixels, (h, w) latent grid, N = h*w tokens, D block width, E joint image-text width, L blocks.
-Pixels are RGB in [0, 1] at every public boundary; each network normalises its own input inside.
+Shapes: B images, H W pixels, (h, w) latent grid, N = h*w tokens, D block width, E joint image-text
+width, L blocks. Pixels are RGB in [0, 1] at every public boundary; each network normalises its own
+input inside.
 """
 
 from typing import Any, NamedTuple
@@ -16,6 +17,8 @@ from muse.config import STREAM_KEYS, model_config, plain
 from muse.models.dc_ae import build_decoder
 from muse.models.internvit import build_encoder
 from muse.models.layers import (
+    IMAGENET_MEAN,
+    IMAGENET_STD,
     RMSNorm,
     RotaryEmbedding,
     check_images,
@@ -26,8 +29,6 @@ from muse.models.layers import (
 from muse.models.pretrained import PretrainedMixin
 from muse.models.synergistic_block import SynergisticBlock
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
 FEATURES = ("semantic", "block", "latent", "encoder")
 
 
@@ -66,10 +67,12 @@ class _Trunk(NamedTuple):
 
 
 class MUSE_ViT(PretrainedMixin, nn.Module):
-    """The tokenizer alone: no teacher, no loss, no files.
+    """The tokenizer alone: no teacher, no loss.
 
-    config: the `model` section of a configuration (mapping, dataclass or DictConfig). load_backbones: read the weights of
-    encoder and decoder from their sources; False builds them from `config` alone, for a checkpoint that brings all weights.
+    Args:
+        config: the `model` section of a configuration (mapping, dataclass or DictConfig).
+        load_backbones: read the weights of encoder and decoder from their sources; False builds
+            them from `config` alone, for a checkpoint that brings all weights.
     """
 
     def __init__(self, config: Any, load_backbones: bool = True):
@@ -120,11 +123,12 @@ class MUSE_ViT(PretrainedMixin, nn.Module):
                     if module.bias is not None:
                         nn.init.zeros_(module.bias)
 
-    # ------------------------------------------------------------------------------------------------ public
+    # --------------------------------------------------------------------------------------- public
     def encode(self, images: Tensor, return_attention: bool = False) -> Encoding:
         """images (B, 3, H, W) in [0, 1], H and W multiples of `cell` -> `Encoding`.
 
-        Raises `ValueError` on another range, shape or size; `reconstruct`, `embed_image` and `features` pad for you.
+        Raises `ValueError` on another range, shape or size; `reconstruct`, `embed_image` and
+        `features` pad for you.
         """
         check_images(images)
         trunk = self._trunk(images, return_attention)
@@ -138,13 +142,17 @@ class MUSE_ViT(PretrainedMixin, nn.Module):
         )
 
     def decode(self, latent: Tensor, size: tuple[int, int] | None = None) -> Tensor:
-        """latent (B, latent_dim, h, w) -> (B, 3, H, W), nominal [0, 1], not clamped; size defaults to (h, w) * cell."""
+        """latent (B, latent_dim, h, w) -> (B, 3, H, W), nominal [0, 1], not clamped.
+
+        `size` is (H, W); without it (h, w) * cell.
+        """
         if latent.ndim != 4 or latent.shape[1] != self.config.latent_dim:
             raise ValueError(
-                f"latent must have shape (B, {self.config.latent_dim}, h, w), got {tuple(latent.shape)}"
+                f"latent must have shape (B, {self.config.latent_dim}, h, w), "
+                f"got {tuple(latent.shape)}"
             )
         size = size or (latent.shape[-2] * self.cell, latent.shape[-1] * self.cell)
-        pixels = (self.decoder(self.decoder_adapter(latent)) + 1) / 2  # DC-AE paints in [-1, 1]
+        pixels = (self.decoder(self.decoder_adapter(latent)) + 1) / 2  # DC-AE works in [-1, 1]
         if pixels.shape[-2:] != tuple(size):
             pixels = F.interpolate(pixels, size=tuple(size), mode="bilinear", align_corners=False)
         return pixels
@@ -157,15 +165,16 @@ class MUSE_ViT(PretrainedMixin, nn.Module):
         return recon[..., :height, :width].clamp(0, 1)
 
     def embed_image(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) in [0, 1] -> (B, E), L2-normalised: semantic projector of the last block's mean S."""
+        """images (B, 3, H, W) in [0, 1] -> (B, E), L2-normalised: the last block's mean S."""
         trunk = self._trunk(self._pad(images), False)
         return F.normalize(self.semantic_projector(trunk.anchors[:, -1]).float(), dim=-1)
 
     def features(self, images: Tensor, kind: str = "semantic") -> Tensor:
         """images (B, 3, H, W) in [0, 1] -> (B, C, h, w) for probes.
 
-        kind: `semantic` (S of the last block), `block` (tokens after the last block), `latent`, or `encoder` (InternViT
-        tokens, averaged over each unshuffle cell so that all four share the latent grid; `encoder_features` keeps its own).
+        `kind` is `semantic` (S of the last block), `block` (tokens after the last block), `latent`,
+        or `encoder` (InternViT tokens, averaged over each unshuffle cell so that all four share the
+        latent grid; `encoder_features` keeps its own).
         """
         if kind not in FEATURES:
             raise ValueError(f"kind must be one of {', '.join(FEATURES)}, got {kind!r}")
@@ -178,7 +187,7 @@ class MUSE_ViT(PretrainedMixin, nn.Module):
         return self._to_map(trunk.semantic if kind == "semantic" else trunk.tokens, trunk.grid)
 
     def encoder_features(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) in [0, 1] -> InternViT tokens on their own grid, (B, C, H/patch, W/patch)."""
+        """images (B, 3, H, W) in [0, 1] -> InternViT tokens (B, C, H/patch, W/patch)."""
         return self._to_map(*self._encode_tokens(self._pad(images)))
 
     def forward(
@@ -190,7 +199,15 @@ class MUSE_ViT(PretrainedMixin, nn.Module):
         reconstruction: bool = True,
         encoder_only: bool = False,
     ) -> StudentOutput:
-        """One pass for training; each part is computed only when it is asked for (see `StudentOutput`)."""
+        """One pass for training; each part is computed only when it is asked for.
+
+        Args:
+            images: (B, 3, H, W) in [0, 1], H and W multiples of `cell`.
+            topology: the attention maps of every block.
+            semantics: the image embeddings of every block.
+            reconstruction: latent and decoded pixels.
+            encoder_only: nothing but the encoder's tokens, for its distillation.
+        """
         scale = self.logit_scale.exp()
         if encoder_only:
             tokens, grid = self._encode_tokens(images)
@@ -220,14 +237,15 @@ class MUSE_ViT(PretrainedMixin, nn.Module):
             scale,
         )
 
-    # ------------------------------------------------------------------------------------------------ inside
+    # --------------------------------------------------------------------------------------- inside
     def _encode_tokens(self, images: Tensor) -> tuple[Tensor, tuple[int, int]]:
         """images -> InternViT tokens without the class token (B, he*we, C), and (he, we)."""
         height, width = images.shape[-2:]
         if height % self.cell or width % self.cell:
             raise ValueError(
-                f"image sides must be multiples of {self.cell} (patch {self.patch_size} x unshuffle "
-                f"{self.config.unshuffle}), got {height}x{width}; reconstruct() takes any size"
+                f"image sides must be multiples of {self.cell} (patch {self.patch_size} x "
+                f"unshuffle {self.config.unshuffle}), got {height}x{width}; "
+                "reconstruct() takes any size"
             )
         pixels = (images - self.pixel_mean) / self.pixel_std
         trained = torch.is_grad_enabled() and next(self.encoder.parameters()).requires_grad
@@ -238,7 +256,7 @@ class MUSE_ViT(PretrainedMixin, nn.Module):
     def _trunk(self, images: Tensor, return_attention: bool) -> _Trunk:
         encoder_tokens, encoder_grid = self._encode_tokens(images)
         folded, grid = pixel_unshuffle(encoder_tokens, encoder_grid, self.config.unshuffle)
-        x = self.adapter_mlp(folded)
+        x = self.adapter_mlp(folded)  # (B, N, D)
         rotary = self.rotary(x.shape[1], x.device)
         anchors, maps = [], []
         for block in self.muse_blocks:
@@ -248,7 +266,7 @@ class MUSE_ViT(PretrainedMixin, nn.Module):
                 )
             else:
                 x, semantic, log_attention = block(x, rotary, return_attention)
-            anchors.append(semantic.mean(dim=1))
+            anchors.append(semantic.mean(dim=1))  # (B, D)
             maps.append(log_attention)
         maps = tuple(maps) if return_attention else ()
         return _Trunk(

@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from muse.config import nearest, plain
 from muse.errors import ConfigError
 
 log = logging.getLogger(__name__)
@@ -92,18 +91,6 @@ def choose_layers(layers: Sequence[int] | None, depth: int, count: int) -> list[
         )
     chosen = [layer % depth for layer in layers]
     return chosen * count if len(chosen) == 1 else chosen
-
-
-def read_options(section: Any, known: dict[str, Any], where: str) -> dict[str, Any]:
-    """`known` (key -> default) overlaid with the keys of `section` (a dict or an OmegaConf node) that are not null.
-
-    Raises ConfigError naming an unknown key and the nearest known one.
-    """
-    given = plain(section) or {}
-    for key in given:
-        if key not in known:
-            raise ConfigError(f"unknown key {where}.{key}{nearest(key, known)}")
-    return known | {key: value for key, value in given.items() if value is not None}
 
 
 def check_choice(value: Any, choices: Sequence[Any], where: str) -> None:

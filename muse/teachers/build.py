@@ -2,50 +2,39 @@
 
 import functools
 import json
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from torch import nn
 
-from muse.config import plain
+from muse.config import plain, read_section
+from muse.config_fields import same_key
+from muse.config_schema import (
+    FeatureTeacherConfig,
+    TextTeacherConfig,
+    TopologyLossConfig,
+    TopologyTeacherConfig,
+)
 from muse.errors import ConfigError
 from muse.teachers import text
 from muse.teachers.affinity import build_affinity_teacher
-from muse.teachers.base import FrozenTeacher, check_choice, read_options
+from muse.teachers.base import FrozenTeacher
 from muse.teachers.cache import CachedTeacher
 from muse.teachers.features import build_features
 from muse.teachers.vit_attention import build_attention_teacher
 
 DEFAULT_CACHE_MB = 2048
 
-TOPOLOGY_KEYS = {
-    "kind": "dinov3",
-    "source": "facebook/dinov3-vith16plus-pretrain-lvd1689m",
-    "config": {},
-    "layers": None,
-    "image_size": None,
-    "temperature": 0.1,
-    "heads": "mean",
-    "order": 2,
-    "spread": False,
-    "cache": False,
-}
-TEXT_KEYS = {
-    "kind": "open_clip",
-    "source": "ViT-L-14/laion2b_s32b_b82k",
-    "config": {},
-    "cache": 32768,
-}
-FEATURE_KEYS = {
-    "kind": "backbone",
-    "source": "",
-    "config": {},
-    "layers": None,
-    "image_size": None,
-    "normalize": False,
-    "cache": False,
-}
+
+@dataclass
+class TopologyOptions(TopologyTeacherConfig):
+    """What a topology teacher is built from: its section, and which heads the loss compares."""
+
+    heads: str = same_key(TopologyLossConfig, "heads")
+
+
 # What `kind: random` (tests) builds where `config` is empty.
 SMALL_DINO = {
     "hidden_size": 32,
@@ -66,31 +55,32 @@ TOPOLOGY_TEACHERS = {
 def build_topology_teacher(
     cfg: Any, num_maps: int, grid: tuple[int, int] | None = None
 ) -> FrozenTeacher | None:
-    """The teacher of `teacher.topology` with `num_maps` maps, one for each student block that learns; None for `none`.
+    """The teacher of `teacher.topology`; None for `none`.
 
-    cfg: a dict or OmegaConf node. kind: `dinov3` (attention of a DINO or any plain ViT), `affinity`, `random` (tests),
-    `none`. grid: the student's token grid (h, w). cache: true or a number of MiB makes a CachedTeacher of it. A key
-    that another kind uses is let stand. Raises ConfigError on an unknown key or value, CheckpointError where weights
-    are missing or refused.
+    A key that another kind uses is ignored. Raises ConfigError on an unknown key or value,
+    CheckpointError where weights are missing or refused.
+
+    Args:
+        cfg: a dict or OmegaConf node with keys of `TopologyOptions`.
+        num_maps: how many maps, one for each student block that learns.
+        grid: the student's token grid (h, w).
     """
-    options = read_options(cfg, TOPOLOGY_KEYS, "teacher.topology")
-    check_choice(options["kind"], ("none", *TOPOLOGY_TEACHERS), "teacher.topology.kind")
+    kinds = ("none", *TOPOLOGY_TEACHERS)  # the table may hold more than the configuration names
+    options = read_section(cfg, TopologyOptions, "teacher.topology", {"kind": kinds})
     if options["kind"] == "none":
         return None
     return _cached(TOPOLOGY_TEACHERS[options["kind"]](options, num_maps, grid), options["cache"])
 
 
 def build_text_teacher(cfg: Any) -> text.TextTeacher | None:
-    """The teacher of `teacher.text`. kind: `open_clip`, `sentence`, `random` (tests), `none`. Errors as above."""
-    options = read_options(cfg, TEXT_KEYS, "teacher.text")
-    check_choice(options["kind"], ("none", "open_clip", "sentence", "random"), "teacher.text.kind")
+    """The teacher of `teacher.text`; None for `none`. Errors as above."""
+    options = read_section(cfg, TextTeacherConfig, "teacher.text")
     return None if options["kind"] == "none" else text.build(options)
 
 
 def build_feature_teacher(cfg: Any, grid: tuple[int, int] | None = None) -> FrozenTeacher | None:
-    """The teacher of `teacher.feature`. kind: `backbone`, `none`. Errors as above."""
-    options = read_options(cfg, FEATURE_KEYS, "teacher.feature")
-    check_choice(options["kind"], ("none", "backbone"), "teacher.feature.kind")
+    """The teacher of `teacher.feature`; None for `none`. Errors as above."""
+    options = read_section(cfg, FeatureTeacherConfig, "teacher.feature")
     if options["kind"] == "none":
         return None
     return _cached(build_features(options, grid), options["cache"])
@@ -106,8 +96,9 @@ def _cached(teacher: FrozenTeacher, cache: bool | int) -> FrozenTeacher:
 
 @functools.lru_cache(maxsize=4)
 def _teacher(kind: str, options: str, *arguments: Any) -> nn.Module:
-    """Teachers are frozen, so successive stages of one process share one, with all that it remembers."""
-    # What is drawn here must not move the run's own generator (a teacher that is there already would draw nothing), nor depend on it.
+    """Teachers are frozen, so successive stages of one process share one and its memo."""
+    # Building draws random numbers and a teacher that is shared draws none, so the run's own
+    # generator must not move here, nor decide what is drawn.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
         return globals()[f"build_{kind}_teacher"](json.loads(options), *arguments)
@@ -126,7 +117,7 @@ def shared_text_teacher(cfg: DictConfig) -> nn.Module:
     teacher = _teacher("text", json.dumps(plain(cfg.teacher.text), sort_keys=True))
     if teacher.dim != cfg.model.semantic_dim:
         raise ConfigError(
-            f"model.semantic_dim={cfg.model.semantic_dim} but the text teacher {cfg.teacher.text.source} embeds "
-            f"in {teacher.dim} dimensions"
+            f"model.semantic_dim={cfg.model.semantic_dim} but the text teacher "
+            f"{cfg.teacher.text.source} embeds in {teacher.dim} dimensions"
         )
     return teacher

@@ -1,4 +1,4 @@
-"""The discriminator with its loss, optimizer and schedule: the one term that trains a network against the student."""
+"""The discriminator with its loss and optimizer: the network that trains against the student."""
 
 import math
 from typing import Any
@@ -10,80 +10,74 @@ from torch import Tensor
 from muse.losses.adversarial import AdversarialLoss
 from muse.models.discriminator import PatchDiscriminator
 from muse.training import fsdp
-from muse.training.optim import build_adamw, load_optimizer, parameter_groups, set_lr
+from muse.training.optim import build_adamw, load_optimizer, parameter_groups
 
 
 class Adversary:
-    """`generator_term` for the student's step, then `accumulate` and `clip` for the discriminator's own, on the same pictures."""
+    """An `Opponent` (see `task.py`): `generator_term` in the student's loss, then `backward`."""
+
+    name = "discriminator"
 
     def __init__(self, cfg: DictConfig, accelerator: Any):
-        section, optimizer = cfg.losses.adversarial, cfg.optimizer.params
+        section, options = cfg.losses.adversarial, cfg.optimizer.params
         self.weight, self.accelerator = section.weight, accelerator
-        self.max_grad_norm = cfg.training.max_grad_norm or float("inf")
+        self.learning_rate = options.discriminator_learning_rate
         width = section.base_channels
         discriminator = PatchDiscriminator(
             width=width, stages=section.num_stages, groups=math.gcd(32, width)
         ).to(accelerator.device)
-        self.loss = AdversarialLoss(section.start, section.lecam_weight, section.lecam_decay).to(
-            accelerator.device
-        )
+        self.loss = AdversarialLoss(section.start, section.lecam_weight, section.lecam_decay)
+        self.loss.to(accelerator.device)
+        self._pairs: list[tuple[Tensor, Tensor]] = []  # (images, reconstruction) a micro-batch
         self._means_before: list[Tensor] = []
-        groups = parameter_groups(discriminator.named_parameters(), optimizer.weight_decay, {})
-        adamw = build_adamw(
-            groups, optimizer.discriminator_learning_rate, (optimizer.beta1, optimizer.beta2)
-        )
-        self.discriminator, self.optimizer = fsdp.prepare_small(accelerator, discriminator, adamw)
+        groups = parameter_groups(discriminator.named_parameters(), options.weight_decay, {})
+        adamw = build_adamw(groups, self.learning_rate, (options.beta1, options.beta2))
+        self.discriminator, self.optimizer = fsdp.prepare_unit(accelerator, discriminator, adamw)
+        self.parameters = list(self.discriminator.parameters())
 
     def active(self, step: int) -> bool:
-        """Whether the adversary plays at this optimizer step."""
+        """Whether the discriminator is active at this optimizer step."""
         return self.loss.active(step)
 
-    def generator_term(self, reconstruction: Tensor, step: int) -> Tensor:
-        """-mean logits of the reconstruction; the discriminator itself learns nothing from it."""
-        if fsdp.is_sharded(
-            self.accelerator
-        ):  # FSDP keeps requires_grad as it was: `accumulate` drops these gradients
+    def generator_term(self, images: Tensor, reconstruction: Tensor, step: int) -> Tensor:
+        """-mean logits of the reconstruction, in the student's loss; keeps both for `backward`."""
+        self._pairs.append((images, reconstruction.detach()))
+        if fsdp.is_sharded(self.accelerator):
+            # FSDP needs requires_grad to stay as it is: `backward` drops these gradients.
             return self.loss.generator(self.discriminator(reconstruction), step)
+        network = self.accelerator.unwrap_model(self.discriminator)
         self.discriminator.requires_grad_(False)
-        term = self.loss.generator(
-            self.accelerator.unwrap_model(self.discriminator)(reconstruction), step
-        )
+        term = self.loss.generator(network(reconstruction), step)
         self.discriminator.requires_grad_(True)
         return term
 
-    def accumulate(
-        self, pairs: list[tuple[Tensor, Tensor]], step: int, share: float
-    ) -> dict[str, Tensor]:
-        """Add the gradients of each micro-batch (images, reconstruction), weighted by its `share` of the step; gives the terms' sums."""
+    def backward(self, step: int) -> dict[str, Tensor]:
+        """Add the discriminator's gradients over the micro-batches; gives its terms' means."""
+        pairs, self._pairs = self._pairs, []
         self._means_before = [mean.clone() for mean in self.loss.buffers()]
         self.optimizer.zero_grad(set_to_none=True)
-        sums: dict[str, Tensor] = {}
+        share, sums = 1 / len(pairs), {"discriminator": 0, "lecam": 0}
         for images, reconstruction in pairs:
             # One pass over both halves: DDP allows a single forward before each backward.
-            logits = self.discriminator(torch.cat([images, reconstruction.detach()]))
+            logits = self.discriminator(torch.cat([images, reconstruction]))  # (2B, 1, h, w)
             real, fake = logits.chunk(2)
             terms = self.loss.discriminator(real, fake, step)
             self.accelerator.backward(terms.total * share)
-            for name, value in (("discriminator", terms.hinge), ("lecam", terms.lecam)):
-                sums[name] = sums.get(name, 0) + value.detach() * share
+            sums["discriminator"] += terms.hinge.detach() * share
+            sums["lecam"] += terms.lecam.detach() * share
         return sums
 
-    def clip(self, lr: float) -> Tensor:
-        """Set the rate and clip the gradients that were added (unscaled already); gives their norm before."""
-        set_lr(self.optimizer, lr)
-        norm = torch.nn.utils.clip_grad_norm_(self.discriminator.parameters(), self.max_grad_norm)
-        return fsdp.number(norm.detach())
-
-    def take_back(self, flag: Tensor | bool) -> None:
-        """Where the step was not taken (`flag`: see `FiniteGuard.judge`), LeCam's means are again what they were before it."""
+    def restore(self, skip: Tensor) -> None:
+        """Give LeCam's means their values from before the step where `skip` is above 0."""
         for mean, before in zip(self.loss.buffers(), self._means_before):
-            mean.copy_(torch.where(torch.as_tensor(flag, device=mean.device) > 0, before, mean))
+            mean.copy_(torch.where(skip > 0, before, mean))
 
     def state_dict(self) -> dict[str, Any]:
-        """Discriminator, LeCam means, optimizer; all processes call it together."""
-        return fsdp.whole(
+        """Discriminator, LeCam's means, optimizer; all processes call it together."""
+        network = self.accelerator.unwrap_model(self.discriminator)
+        return fsdp.full_tensors(
             {
-                "discriminator": self.accelerator.unwrap_model(self.discriminator).state_dict(),
+                "discriminator": network.state_dict(),
                 "loss": self.loss.state_dict(),
                 "optimizer": self.optimizer.state_dict(),
             }
@@ -92,12 +86,6 @@ class Adversary:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restore what `state_dict` gave."""
         network = self.accelerator.unwrap_model(self.discriminator)
-        own = network.state_dict()
-        network.load_state_dict(
-            {
-                name: fsdp.like(own.get(name), tensor)
-                for name, tensor in state["discriminator"].items()
-            }
-        )
+        network.load_state_dict(fsdp.shard_like(network.state_dict(), state["discriminator"]))
         self.loss.load_state_dict(state["loss"])
         load_optimizer(self.optimizer, state["optimizer"])

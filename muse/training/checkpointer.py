@@ -1,33 +1,205 @@
-"""Training checkpoints: `OUTPUT/checkpoint-N/`, everything that moves, in safetensors and JSON; written beside and renamed.
+"""Training checkpoints: `OUTPUT/checkpoint-N/` holds all that moves, in safetensors and JSON.
 
-config.json, model.safetensors   the student as it is (what `from_pretrained` reads)
+config.json, model.safetensors   the model as it is (what `from_pretrained` reads)
 ema.safetensors                  running means of the tensors that this stage trains
-state.safetensors, state.json    optimizers, loss heads, discriminator, LeCam; step, images seen, configuration
+state.safetensors, state.json    optimizers, loss heads, discriminator; counters, configuration
 rank-K.safetensors, rank-K.json  random generators and data position of every process
 """
 
 import contextlib
 import json
+import logging
 import random
-import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
-from torch import Tensor
+from omegaconf import DictConfig
+from safetensors.torch import save_file
+from torch import Tensor, nn
 
-from muse.errors import CheckpointError
-from muse.models.pretrained import read_weights
+from muse.config import resolved
+from muse.errors import CheckpointError, ConfigError
+from muse.models.ema_model import EMAModel
+from muse.models.loading import EMA_FILE, latest_checkpoint
+from muse.models.pretrained import WEIGHTS_FILE, write_weights
+from muse.training import fsdp
+from muse.training.optim import load_optimizer
+from muse.training.progress import Progress
+from muse.training.run_directory import (
+    named_if_refused,
+    open_run_directory,
+    prune_checkpoints,
+)
+from muse.training.task import TrainingTask
+from muse.utils.io import atomic_directory
+from muse.utils.weights import load_into, read_state_dict
 
-NAME = re.compile(r"^checkpoint-(\d+)$")
-# What a process that was killed may leave: folders being written, being replaced, being removed. `latest` never sees them.
-UNFINISHED = (".partial-*", ".checkpoint-*", ".final.*", ".removed-*")
+log = logging.getLogger(__name__)
 
 
-# ------------------------------------------------------------------------------------------- trees of tensors
+class Checkpointer:
+    """Saves and restores the parts of a run, which share their state with the trainer.
+
+    Args:
+        cfg: the run's configuration; it names the directory and says what is kept.
+        accelerator: of the run, with its scaler.
+        model: what learns, not wrapped.
+        averages: its running means, or None.
+        optimizer: the model's, as accelerate wraps it.
+        task: gives what else moves: heads of the loss, opponents.
+        loader: gives the data position of this process.
+        progress: the counters.
+    """
+
+    def __init__(
+        self,
+        cfg: DictConfig,
+        accelerator: Any,
+        *,
+        model: nn.Module,
+        averages: EMAModel | None,
+        optimizer: Any,
+        task: TrainingTask,
+        loader: Any,
+        progress: Progress,
+    ):
+        self.output, self.options = Path(cfg.experiment.output_dir), cfg.experiment
+        self.config, self.accelerator = resolved(cfg), accelerator
+        self.model, self.averages, self.optimizer = model, averages, optimizer
+        self.task, self.loader, self.progress = task, loader, progress
+
+    # ------------------------------------------------------------------------------- writing
+    def open(self) -> None:
+        """Make the run's directory, without what a killed run left there."""
+        if self.accelerator.is_main_process:
+            open_run_directory(self.output, self.config)
+
+    def save(self) -> Path:
+        """Write `checkpoint-STEP`: each process its own part, then the main one renames the folder.
+
+        `CheckpointError` where it cannot be written; the checkpoints before it stay whole.
+        """
+        step, main = self.progress.step, self.accelerator.is_main_process
+        target, partial = self.output / f"checkpoint-{step}", self.output / f".partial-{step}"
+        # All processes together, since under FSDP each gives its shards.
+        state, weights = self._state(), fsdp.full_tensors(self.model.state_dict())
+        means = fsdp.full_tensors(self.averages.state_dict()) if self.averages else None
+        with named_if_refused(target, partial):
+            if main:
+                shutil.rmtree(partial, ignore_errors=True)
+                partial.mkdir(parents=True)
+            self.accelerator.wait_for_everyone()
+            own = {"rng": rng_state(), "loader": self.loader.state_dict()}
+            write_tree(partial, f"rank-{self.accelerator.process_index}", own)
+            self.accelerator.wait_for_everyone()
+            if main:
+                with atomic_directory(target) as folder:
+                    write_weights(folder, weights, self.model.portable_config())
+                    if means is not None:
+                        means = {name: mean.cpu() for name, mean in means.items()}
+                        save_file(means, folder / EMA_FILE)
+                    write_tree(folder, "state", state)
+                    for file in partial.iterdir():
+                        file.rename(folder / file.name)
+                partial.rmdir()
+                prune_checkpoints(self.output, self.options.keep_last, self.options.keep_every)
+        self.accelerator.wait_for_everyone()
+        return target
+
+    def write_final(self) -> Path:
+        """The last checkpoint, if it is not there yet, and `final/`: the averages, as
+        `from_pretrained` reads them.
+        """
+        final = self.output / "final"
+        if not (self.output / f"checkpoint-{self.progress.step}").is_dir():
+            self.save()
+        with self.averages.swapped_in() if self.averages else contextlib.nullcontext():
+            weights = fsdp.full_tensors(self.model.state_dict())
+            if self.accelerator.is_main_process:
+                with named_if_refused(final), atomic_directory(final) as folder:
+                    write_weights(folder, weights, self.model.portable_config())
+        self.accelerator.wait_for_everyone()
+        return final
+
+    def _state(self) -> dict[str, Any]:
+        """What moves on the run as a whole, but for the tensors of the model and its averages."""
+        scaler = self.accelerator.scaler
+        return {
+            "step": self.progress.step,
+            "images_seen": self.progress.images_seen,
+            "skipped": self.progress.skipped,
+            "ema_step": self.averages.step if self.averages else 0,
+            "optimizer": fsdp.full_tensors(self.optimizer.state_dict()),
+            "scaler": scaler.state_dict() if scaler else None,
+            **self.task.state_dict(),
+            "processes": self.accelerator.num_processes,
+            "config": self.config,
+        }
+
+    # ------------------------------------------------------------------------------- restoring
+    def restore(self) -> None:
+        """Go on from the newest checkpoint of the directory, if there is one.
+
+        `ConfigError` if `experiment.resume` is false, or if it is another model's.
+        """
+        path = latest_checkpoint(self.output)
+        if path is None:
+            return
+        if not self.options.resume:
+            raise ConfigError(
+                f"{self.output}: holds checkpoints of an earlier run and experiment.resume=false; "
+                "choose another experiment.output_dir, or remove them"
+            )
+        state, scaler = read_tree(path, "state"), self.accelerator.scaler
+        if not self.task.continues(state["config"]):
+            raise ConfigError(
+                f"{path}: was written by another model or stage; choose another "
+                "experiment.output_dir, or remove its checkpoints to start over"
+            )
+        weights = read_state_dict(path / WEIGHTS_FILE)
+        load_into(self.model, fsdp.shard_like(self.model.state_dict(), weights), path)
+        load_optimizer(self.optimizer, state["optimizer"])
+        if scaler and state["scaler"]:
+            scaler.load_state_dict(state["scaler"])
+        self.task.load_state_dict(state)
+        if self.averages:
+            means = read_state_dict(path / EMA_FILE, "the averages")
+            means = fsdp.shard_like(self.averages.state_dict(), means)
+            self.averages.load_state_dict(means, state["ema_step"])
+        progress = self.progress
+        progress.step, progress.images_seen = state["step"], state["images_seen"]
+        progress.skipped = state["skipped"]
+        self._restore_process(path, state["processes"])
+        steps = self.config["training"]["max_train_steps"]
+        log.info("going on from %s: step %d of %d", path, progress.step, steps)
+
+    def _restore_process(self, path: Path, processes: int) -> None:
+        """The generators and the data position of this process.
+
+        Exact with as many processes as wrote the checkpoint. With another number every process
+        takes the first one's position: the data go on with the next epoch, shared out anew.
+        """
+        index, now = self.accelerator.process_index, self.accelerator.num_processes
+        if processes == now:
+            part = read_tree(path, f"rank-{index}")
+            set_rng_state(part["rng"])
+        else:
+            log.warning(
+                "%s was written by %d processes and goes on with %d: weights, averages, optimizers "
+                "and schedule are exact; the data go on with the next epoch, generators of the "
+                "processes start anew",
+                path.name,
+                processes,
+                now,
+            )
+            part = read_tree(path, "rank-0")
+        self.loader.load_state_dict(part["loader"])
+
+
+# ------------------------------------------------------------------------------------- trees
 def pack(tree: Any) -> tuple[Any, dict[str, Tensor]]:
     """Split nested dicts and lists into a JSON-able skeleton and the tensors that stood in it."""
     tensors: dict[str, Tensor] = {}
@@ -59,9 +231,7 @@ def unpack(skeleton: Any, tensors: dict[str, Tensor]) -> Any:
 
 
 def write_tree(folder: Path, name: str, tree: Any) -> None:
-    """`name.json` + `name.safetensors` in `folder`."""
-    from safetensors.torch import save_file
-
+    """`name.json` and `name.safetensors` in `folder`."""
     skeleton, tensors = pack(tree)
     save_file(tensors, folder / f"{name}.safetensors")
     (folder / f"{name}.json").write_text(json.dumps(skeleton))
@@ -75,24 +245,19 @@ def read_tree(folder: Path, name: str) -> Any:
         raise CheckpointError(
             f"{folder / name}.json: missing or unreadable ({type(error).__name__})"
         ) from None
-    return unpack(skeleton, read_weights(folder / f"{name}.safetensors"))
+    return unpack(skeleton, read_state_dict(folder / f"{name}.safetensors", "a training run"))
 
 
-# ------------------------------------------------------------------------------------------- random generators
+# ------------------------------------------------------------------------------------- generators
 def rng_state() -> dict[str, Any]:
     """The state of Python's, NumPy's and torch's global generators on this process."""
     version, internal, gauss = random.getstate()
     kind, keys, position, has_gauss, cached = numpy.random.get_state()
+    keys = torch.from_numpy(keys.astype(numpy.int64))
     state = {
         "python": [version, list(internal), gauss],
         "torch": torch.get_rng_state(),
-        "numpy": [
-            kind,
-            torch.from_numpy(keys.astype(numpy.int64)),
-            int(position),
-            int(has_gauss),
-            float(cached),
-        ],
+        "numpy": [kind, keys, int(position), int(has_gauss), float(cached)],
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
@@ -108,58 +273,3 @@ def set_rng_state(state: dict[str, Any]) -> None:
     torch.set_rng_state(state["torch"])
     if "cuda" in state and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])
-
-
-# ------------------------------------------------------------------------------------------- the run directory
-def checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
-    """(step, path) of every whole checkpoint, oldest first. A folder still being written has another name."""
-    folder = Path(output_dir)
-    found = [
-        (int(match[1]), path)
-        for path in folder.glob("checkpoint-*")
-        if (match := NAME.match(path.name))
-    ]
-    return sorted(found)
-
-
-def latest(output_dir: str | Path) -> Path | None:
-    """The newest checkpoint, or None."""
-    found = checkpoints(output_dir)
-    return found[-1][1] if found else None
-
-
-def clean(output_dir: str | Path) -> list[str]:
-    """Remove what a killed run left unfinished, of however many processes; gives the names."""
-    found = sorted(path for pattern in UNFINISHED for path in Path(output_dir).glob(pattern))
-    for path in found:
-        shutil.rmtree(path, ignore_errors=True)
-    return [path.name for path in found]
-
-
-@contextlib.contextmanager
-def writing(target: Path, *leftovers: Path) -> Iterator[None]:
-    """A full disk or a folder that may not be written: one line, nothing half written under a final name, `leftovers` removed."""
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, SafetensorError, CheckpointError) as error:
-        for path in leftovers:
-            shutil.rmtree(path, ignore_errors=True)
-        if isinstance(error, CheckpointError):
-            raise
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise CheckpointError(
-            f"{target}: cannot be written ({reason}); checkpoints before it are whole"
-        ) from None
-
-
-def prune(output_dir: str | Path, keep_last: int, keep_every: int | None) -> None:
-    """Remove old checkpoints: the newest `keep_last` stay, and those whose step is a multiple of `keep_every`."""
-    for step, path in checkpoints(output_dir)[: -keep_last or None]:
-        if not (keep_every and step % keep_every == 0):
-            removed = path.with_name(
-                f".removed-{step}"
-            )  # a half-removed folder must not look like a checkpoint
-            path.rename(removed)
-            shutil.rmtree(removed, ignore_errors=True)

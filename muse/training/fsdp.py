@@ -1,10 +1,15 @@
-"""FSDP: parameters that are shared out over processes (DTensors) made whole to be saved or looked at, and shared out again.
+"""FSDP: full tensors out of sharded parameters (DTensors), to be saved or looked at, and back.
 
-accelerate shards the model (`configs/accelerate/fsdp.yaml`); this is what it leaves to its callers. Checkpoints hold whole tensors
-and the same names however a run was started, so that a run may go on under DDP, FSDP or alone. Without FSDP every function here
-gives back what it was given.
+accelerate shards the model (`configs/accelerate/fsdp.yaml`); this is what it leaves to its callers.
+Checkpoints hold full tensors under the same names however a run was started, so that a run may go
+on under DDP, FSDP or alone. Without FSDP every function here gives back what it was given.
+
+Why not `torch.distributed.checkpoint.state_dict`: it names moments after the model alone and so
+refuses an optimizer that trains heads of a loss as well, it fills the state of a new optimizer by a
+step, and its optimizer states are another format than the checkpoints that exist.
 """
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -12,32 +17,21 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from muse.errors import ConfigError
-from muse.models.muse_vit import MUSE_ViT
-
 
 def is_sharded(accelerator: Any) -> bool:
-    """Whether the run shares out its parameters."""
+    """Whether the run shards its parameters."""
     return accelerator.is_fsdp2
 
 
-def prepare_student(
-    accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer, heads: bool
+# ------------------------------------------------------------------------------------- building
+def prepare_model(
+    accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[Any, Any]:
-    """accelerate's `prepare` for the student; scalars, which cannot be shared out, stay whole on every process.
-
-    heads: whether the loss has parameters of its own in the optimizer. Raises `ConfigError` for those under FSDP.
-    """
+    """accelerate's `prepare` for the model; scalars, which FSDP cannot shard, stay as they are."""
     if is_sharded(accelerator):
-        if heads:
-            raise ConfigError(
-                "losses.distillation trains heads of its own, which FSDP cannot share out: start this stage with "
-                "configs/accelerate/ddp.yaml"
-            )
         scalars = [parameter for parameter in model.parameters() if parameter.ndim == 0]
-        accelerator.state.fsdp_plugin.ignored_modules = (
-            [nn.ParameterList(scalars)] if scalars else None
-        )
+        plugin = accelerator.state.fsdp_plugin
+        plugin.ignored_modules = [nn.ParameterList(scalars)] if scalars else None
         for scalar in scalars:
             if scalar.requires_grad:  # nobody else averages their gradients
                 scalar.register_post_accumulate_grad_hook(_average_gradient)
@@ -45,15 +39,15 @@ def prepare_student(
 
 
 def _average_gradient(parameter: nn.Parameter) -> None:
-    """After each backward pass; what was averaged before stays what it is, so accumulation is served too."""
+    """After each backward pass; averaging an average changes nothing, so accumulation works."""
     dist.all_reduce(parameter.grad)
     parameter.grad /= dist.get_world_size()
 
 
-def prepare_small(
+def prepare_unit(
     accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[Any, Any]:
-    """accelerate's `prepare` for a network without the student's blocks: sharded as one unit."""
+    """accelerate's `prepare` for a network without the model's blocks: sharded as one unit."""
     if not is_sharded(accelerator):
         return accelerator.prepare(model, optimizer)
     plugin = accelerator.state.fsdp_plugin
@@ -64,67 +58,79 @@ def prepare_small(
     return prepared
 
 
-def whole(tree: Any, everywhere: bool = False) -> Any:
-    """Nested dicts and lists with every shared-out tensor made whole, on the CPU; None on all processes but the first, unless `everywhere`.
+def unsharded(model: nn.Module, accelerator: Any, empty: Callable[[], nn.Module]) -> nn.Module:
+    """The model itself; under FSDP an `empty` one filled with its weights, on every process.
 
-    All processes call it together.
+    FSDP's hooks count the forward passes of each process, so one process that looked at pictures
+    with the sharded model alone would fall out of step with the others.
+    """
+    if not is_sharded(accelerator):
+        return model
+    with torch.random.fork_rng(devices=[]):  # random weights must not move the run's generator
+        copy = empty()
+    copy.load_state_dict(full_tensors(model.state_dict(), everywhere=True))
+    for own, parameter in zip(model.parameters(), copy.parameters()):
+        parameter.requires_grad_(own.requires_grad)
+    return copy.to(accelerator.device).train(model.training)
+
+
+# ------------------------------------------------------------------------------------- gradients
+def clip_gradients(parameters: list[nn.Parameter], limit: float) -> Tensor:
+    """Clip unscaled gradients to the norm `limit`; gives the norm before, over all processes.
+
+    torch's own function takes sharded or full gradients, not both, as a model with scalars has.
+    """
+    parameters = [parameter for parameter in parameters if parameter.grad is not None]
+    sharded = [parameter for parameter in parameters if isinstance(parameter.grad, DTensor)]
+    if not sharded:
+        return nn.utils.clip_grad_norm_(parameters, limit).detach()
+    full = [parameter for parameter in parameters if not isinstance(parameter.grad, DTensor)]
+    norms = [
+        full_scalar(nn.utils.get_total_norm([parameter.grad for parameter in group]))
+        for group in (sharded, full)
+        if group
+    ]
+    total = torch.linalg.vector_norm(torch.stack(norms))
+    mesh = sharded[0].grad.device_mesh
+    nn.utils.clip_grads_with_norm_(sharded, limit, DTensor.from_local(total, mesh))
+    nn.utils.clip_grads_with_norm_(full, limit, total)
+    return total.detach()
+
+
+def full_scalar(value: Tensor) -> Tensor:
+    """A scalar that may be a DTensor (a norm over sharded tensors) as a plain one."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+# ------------------------------------------------------------------------------------- states
+def full_tensors(tree: Any, everywhere: bool = False) -> Any:
+    """Nested dicts and lists with every sharded tensor as a full one on the CPU.
+
+    All processes call it together. Only the first one gets them (the others None), unless
+    `everywhere`.
     """
     if isinstance(tree, DTensor):
         full = tree.detach().full_tensor()
         return full.cpu() if everywhere or dist.get_rank() == 0 else None
     if isinstance(tree, dict):
-        return {key: whole(value, everywhere) for key, value in tree.items()}
+        return {key: full_tensors(value, everywhere) for key, value in tree.items()}
     if isinstance(tree, (list, tuple)):
-        return [whole(value, everywhere) for value in tree]
+        return [full_tensors(value, everywhere) for value in tree]
     return tree
 
 
-def clip_gradients(accelerator: Any, parameters: list[nn.Parameter], limit: float) -> Tensor:
-    """Unscale all optimizers' gradients and clip these to the norm `limit`, over whole and shared-out tensors; gives the norm before."""
-    if not is_sharded(accelerator):
-        return torch.as_tensor(accelerator.clip_grad_norm_(parameters, limit)).detach()
-    accelerator.unscale_gradients()
-    parameters = [parameter for parameter in parameters if parameter.grad is not None]
-    shared = [parameter for parameter in parameters if isinstance(parameter.grad, DTensor)]
-    own = [parameter for parameter in parameters if not isinstance(parameter.grad, DTensor)]
-    norms = [
-        number(nn.utils.get_total_norm([parameter.grad for parameter in group]))
-        for group in (shared, own)
-        if group
-    ]
-    total = torch.linalg.vector_norm(torch.stack(norms))
-    if shared:
-        nn.utils.clip_grads_with_norm_(
-            shared, limit, DTensor.from_local(total, shared[0].grad.device_mesh)
-        )
-    nn.utils.clip_grads_with_norm_(own, limit, total)
-    return total.detach()
+def shard_like(own: Mapping[str, Any], full: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`full` tensors, the same on every process, each sharded as the one of its name in `own`."""
+    return {name: shard(value, own.get(name)) for name, value in full.items()}
 
 
-def number(value: Tensor) -> Tensor:
-    """A scalar that may be a DTensor (a norm over shared-out tensors) as a plain one."""
-    return value.full_tensor() if isinstance(value, DTensor) else value
-
-
-def like(reference: Any, value: Tensor) -> Tensor:
-    """`value`, whole on every process, shared out as `reference` is; as it is where that is whole or of another shape."""
+def shard(value: Tensor, reference: Any) -> Tensor:
+    """`value` sharded as `reference` is; as it is where that is full or of another shape."""
     if not isinstance(reference, DTensor) or value.shape != reference.shape:
         return value
     return distribute_tensor(
-        value.to(reference.device), reference.device_mesh, reference.placements, src_data_rank=None
+        value.to(reference.device),
+        reference.device_mesh,
+        reference.placements,
+        src_data_rank=None,  # every process has the full tensor: nothing is sent
     )
-
-
-def plain_copy(model: MUSE_ViT, accelerator: Any) -> MUSE_ViT:
-    """The model itself; under FSDP a plain one with the same weights on every process, in eval mode, that any process may use alone.
-
-    FSDP's own hooks count the forward passes of each process, so one that looks at pictures alone would part it from the others.
-    """
-    if not is_sharded(accelerator):
-        return model
-    with torch.random.fork_rng(
-        devices=[]
-    ):  # its start is overwritten, and must not move the run's generator
-        copy = MUSE_ViT(model.portable_config()["model"], load_backbones=False)
-    copy.load_state_dict(whole(model.state_dict(), everywhere=True))
-    return copy.to(accelerator.device).eval()

@@ -1,4 +1,4 @@
-"""A run's records: `metrics.jsonl` (one JSON object a log step), a progress bar with rate and ETA, trackers when asked for."""
+"""A run's records: `metrics.jsonl` (one JSON object a log step), a progress bar, trackers."""
 
 import json
 import logging
@@ -16,13 +16,22 @@ from torch import Tensor
 from tqdm import tqdm
 
 from muse.config import resolved
-from muse.utils.viz_utils import read_image, to_uint8
+from muse.inference import read_image
+from muse.utils.io import write_text
+from muse.utils.viz_utils import to_uint8
 
 log = logging.getLogger(__name__)
 
 
 class RunLog:
-    """Opened at `step`: records of later steps, left by a run that stopped after its last checkpoint, are dropped."""
+    """A run's log. It drops records of later steps, left by a run killed after its last checkpoint.
+
+    Args:
+        cfg: the run's configuration.
+        accelerator: reduces numbers over the processes and holds the trackers.
+        output: the run's directory.
+        step: the step that the run starts at.
+    """
 
     def __init__(self, cfg: DictConfig, accelerator: Any, output: Path, step: int):
         self.cfg, self.accelerator, self.main = cfg, accelerator, accelerator.is_main_process
@@ -65,8 +74,13 @@ class RunLog:
     ) -> None:
         """Count a step; on a log step read the numbers from the device and write them.
 
-        images: seen since the run began; waited: seconds spent on the batch; lr: the rate, or rates by name (`lr`, `lr/discriminator`).
-        Numbers with a `/` in their name (norms by module, made now and then) stay on the device until the next log step.
+        Args:
+            step: steps done.
+            images: images seen since the run began.
+            numbers: the step's numbers. Those with a `/` in their name (norms by module, made now
+                and then) stay on the device until the next log step.
+            waited: seconds spent on the batch.
+            lr: the rate, or rates by name (`lr`, `lr/discriminator`).
         """
         self._bar.update(1)
         self._waited += waited
@@ -91,7 +105,8 @@ class RunLog:
             "memory_gb": round(memory_in_use(self.accelerator.device) / 1e9, 3),
         }
         self._bar.set_postfix_str(
-            f"loss {values.get('loss', float('nan')):.4f}, {rate:.1f} images/s, data {waited:.2f} s",
+            f"loss {values.get('loss', float('nan')):.4f}, {rate:.1f} images/s, "
+            f"data {waited:.2f} s",
             refresh=False,
         )
         self.record(step, record)
@@ -114,7 +129,13 @@ class RunLog:
             self.accelerator.log(_flat(values), step=step)
 
     def picture(self, step: int, name: str, image: Tensor | str | Path) -> None:
-        """Show a picture in the tracker: (3, H, W) in [0, 1], or the path of a file. Nothing without a tracker, or off the main process."""
+        """Show a picture in the tracker, if there is one.
+
+        Args:
+            step: the step it belongs to.
+            name: its name in the tracker.
+            image: (3, H, W) in [0, 1], or the path of a file.
+        """
         if not self.main or self.cfg.experiment.tracker == "none":
             return
         pixels = (
@@ -141,13 +162,11 @@ class RunLog:
                 KeyError,
             ):  # the last line of a run that was killed while it wrote
                 continue
-        temporary = self.path.with_suffix(".tmp")
-        temporary.write_text("".join(line + "\n" for line in lines if step > 0))
-        temporary.replace(self.path)
+        write_text(self.path, "".join(line + "\n" for line in lines if step > 0))
 
 
 def memory_in_use(device: torch.device) -> int:
-    """Bytes of this process: on a GPU the most that tensors have held since the start, else the resident memory now."""
+    """Bytes of this process: the peak of its tensors on a GPU, else its resident memory now."""
     return (
         torch.cuda.max_memory_allocated(device)
         if device.type == "cuda"

@@ -18,8 +18,8 @@ def stage_main(stage: str, argv: Sequence[str] | None) -> int:
             f"{args.config} has training.stage={cfg.training.stage}, this script trains {stage}"
         )
     cli.choose_training_device(args.device)
-    from muse.training.trainer import train
+    # torch and accelerate take seconds, which --help and a mistake need not wait for
+    from muse.training.tokenizer_task import train  # noqa: PLC0415
 
-    final = train(cfg)
-    log.info("weights for `from_pretrained` and the next stage: %s", final)
+    log.info("weights for `from_pretrained` and the next stage: %s", train(cfg))
     return 0

@@ -1,7 +1,8 @@
-"""Numbers that are not finite: the optimizers never step on one, and the run says which, at which step, of which samples.
+"""Numbers that are not finite: no optimizer steps on one, and the run says which, at which step.
 
-On a CPU every step is judged at once. On an accelerator asking costs a wait for the device, so there the judgement stays on it: a flag
-makes the fused optimizers leave everything as it is, and `settle` reads the flags of all steps since, where the run waits anyway
+Whether a step must be skipped is a flag on the device. On a CPU it is read at once. On an
+accelerator reading it means waiting, so there the fused optimizers take the flag and leave
+everything as it is, and `settle` reads the flags of the skipped steps where the run waits anyway
 (to log, evaluate or save).
 """
 
@@ -16,151 +17,182 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from muse.errors import MuseError
+from muse.models.ema_model import EMAModel
+from muse.training.progress import Progress
 
 log = logging.getLogger(__name__)
 
-MAX_DUMPS = 10  # files of one process; a run that may skip thousands of steps should not fill the disk with them
+MAX_DUMPS = 10  # of one process: a run that may skip thousands of steps must not fill the disk
 
 
 class _Step(NamedTuple):
-    """What is remembered of a step until it is settled; tensors are on the device, the batch's strings on the host."""
+    """What is remembered of a step until its flag is read: tensors on the device, strings here."""
 
     number: int
     names: list[str]
     values: Tensor  # (K,) float32
-    anywhere: Tensor  # () float32, above 0 where some process has a number that is not finite
-    keys: list[str]
-    text: list[str]
+    skip: Tensor  # () float32, above 0 where some process has a number that is not finite
+    strings: dict[str, list[str]]
 
 
 class FiniteGuard:
-    """Judges the numbers of each step. `skipped` counts the steps not taken; beyond `limit` the run stops with `MuseError`.
+    """Judges each step by its numbers; beyond `limit` skipped steps the run stops with `MuseError`.
 
-    lazy: leave the judgement on the device (None: wherever the device is no CPU and the optimizer is fused, which honours the flag).
+    Args:
+        limit: how many steps may be skipped.
+        progress: the run's counters; skipped steps and their images are counted there.
+        accelerator: of the run.
+        output: the folder for dumps of bad batches.
+        fused: whether the optimizers are fused, and so read a flag themselves.
+        lazy: leave the flags on the device until `settle`; None: where that saves a wait.
     """
 
     def __init__(
-        self, limit: int, accelerator: Any, output: Path, fused: bool, lazy: bool | None = None
+        self,
+        limit: int,
+        progress: Progress,
+        accelerator: Any,
+        output: Path,
+        fused: bool,
+        lazy: bool | None = None,
     ):
-        self.limit, self.accelerator, self.output = limit, accelerator, output
+        self.limit, self.progress = limit, progress
+        self.accelerator, self.output = accelerator, output
         self.lazy = (fused and accelerator.device.type != "cpu") if lazy is None else lazy
-        self.skipped, self._dumps = 0, 0
+        self._dumps = 0
         self._waiting: list[_Step] = []
-        self._images: Tensor | None = None  # of the first bad step among those that wait
-        self._bad: Tensor | None = None  # () float32, above 0 once one of them is bad
+        self._tensors: dict[str, Tensor] = {}  # the batch of the first bad step that waits
+        self._bad = torch.zeros(())  # () float32, above 0 once one of them is bad
 
-    def judge(
-        self, number: int, numbers: dict[str, Tensor], micro: list[dict[str, Any]]
-    ) -> Tensor | bool:
-        """Whether step `number` must not be taken: True or False, or a flag on the device, () float32, where it is not asked yet."""
-        # Gradients that overflow in fp16 are the scaler's business: it leaves the step out and lowers its scale.
+    def judge(self, number: int, numbers: dict[str, Tensor], micro: list[dict[str, Any]]) -> Tensor:
+        """The step's flag on the device, () float32: above 0 where it must be skipped.
+
+        Args:
+            number: of the step, counted from 1.
+            numbers: its losses and gradient norms by name.
+            micro: its batches, to be named and dumped.
+        """
+        # Gradients that overflow in fp16 are the scaler's business: it skips and lowers its scale.
         names = [
             name for name in numbers if self.accelerator.scaler is None or "grad_norm" not in name
         ]
         values = torch.stack([numbers[name].detach().float().reshape(()) for name in names])
-        anywhere = (~values.isfinite()).any().float()
+        skip = (~values.isfinite()).any().float()
         if self.accelerator.num_processes > 1:
-            anywhere = self.accelerator.reduce(
-                anywhere, reduction="sum"
-            )  # all processes skip, or none
-        step = _Step(
-            number,
-            names,
-            values,
-            anywhere,
-            [key for batch in micro for key in batch["keys"]],
-            [text for batch in micro for text in batch["text"]],
-        )
-        if self.lazy:
-            images = torch.cat([batch["images"] for batch in micro])
-            # Pictures of one step only are kept: those of the first bad one, chosen on the device.
-            if not self._waiting or self._images.shape != images.shape:
-                self._images, self._bad = images, anywhere
-            else:
-                self._images = torch.where((anywhere > 0) & (self._bad == 0), images, self._images)
-                self._bad = self._bad + anywhere
-            self._waiting.append(step)
-            return anywhere
-        if not anywhere:
-            return False
-        self._refuse(step, torch.cat([batch["images"] for batch in micro]))
-        return True
+            skip = self.accelerator.reduce(skip, reduction="sum")  # all processes skip, or none
+        self._remember(micro, skip)
+        self._waiting.append(_Step(number, names, values, skip, _joined_strings(micro)))
+        if not self.lazy:
+            self.settle()
+        return skip
 
-    def settle(self) -> int:
-        """Read the flags of the steps that wait; gives how many images of this process were in those not taken. Waits for the device."""
+    def take_step(self, skip: Tensor, optimizers: list[Any], averages: EMAModel | None) -> None:
+        """Step the optimizers and then the averages, but for a step to be skipped.
+
+        Where the flag is not read, the averages take in the unchanged weights once more.
+
+        Args:
+            skip: what `judge` gave.
+            optimizers: as accelerate wraps them; their gradients are unscaled already.
+            averages: the running means of the weights, or None.
+        """
+        scaler = self.accelerator.scaler
+        if self.lazy or not skip > 0:
+            for optimizer in optimizers:
+                inner = optimizer.optimizer  # the wrapper would update the scaler after each
+                if scaler is not None:
+                    scaler.step(inner)
+                else:
+                    _step_unless(inner, skip if self.lazy else None)
+            if averages is not None:
+                averages.update()
+        if scaler is not None:
+            scaler.update()
+
+    def settle(self) -> None:
+        """Read the flags of the steps that wait; count, dump and name those that were skipped."""
         waiting, self._waiting = self._waiting, []
-        images, self._images = self._images, None
+        tensors, self._tensors = self._tensors, {}
         if not waiting:
-            return 0
-        flags = torch.stack([step.anywhere for step in waiting]).tolist()
-        bad = [step for step, flag in zip(waiting, flags) if flag > 0]
-        for step in bad:
-            self._refuse(step, images)
-            images = None
-        return sum(len(step.keys) for step in bad)
+            return
+        flags = torch.stack([step.skip for step in waiting]).tolist()  # waits for the device
+        for step in [step for step, flag in zip(waiting, flags) if flag > 0]:
+            self._count(step, tensors)
+            tensors = {}
 
-    def _refuse(self, step: _Step, images: Tensor | None) -> None:
+    def _remember(self, micro: list[dict[str, Any]], skip: Tensor) -> None:
+        """Keep the tensors of one step only: those of the first bad one, chosen on the device."""
+        tensors = _joined_tensors(micro)
+        shapes = [{name: t.shape for name, t in each.items()} for each in (tensors, self._tensors)]
+        if self._waiting and shapes[0] == shapes[1]:
+            first = (skip > 0) & (self._bad == 0)
+            for name, tensor in tensors.items():
+                self._tensors[name] = torch.where(first, tensor, self._tensors[name])
+            self._bad = self._bad + skip
+        else:
+            self._tensors, self._bad = tensors, skip
+
+    def _count(self, step: _Step, tensors: dict[str, Tensor]) -> None:
         """Dump the batch, then stop the run or count the step as skipped."""
-        values = dict(zip(step.names, step.values.tolist()))
+        keys, values = step.strings["keys"], dict(zip(step.names, step.values.tolist()))
         names = [name for name, value in values.items() if not math.isfinite(value)]
-        terms = [
-            name for name in names if "grad_norm" not in name
-        ]  # where a loss is broken its gradients say nothing new
-        self.skipped += 1
+        # Where a loss is broken its gradients say nothing new.
+        terms = [name for name in names if "grad_norm" not in name]
+        self.progress.skipped += 1
+        self.progress.images_seen -= len(keys) * self.accelerator.num_processes
         message = (
-            f"{', '.join(terms or names) or 'a number of another process'} is not finite at step {step.number}; samples "
-            f"{', '.join(step.keys[:8])}{' …' if len(step.keys) > 8 else ''}{self._dump(step, names, values, images)}"
+            f"{', '.join(terms or names) or 'a number of another process'} is not finite at step "
+            f"{step.number}; samples {', '.join(keys[:8])}{' …' if len(keys) > 8 else ''}"
+            f"{self._dump(step, names, values, tensors)}"
         )
-        if self.skipped > self.limit:
+        if self.progress.skipped > self.limit:
             raise MuseError(f"{message} (training.max_skipped_steps={self.limit})")
-        log.warning("%s: step skipped (%d of %d)", message, self.skipped, self.limit)
+        log.warning("%s: step skipped (%d of %d)", message, self.progress.skipped, self.limit)
 
     def _dump(
-        self, step: _Step, names: list[str], values: dict[str, float], images: Tensor | None
+        self, step: _Step, names: list[str], values: dict[str, float], tensors: dict[str, Tensor]
     ) -> str:
-        """OUTPUT/nonfinite-STEP-rank-K.json and .safetensors; gives the words that name them. A full disk hides no message."""
+        """OUTPUT/nonfinite-STEP-rank-K.json and .safetensors; gives the words that name them.
+
+        A full disk hides no message.
+        """
         if self._dumps >= MAX_DUMPS:
             return ""
         self._dumps += 1
         path = self.output / f"nonfinite-{step.number}-rank-{self.accelerator.process_index}.json"
-        record = {
-            "step": step.number,
-            "not_finite": names,
-            "keys": step.keys,
-            "text": step.text,
-            "numbers": {
-                name: value if math.isfinite(value) else str(value)
-                for name, value in values.items()
-            },
+        numbers = {
+            name: value if math.isfinite(value) else str(value) for name, value in values.items()
         }
+        record = {"step": step.number, "not_finite": names, **step.strings, "numbers": numbers}
         try:
             path.write_text(json.dumps(record, indent=1) + "\n")
-            if images is not None:
-                save_file(
-                    {"images": images.detach().cpu().contiguous()}, path.with_suffix(".safetensors")
-                )
-        except (
-            Exception
-        ) as error:  # safetensors has an error class of its own for what the system refuses
+            if tensors:
+                path = path.with_suffix(".safetensors")
+                save_file({k: t.detach().cpu().contiguous() for k, t in tensors.items()}, path)
+        except Exception as error:  # safetensors has a class of its own for what the system refuses
             return f" (its batch could not be written: {error})"
-        return f"; batch in {path if images is None else path.with_suffix('.safetensors')}"
+        return f"; batch in {path}"
 
 
-def take_step(accelerator: Any, optimizers: list[Any], flag: Tensor | bool) -> None:
-    """Step all optimizers; where `flag` is a tensor that holds more than 0 they leave everything as it is, without asking the device.
+def _joined_tensors(micro: list[dict[str, Any]]) -> dict[str, Tensor]:
+    """The tensors of a step's batches by name, one batch after another."""
+    if len(micro) == 1:
+        return {name: value for name, value in micro[0].items() if isinstance(value, Tensor)}
+    names = [name for name, value in micro[0].items() if isinstance(value, Tensor)]
+    return {name: torch.cat([batch[name] for batch in micro]) for name in names}
 
-    Gradients were unscaled before (to clip them); one scaler serves all, and is updated once.
-    """
-    scaler = accelerator.scaler
-    for optimizer in optimizers:
-        inner = optimizer.optimizer  # accelerate's wrapper would update the scaler after each
-        if scaler is not None:
-            scaler.step(inner)
-        elif isinstance(flag, Tensor):
-            inner.found_inf = (flag > 0).float()  # what torch's GradScaler gives a fused optimizer
-            inner.step()
-            del inner.found_inf
-        else:
-            inner.step()
-    if scaler is not None:
-        scaler.update()
+
+def _joined_strings(micro: list[dict[str, Any]]) -> dict[str, list[str]]:
+    """The lists of strings (keys, captions) of a step's batches by name."""
+    names = [name for name, value in micro[0].items() if isinstance(value, list)]
+    return {name: [text for batch in micro for text in batch[name]] for name in names}
+
+
+def _step_unless(optimizer: torch.optim.Optimizer, skip: Tensor | None) -> None:
+    """Step; a fused optimizer leaves everything as it is where `skip` is above 0."""
+    if skip is None:
+        optimizer.step()
+        return
+    optimizer.found_inf = (skip > 0).float()  # what torch's GradScaler gives a fused optimizer
+    optimizer.step()
+    del optimizer.found_inf

@@ -1,22 +1,27 @@
-"""Which parameters learn, at which rate, with which decay: groups of an AdamW, carried as data."""
+"""How parameters learn: groups of an AdamW, the schedule of its rate, norms of gradients."""
 
 import math
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from muse.errors import ConfigError
 from muse.stages import compile_pattern
-from muse.training.fsdp import like
+from muse.training.fsdp import full_scalar, shard
 
 
 def parameter_groups(
     named: Iterable[tuple[str, nn.Parameter]], weight_decay: float, multipliers: Mapping[str, float]
 ) -> list[dict]:
-    """Groups by (rate multiplier, decay, scalar or not). A pattern of `multipliers` that is found in a name multiplies its rate
-    (all that are found do); vectors and scalars (norms, biases, scales) are not decayed. Each group keeps its tensors' `names`.
+    """Groups by (rate multiplier, decay, scalar or not). Each keeps its tensors' `names`.
+
+    Args:
+        named: (name, parameter) pairs.
+        weight_decay: of matrices; vectors and scalars (norms, biases, scales) are not decayed.
+        multipliers: pattern -> factor of the rate where it is found in a name; all found multiply.
     """
     compiled = {
         compile_pattern(pattern, "optimizer.lr_multipliers"): multiplier
@@ -28,7 +33,7 @@ def parameter_groups(
         for pattern, multiplier in compiled.items():
             factor *= multiplier if pattern.search(name) else 1.0
         decay = weight_decay if parameter.ndim > 1 else 0.0
-        # Scalars apart: FSDP cannot share them out, and one kernel takes shared-out tensors or whole ones.
+        # Scalars apart: FSDP cannot shard them, and one kernel takes sharded tensors or full ones.
         group = groups.setdefault(
             (factor, decay, parameter.ndim == 0),
             {"params": [], "names": [], "lr_multiplier": factor, "weight_decay": decay},
@@ -45,16 +50,17 @@ def build_adamw(groups: list[dict], lr: float, betas: tuple[float, float]) -> to
 
 
 def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -> None:
-    """Restore the moments, each to the tensor of its name; rates, multipliers, decays and betas stay as configured now.
+    """Restore the moments, each to the tensor of its name, sharded as that is (FSDP).
 
-    Moments are shared out as their tensors are (FSDP). `ConfigError` when the state was written for other tensors.
+    Rates, multipliers, decays and betas stay as configured now. `ConfigError` when the state was
+    written for other tensors.
     """
     theirs = [name for group in state["param_groups"] for name in group["names"]]
     mine = [name for group in optimizer.param_groups for name in group["names"]]
     if sorted(mine) != sorted(theirs):
         raise ConfigError(
-            "the checkpoint to go on from trained other tensors: keep training.trainable as it was, or choose another "
-            "experiment.output_dir"
+            "the checkpoint to go on from trained other tensors: keep training.trainable as it "
+            "was, or choose another experiment.output_dir"
         )
     moments = {
         name: state["state"][index] for index, name in enumerate(theirs) if index in state["state"]
@@ -62,28 +68,28 @@ def load_optimizer(optimizer: torch.optim.Optimizer, state: Mapping[str, Any]) -
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     placed = {
         index: {
-            key: like(parameter, value) if isinstance(value, Tensor) else value
+            key: shard(value, parameter) if isinstance(value, Tensor) else value
             for key, value in moments[name].items()
         }
         for index, (name, parameter) in enumerate(zip(mine, parameters))
         if name in moments
     }
-    optimizer.load_state_dict(
-        {"state": placed, "param_groups": optimizer.state_dict()["param_groups"]}
-    )
+    groups = optimizer.state_dict()["param_groups"]
+    optimizer.load_state_dict({"state": placed, "param_groups": groups})
 
 
 def gradient_norms(model: nn.Module) -> dict[str, Tensor]:
-    """`grad_norm/MODULE` for each top-level module (and each block) that has gradients: before clipping."""
+    """`grad_norm/MODULE` for each top-level module, or each entry of a list of blocks."""
     groups: dict[str, list[Tensor]] = {}
     for name, parameter in model.named_parameters():
         if parameter.grad is not None:
             parts = name.split(".")
-            groups.setdefault(
-                ".".join(parts[:2]) if parts[0] == "muse_blocks" else parts[0], []
-            ).append(parameter.grad)
+            is_list = isinstance(getattr(model, parts[0]), nn.ModuleList)
+            key = ".".join(parts[: 2 if is_list else 1])
+            groups.setdefault(key, []).append(parameter.grad)
     return {
-        f"grad_norm/{name}": torch.nn.utils.get_total_norm(grads) for name, grads in groups.items()
+        f"grad_norm/{name}": full_scalar(nn.utils.get_total_norm(grads))
+        for name, grads in groups.items()
     }
 
 
@@ -91,6 +97,20 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     """Give every group `lr` times its own multiplier."""
     for group in optimizer.param_groups:
         group["lr"] = lr * group["lr_multiplier"]
+
+
+def scheduled_lr(cfg: DictConfig, step: int, base: float) -> float:
+    """`lr_at` with the schedule of a configuration, for a network whose full rate is `base`."""
+    params = cfg.lr_scheduler.params
+    return lr_at(
+        step,
+        base=base,
+        end=min(params.end_lr, base),
+        warmup=params.warmup_steps,
+        total=cfg.training.max_train_steps,
+        hold_fraction=params.hold_fraction,
+        schedule=cfg.lr_scheduler.scheduler,
+    )
 
 
 def lr_at(
@@ -103,10 +123,16 @@ def lr_at(
     hold_fraction: float = 0.0,
     schedule: str = "cosine",
 ) -> float:
-    """The rate for optimizer step `step` (0-based) of `total`.
+    """The rate for one optimizer step.
 
-    Linear warm-up over `warmup` steps (the first is base / warmup), then `base` for `hold_fraction` of the remaining steps, then
-    half a cosine down to `end`, reached at the last step. `constant` stays at base after the warm-up.
+    Args:
+        step: counted from 0.
+        base: the rate after the warm-up.
+        end: the rate at the last step of `cosine`.
+        warmup: steps of linear warm-up; the first has the rate base / warmup.
+        total: steps in all.
+        hold_fraction: share of the steps after the warm-up that stay at `base`.
+        schedule: `cosine` (half a period down to `end`) or `constant`.
     """
     if step < warmup:
         return base * (step + 1) / warmup

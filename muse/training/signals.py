@@ -9,7 +9,9 @@ import torch.distributed as dist
 
 
 class StopSignal:
-    """Within the block SIGTERM and SIGUSR1 (a cluster's warning) set a flag instead of ending the process."""
+    """Within the block SIGTERM and SIGUSR1 (a cluster's warning) set a flag instead of ending the
+    process.
+    """
 
     SIGNALS = tuple(
         getattr(signal, name) for name in ("SIGTERM", "SIGUSR1") if hasattr(signal, name)
@@ -40,7 +42,7 @@ class StopSignal:
             signal.signal(number, handler)
 
     def requested(self) -> bool:
-        """Whether any process heard a signal; all processes get the same answer at the same step."""
+        """Whether any process heard a signal: the same answer on all of them."""
         if self._group is None:
             return self._heard
         flag = torch.tensor(float(self._heard))

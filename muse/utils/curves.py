@@ -1,4 +1,4 @@
-"""Curves out of `metrics.jsonl`: the numbers of one or more runs over optimizer steps, one axis a number."""
+"""Curves out of `metrics.jsonl`: numbers of one or more runs over steps, one axis a number."""
 
 import json
 import math
@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from muse.errors import DataError
+from muse.utils.io import atomic_file
 
 LOSSES = (
     "loss",
@@ -29,7 +30,10 @@ class Run(NamedTuple):
 
 
 def read_run(path: str | Path, name: str | None = None) -> Run:
-    """The records of an output directory, or of a file. A half-written last line is left out. `DataError` where there is none."""
+    """The records of an output directory or of a file; `DataError` where there are none.
+
+    A line that is not complete, such as the last one of a killed run, is left out.
+    """
     file = Path(path).expanduser()
     file = file / METRICS if file.is_dir() else file
     if not file.is_file():
@@ -54,7 +58,10 @@ def numbers_of(runs: Sequence[Run]) -> list[str]:
 
 
 def points(run: Run, name: str, offset: int = 0) -> list[tuple[int, float]]:
-    """(step + offset, value) of every record that has a finite number of this name; `a/b` also looks into the object `a`."""
+    """(step + offset, value) of every record with a finite number of this name.
+
+    `a/b` also looks for `b` in an object `a`.
+    """
     found = []
     for record in run.records:
         value = record.get(name)
@@ -74,11 +81,20 @@ def draw_curves(
     one_after_another: bool = True,
     columns: int = 5,
 ) -> Path:
-    """Write a picture with one axis a number and one line a run; `DataError` when none of `names` was recorded.
+    """Write a picture with one axis a number and one line a run.
 
-    one_after_another: a run's steps go on where the run before it ended (stages), else all begin at 0 (repetitions).
+    Args:
+        runs: in the order of the legend.
+        path: the picture.
+        names: what is drawn; every loss that was recorded when None.
+        one_after_another: a run's steps go on where the run before it ended (stages); else all
+            begin at 0 (repetitions).
+        columns: axes side by side, at most.
+
+    Raises:
+        DataError: none of `names` was recorded.
     """
-    from matplotlib.figure import Figure
+    from matplotlib.figure import Figure  # noqa: PLC0415 (slow, and most commands draw nothing)
 
     names = list(names or numbers_of(runs))
     if not any(points(run, name) for run in runs for name in names):
@@ -93,9 +109,8 @@ def draw_curves(
     for index, run in enumerate(runs):
         for name, axis in zip(names, axes):
             if line := points(run, name, offset):
-                axis.plot(
-                    *zip(*line), label=run.name, linewidth=1, color=f"C{index % 10}"
-                )  # one colour on all axes
+                colour = f"C{index % 10}"  # the same on all axes
+                axis.plot(*zip(*line), label=run.name, linewidth=1, color=colour)
         offset += run.records[-1]["step"] if one_after_another else 0
     for name, axis in zip(names, axes):
         _finish(axis, name)
@@ -103,13 +118,10 @@ def draw_curves(
 
 
 def save_figure(figure: Any, path: str | Path) -> Path:
-    """Write a matplotlib figure so that `path` is always whole."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.part{target.suffix}")
-    figure.savefig(partial, dpi=110)
-    partial.replace(target)
-    return target
+    """Write a matplotlib figure atomically."""
+    with atomic_file(path) as partial:
+        figure.savefig(partial, dpi=110)
+    return Path(path)
 
 
 def _finish(axis: Any, name: str) -> None:
@@ -117,8 +129,7 @@ def _finish(axis: Any, name: str) -> None:
     axis.set_xlabel("optimizer step", fontsize=8)
     axis.tick_params(labelsize=7, which="both")
     if axis.lines:
-        if all(
-            value > 0 for line in axis.lines for value in line.get_ydata()
-        ) and not name.endswith("psnr"):
+        positive = all(value > 0 for line in axis.lines for value in line.get_ydata())
+        if positive and not name.endswith("psnr"):
             axis.set_yscale("log")
         axis.legend(fontsize=7)

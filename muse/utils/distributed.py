@@ -1,4 +1,4 @@
-"""Sums over processes. With no process group every function returns its input, so one process needs no set-up."""
+"""Sums over processes; with no process group every function returns what one process gives."""
 
 import torch
 import torch.distributed as dist
@@ -9,13 +9,18 @@ def world_size() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
-def is_main() -> bool:
-    """True in the one process that speaks and writes."""
-    return world_size() == 1 or dist.get_rank() == 0
+def process_index() -> int:
+    """This process's place, 0 without a process group."""
+    return dist.get_rank() if world_size() > 1 else 0
+
+
+def is_main_process() -> bool:
+    """True in the one process that logs and writes."""
+    return process_index() == 0
 
 
 def all_sum(tensor: torch.Tensor) -> torch.Tensor:
-    """The element-wise sum of `tensor` over all processes, on the tensor's own device; the input is left as it was."""
+    """The element-wise sum of `tensor` over all processes, on its own device; the input stays."""
     if world_size() == 1:
         return tensor
     on_backend = tensor.cuda() if dist.get_backend() == "nccl" else tensor.cpu()
@@ -25,7 +30,7 @@ def all_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def all_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """(n_rank, ...) of every process -> (sum of n_rank, ...) on the CPU, ranks in order; n_rank may differ."""
+    """(n, ...) of every process -> (sum of n, ...) on the CPU, ranks in order; n may differ."""
     return torch.cat(all_objects(tensor.cpu()))
 
 
@@ -36,3 +41,13 @@ def all_objects(value) -> list:
     values: list = [None] * world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def leave_processes() -> bool:
+    """Leave the process group; True in the process that goes on to write results."""
+    if not dist.is_initialized():
+        return True
+    main = is_main_process()
+    dist.barrier()
+    dist.destroy_process_group()
+    return main

@@ -1,15 +1,16 @@
-"""Pictures of what the model does: rows of originals and reconstructions, attention over the image."""
+"""Pictures of what the model does: originals and reconstructions, attention, segmentation."""
 
 import math
 from collections.abc import Sequence
 from pathlib import Path
 
+import numpy
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from muse.data.masks import IGNORE_INDEX
+from muse.utils.io import atomic_file
 
 GAP = 4
 
@@ -19,31 +20,16 @@ def to_uint8(images: Tensor) -> Tensor:
     return (images.detach().float().clamp(0, 1) * 255).round().to(torch.uint8).cpu()
 
 
-def read_image(path: str | Path) -> Tensor:
-    """The picture of a file, (3, H, W) in [0, 1]."""
-    with Image.open(path) as picture:
-        rgb = picture.convert("RGB")
-    return (
-        torch.frombuffer(bytearray(rgb.tobytes()), dtype=torch.uint8)
-        .view(rgb.height, rgb.width, 3)
-        .permute(2, 0, 1)
-        / 255
-    )
-
-
 def save_image(image: Tensor, path: str | Path) -> None:
-    """Write one (3, H, W) picture in [0, 1]; the format follows the file's ending; never half a file."""
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(f".{target.name}.part{target.suffix}")
-    Image.fromarray(to_uint8(image).permute(1, 2, 0).numpy()).save(partial)
-    partial.replace(target)
+    """Write one (3, H, W) picture in [0, 1] atomically; the format follows the file's ending."""
+    with atomic_file(path) as partial:
+        Image.fromarray(to_uint8(image).permute(1, 2, 0).numpy()).save(partial)
 
 
 def tile(
     rows: Sequence[Sequence[Tensor]], labels: Sequence[str] = (), background: float = 1.0
 ) -> Tensor:
-    """Rows of equally large (3, H, W) pictures as one picture; a label, if given, stands left of its row."""
+    """Rows of equally large (3, H, W) pictures as one picture, with labels left of the rows."""
     height, width = rows[0][0].shape[-2:]
     columns = max(len(row) for row in rows)
     margin = 110 if labels else 0
@@ -70,13 +56,8 @@ def _write_labels(sheet: Tensor, labels: Sequence[str], height: int) -> Tensor:
             font=font,
             anchor="lm",
         )
-    from muse.data.transforms import to_float
-
-    return to_float(
-        torch.frombuffer(bytearray(canvas.tobytes()), dtype=torch.uint8)
-        .view(canvas.height, canvas.width, 3)
-        .permute(2, 0, 1)
-    )
+    pixels = torch.from_numpy(numpy.array(canvas))  # (H, W, 3)
+    return pixels.permute(2, 0, 1) / 255
 
 
 def reconstruction_sheet(images: Tensor, recon: Tensor) -> Tensor:
@@ -86,29 +67,31 @@ def reconstruction_sheet(images: Tensor, recon: Tensor) -> Tensor:
 
 def heat(values: Tensor) -> Tensor:
     """(H, W) in [0, 1] -> (3, H, W) colours from dark blue over red to yellow."""
-    from matplotlib import colormaps
+    from matplotlib import colormaps  # noqa: PLC0415 (slow, and most commands draw nothing)
 
-    return (
-        torch.from_numpy(colormaps["inferno"](values.detach().float().cpu().numpy())[..., :3])
-        .permute(2, 0, 1)
-        .float()
-    )
+    colours = colormaps["inferno"](values.detach().float().cpu().numpy())[..., :3]  # (H, W, 3)
+    return torch.from_numpy(colours).permute(2, 0, 1).float()
 
 
 def attention_overlay(
     image: Tensor, attention: Tensor, grid: tuple[int, int], query: int
 ) -> Tensor:
-    """One row of attention over its picture: image (3, H, W), attention (N, N), the query's cell marked by a white frame."""
+    """One row of attention over its picture, (3, H, W), the query's cell in a white frame.
+
+    Args:
+        image: (3, H, W) in [0, 1].
+        attention: (N, N), rows sum to 1.
+        grid: (h, w) with h * w = N.
+        query: the row, counted along the grid.
+    """
     height, width = image.shape[-2:]
     # Its own weight would hide the others, and its place is marked anyway.
     row = attention[query].detach().float().cpu().clone()
     row[query] = 0
     heatmap = (row / row.max().clamp_min(1e-12)).view(1, 1, *grid)
-    heatmap = F.interpolate(heatmap, size=(height, width), mode="bilinear", align_corners=False)[
-        0, 0
-    ]
+    heatmap = F.interpolate(heatmap, size=(height, width), mode="bilinear", align_corners=False)
     grey = image.detach().float().cpu().mean(0, keepdim=True).expand(3, -1, -1)
-    picture = 0.35 * grey + 0.65 * heat(heatmap)
+    picture = 0.35 * grey + 0.65 * heat(heatmap[0, 0])
     return _frame(picture, grid, query)
 
 
@@ -129,31 +112,32 @@ def attention_sheet(
     queries: Sequence[int] | None = None,
     teacher: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """Rows: the picture, the head-mean attention of its query in every block, and the teacher's map if given.
+    """Rows of pictures: the query, its attention in every block (mean over heads), the teacher's.
 
-    images (B, 3, H, W) in [0, 1]; encoding with `topology` and `grid`; queries: a cell for each picture (default: the middle);
-    teacher: maps (B, N, N) on the same grid, one tensor.
+    Args:
+        images: (B, 3, H, W) in [0, 1].
+        encoding: what `encode(images, return_attention=True)` gave.
+        queries: a cell for each picture, counted along the grid; the middle when None.
+        teacher: maps (B, N, N) on the same grid, if there is a teacher.
     """
     h, w = encoding.grid
     queries = list(queries) if queries is not None else [(h // 2) * w + w // 2] * len(images)
     rows = [[_frame(image.cpu(), encoding.grid, query) for image, query in zip(images, queries)]]
     labels = ["query"]
-    for index, maps in enumerate(encoding.topology):
-        rows.append(
-            [
-                attention_overlay(image, one.mean(0), encoding.grid, query)
-                for image, one, query in zip(images, maps, queries)
-            ]
-        )
-        labels.append(f"block {index + 1}")
+    by_row = {
+        f"block {index}": [one.mean(0) for one in maps]  # over heads, (N, N) each
+        for index, maps in enumerate(encoding.topology, start=1)
+    }
     if teacher is not None:
+        by_row["teacher"] = teacher
+    for label, maps in by_row.items():
         rows.append(
             [
                 attention_overlay(image, one, encoding.grid, query)
-                for image, one, query in zip(images, teacher, queries)
+                for image, one, query in zip(images, maps, queries)
             ]
         )
-        labels.append("teacher")
+        labels.append(label)
     return tile(rows, labels)
 
 
@@ -167,7 +151,7 @@ def fit_side(image: Tensor, limit: int) -> Tensor:
 
 
 def comparison_sheet(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
-    """(B,3,H,W) pairs -> (3,h,w): originals, reconstructions, and three times their absolute difference."""
+    """(B,3,H,W) pairs -> (3,h,w): originals, reconstructions, three times their difference."""
     difference = (3 * (real - fake).abs()).clamp(0, 1)
     return tile(
         [list(real), list(fake), list(difference)], ["original", "reconstruction", "difference x3"]
@@ -175,8 +159,8 @@ def comparison_sheet(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
 
 
 def palette(num_classes: int) -> torch.Tensor:
-    """(K,3) colours in [0,1]: class 0 black, the others bright, hues a golden angle apart so that neighbours differ."""
-    turns = torch.arange(num_classes) * 0.618034
+    """(K,3) colours in [0,1]: class 0 black, the others bright and unlike their neighbours."""
+    turns = torch.arange(num_classes) * 0.618034  # hues a golden angle apart
     value = 1 - 0.35 * ((torch.arange(num_classes) // 5) % 2)[:, None]
     hue = (turns[:, None] + torch.tensor([0.0, 2 / 3, 1 / 3])) % 1
     colours = ((6 * hue - 3).abs() - 1).clamp(0, 1) * value
@@ -185,9 +169,10 @@ def palette(num_classes: int) -> torch.Tensor:
 
 
 def colour_labels(labels: torch.Tensor, num_classes: int) -> torch.Tensor:
-    """(B,H,W) class indices -> (B,3,H,W) colours; ignored pixels are white."""
+    """(B,H,W) class indices -> (B,3,H,W) colours; what is no class, as ignored pixels, is white."""
     colours = torch.cat([palette(num_classes), torch.ones(1, 3)])
-    return colours[labels.masked_fill(labels == IGNORE_INDEX, num_classes)].permute(0, 3, 1, 2)
+    is_class = (labels >= 0) & (labels < num_classes)
+    return colours[labels.where(is_class, num_classes)].permute(0, 3, 1, 2)
 
 
 def segmentation_sheet(

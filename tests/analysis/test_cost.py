@@ -200,10 +200,11 @@ def test_grouped_convolutions_are_counted_once():
 @pytest.mark.parametrize("stage", ["topology_warmup", "semantic_injection", "synergistic_tuning"])
 def test_a_step_equals_torch_s_counter_over_a_real_step(stage, shapes_data, tmp_path):
     """Real tensors, the real losses with their teachers, torch's own formulas."""
+    from muse.training.tokenizer_task import TokenizerTask
     from muse.training.trainer import Trainer
 
     cfg = load_config(run_config(tmp_path / "c.yaml", shapes_data, tmp_path / "run", stage))
-    one = Trainer(cfg)
+    one = Trainer(cfg, TokenizerTask(cfg))
     batch = [{"images": random_images(4, 32, 32), "text": list("abcd"), "keys": list("abcd")}]
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         one.train_step(batch)
@@ -256,12 +257,13 @@ def test_activations_follow_the_batch_the_precision_and_checkpointing(shapes_dat
 
 
 def test_sizes_are_those_of_a_real_run(shapes_data, tmp_path):
+    from muse.training.tokenizer_task import TokenizerTask
     from muse.training.trainer import Trainer
 
     cfg = load_config(
         run_config(tmp_path / "c.yaml", shapes_data, tmp_path / "run", "synergistic_tuning")
     )
-    one = Trainer(cfg)
+    one = Trainer(cfg, TokenizerTask(cfg))
     one.train_step(
         [{"images": random_images(4, 32, 32), "text": list("abcd"), "keys": list("abcd")}]
     )
@@ -271,12 +273,14 @@ def test_sizes_are_those_of_a_real_run(shapes_data, tmp_path):
 
     moments = [
         value
-        for optimizer in (one.optimizer, one.adversary.optimizer)
+        for optimizer in (one.optimizer, one.task.adversary.optimizer)
         for state in optimizer.state.values()
         for name, value in state.items()
         if name != "step"
     ]
-    discriminator = list(one.accelerator.unwrap_model(one.adversary.discriminator).parameters())
+    discriminator = list(
+        one.accelerator.unwrap_model(one.task.adversary.discriminator).parameters()
+    )
     learning = [p for p in one.model.parameters() if p.requires_grad]
     memory = count_step(cfg, batch=4)["memory"]
     assert memory["optimizer"] == size(moments) and memory["ema"] == size(
@@ -284,7 +288,7 @@ def test_sizes_are_those_of_a_real_run(shapes_data, tmp_path):
     )
     assert memory["weights"] == size(one.model.parameters()) + size(discriminator)
     assert memory["gradients"] == size(learning) + size(discriminator)
-    assert memory["teachers"] == size(one.raw_loss.parameters())
+    assert memory["teachers"] == size(one.task.loss.parameters())
     assert memory["total"] == sum(
         value for name, value in memory.items() if name not in ("total", "buckets")
     )

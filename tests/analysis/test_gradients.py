@@ -1,4 +1,6 @@
-"""Gradients of the objectives: against numbers worked out by hand, against the routing table, and through the command."""
+"""Gradients of the objectives: against numbers worked out by hand, against the routing table, and
+through the command.
+"""
 
 import json
 import math
@@ -16,15 +18,19 @@ from muse.analysis.gradients import (
     take_gradients,
 )
 from muse.config import load_config
+from muse.training.tokenizer_task import TokenizerTask, train
 from muse.training.trainer import Trainer
+from muse.utils.weights import read_state_dict
 from scripts.analyze_gradients import main
 from tests.helpers import one_error, run_config
 
 ALL = {"losses": {"topology": {"weight": 1.0}, "itc": {"weight": 0.5}}}
-Q, K, V, I = (f"muse_blocks.0.{part}.weight" for part in ("q_topo", "k_topo", "v_sem", "v_itc"))
+W_Q, W_K, W_V, W_ITC = (
+    f"muse_blocks.0.{part}.weight" for part in ("q_topo", "k_topo", "v_sem", "v_itc")
+)
 
 
-# ------------------------------------------------------------------------------------------------ by hand
+# ------------------------------------------------------------------------------------- by hand
 def test_cosine_is_that_of_the_tensors_taken_as_one_vector():
     first = {"a": torch.tensor([3.0, 0.0]), "b": torch.tensor([4.0])}
     second = {"a": torch.tensor([1.0, 1.0]), "b": torch.tensor([-2.0])}
@@ -37,7 +43,8 @@ def test_cosine_is_that_of_the_tensors_taken_as_one_vector():
         == pytest.approx(-1 / math.sqrt(6), abs=1e-7)
     )
     assert cosine(first, first, ["a", "b"]) == pytest.approx(1.0)
-    # What only one of them reaches lengthens that one: it is part of the step that the objective asks for.
+    # What only one of them reaches lengthens that one: it is part of the step that the objective
+    # asks for.
     assert cosine({**first, "c": torch.tensor([12.0])}, second, ["a", "b", "c"]) == pytest.approx(
         -5 / (13 * math.sqrt(6))
     )
@@ -53,18 +60,18 @@ def test_no_shared_tensor_is_none_and_orthogonal_is_zero(other):
 
 def test_energy_shares_are_squares_over_all_blocks():
     grads = {
-        Q: torch.tensor([1.0, 1.0]),
-        K: torch.tensor([2.0]),
+        W_Q: torch.tensor([1.0, 1.0]),
+        W_K: torch.tensor([2.0]),
         "muse_blocks.1.k_topo.weight": torch.tensor([1.0]),
-        V: None,
-        I: torch.tensor([3.0]),
+        W_V: None,
+        W_ITC: torch.tensor([3.0]),
         "muse_blocks.0.norm1.weight": torch.tensor([100.0]),
         "adapter_mlp.1.weight": torch.tensor([9.0]),
     }
     assert energy_shares(grads) == pytest.approx(
         {"W_Q": 2 / 16, "W_K": 5 / 16, "W_V": 0.0, "W_ITC": 9 / 16}
     )
-    assert energy_shares({V: None, "adapter_mlp.1.weight": torch.tensor([9.0])}) is None
+    assert energy_shares({W_V: None, "adapter_mlp.1.weight": torch.tensor([9.0])}) is None
 
 
 def test_objectives_sum_their_terms_and_leave_out_what_is_off():
@@ -98,19 +105,21 @@ def test_conflict_counts_only_steps_that_share_a_gradient():
     )
 
 
-# ------------------------------------------------------------------------------------------------ on a run
+# ------------------------------------------------------------------------------------ on a run
 @pytest.fixture
 def report(shapes_data, tmp_path):
-    """`report(stage, changes…)` -> trainer, gradients by objective, and their report, on the first batch of a run."""
+    """`report(stage, changes…)` -> trainer, gradients by objective, and their report, on the first
+    batch of a run.
+    """
 
     def make(stage="semantic_injection", *changes):
         cfg = load_config(
             run_config(tmp_path / "run.yaml", shapes_data, tmp_path / "run", stage, ALL, *changes)
         )
-        trainer = Trainer(cfg)
-        batch = next(trainer._batches())
-        out = trainer.model(batch["images"], **trainer.raw_loss.needs)
-        values, _ = trainer.raw_loss.weighted(out, batch)
+        trainer = Trainer(cfg, TokenizerTask(cfg))
+        batch = next(trainer.batches())
+        out = trainer.model(batch["images"], **trainer.task.loss.needs)
+        values, _ = trainer.task.loss.weighted(out, batch)
         grads = take_gradients(trainer.model, objectives(values))
         return trainer, batch, grads, gradient_report(grads)
 
@@ -121,8 +130,8 @@ def test_objectives_gradients_add_up_to_the_step_s_own(report):
     trainer, batch, grads, _ = report(
         "synergistic_tuning", {"losses": {"adversarial": {"weight": 0.0}}}
     )
-    out = trainer.model(batch["images"], **trainer.raw_loss.needs)
-    total, _ = trainer.raw_loss(out, batch)
+    out = trainer.model(batch["images"], **trainer.task.loss.needs)
+    total, _ = trainer.task.loss(out, batch)
     total.backward()
     checked = 0
     for name, parameter in trainer.model.named_parameters():
@@ -160,10 +169,9 @@ def test_isolated_streams_share_nothing_and_the_baseline_shares_everything(repor
 
 
 def test_measuring_changes_nothing_of_the_run(shapes_data, tmp_path):
-    """Weights of a run whose gradients are looked at each step equal those of one that is left alone, bit for bit."""
-    from muse.models.pretrained import read_weights
-    from muse.training.trainer import train
-
+    """Weights of a run whose gradients are looked at each step equal those of one that is left
+    alone, bit for bit.
+    """
     finals = []
     for every in (0, 1):
         path = run_config(
@@ -174,7 +182,7 @@ def test_measuring_changes_nothing_of_the_run(shapes_data, tmp_path):
             ALL,
             {"experiment": {"log_grad_every": every}},
         )
-        finals.append(read_weights(train(load_config(path)) / "model.safetensors"))
+        finals.append(read_state_dict(train(load_config(path)) / "model.safetensors"))
     assert all(torch.equal(finals[0][name], finals[1][name]) for name in finals[0])
     records = list(gradient_records([tmp_path / "1", tmp_path / "1"]))
     assert [record["total_step"] for record in records] == [1, 2, 3, 4]
@@ -185,7 +193,7 @@ def test_measuring_changes_nothing_of_the_run(shapes_data, tmp_path):
     assert not list(gradient_records([tmp_path / "0"]))
 
 
-# ------------------------------------------------------------------------------------------------ the command
+# --------------------------------------------------------------------------------- the command
 def test_command_compares_both_arms_and_reads_runs(trained_run, shapes_data, tmp_path, capsys):
     config, checkpoint = trained_run
     args = [
@@ -232,8 +240,6 @@ def test_command_compares_both_arms_and_reads_runs(trained_run, shapes_data, tmp
 
 
 def test_frozen_measures_one_set_of_weights(trained_run, tmp_path):
-    from muse.models.pretrained import read_weights
-
     config, checkpoint = trained_run
     assert (
         main(
@@ -256,7 +262,7 @@ def test_frozen_measures_one_set_of_weights(trained_run, tmp_path):
         == 0
     )
     before, after = (
-        read_weights(folder / "final" / "model.safetensors")
+        read_state_dict(folder / "final" / "model.safetensors")
         for folder in (checkpoint, tmp_path / "runs" / "muse")
     )
     assert all(torch.equal(before[name], after[name]) for name in before)

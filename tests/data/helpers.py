@@ -41,7 +41,9 @@ def png_header(width: int, height: int) -> bytes:
 
 
 def sample(number: int) -> dict[str, bytes]:
-    """Members of a whole sample: its number is in the caption, label = number % 5, mask = number % 7 everywhere."""
+    """Members of a whole sample: its number is in the caption, label = number % 5, mask = number %
+    7 everywhere.
+    """
     mask = Image.fromarray(np.full((16, 20), number % 7, np.uint8))
     return {
         "png": encode(picture(number)),
@@ -66,7 +68,9 @@ def write_tar(path: Path, samples: dict[str, dict[str, bytes]]) -> Path:
 
 
 def write_shards(folder: Path, shards: int, per_shard: int, first: int = 0, name: str = "t") -> str:
-    """`shards` tars of `per_shard` good samples, numbered on from `first`; the brace pattern that names them."""
+    """`shards` tars of `per_shard` good samples, numbered on from `first`; the brace pattern that
+    names them.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for i in range(shards):
         numbers = range(first + i * per_shard, first + (i + 1) * per_shard)
@@ -87,7 +91,9 @@ FAULTS = {
 
 
 def write_faulty(folder, good):
-    """Two shards, one with `good` whole samples and one of each fault, one with three samples before it breaks off."""
+    """Two shards, one with `good` whole samples and one of each fault, one with three samples
+    before it breaks off.
+    """
     members = {key(n): sample(n) for n in range(good)}
     members.update({f"bad_{kind}": parts for kind, parts in FAULTS.items()})
     write_tar(folder / "a-0.tar", members)

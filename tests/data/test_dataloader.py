@@ -73,7 +73,9 @@ def test_order_depends_on_the_seed_and_on_nothing_global(tmp_path):
 
 @pytest.mark.parametrize("workers, stop", [(0, 1), (0, 7), (0, 16), (1, 7), (2, 1), (2, 16)])
 def test_resume_gives_the_batches_of_an_unbroken_run(tmp_path, workers, stop):
-    """Through a mixture, epochs (35 and 10 samples of its sources), bad samples, random crops and flips."""
+    """Through a mixture, epochs (35 and 10 samples of its sources), bad samples, random crops and
+    flips.
+    """
     first = write_shards(tmp_path / "a", 5, 7)
     second = write_shards(tmp_path / "b", 2, 5, first=100)
     write_tar(
@@ -148,7 +150,9 @@ def test_resampled_shards_need_not_suffice(tmp_path):
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_mixture_ratios_over_ten_thousand_samples(tmp_path, workers):
-    """Three sources of very different size in the proportion 5 : 3 : 2, one of them with bad samples."""
+    """Three sources of very different size in the proportion 5 : 3 : 2, one of them with bad
+    samples.
+    """
     names = {}
     weights = {"a": 0.5, "b": 0.3, "c": 0.2}
     for name, shards, per_shard in (("a", 2, 3), ("b", 4, 10), ("c", 3, 2)):
@@ -258,7 +262,7 @@ def test_nothing_usable_is_an_error_not_a_hang(tmp_path, workers):
 
 
 def test_resume_over_commands_and_pickling(tmp_path):
-    """Streams resume exactly too; a spec goes through pickle, as workers started by spawn need it."""
+    """Streams resume exactly too; a spec survives pickle, as spawned workers need it."""
     write_shards(tmp_path, 2, 6)
     urls = f"pipe:cat {tmp_path}/t-{{000..001}}.tar"
     whole = take(train_loader(urls, batch_size=5, shuffle_buffer=4, **SIZE), 6)

@@ -3,9 +3,9 @@ import shutil
 import pytest
 import torch
 
-from muse.data.tar import TarSource
 from muse.data.dataloader import eval_loader
 from muse.data.eval import SHARD_STRIDE
+from muse.data.tar import TarSource
 from muse.errors import ConfigError, DataError
 from tests.data.helpers import (
     FAULTS,

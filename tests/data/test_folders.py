@@ -18,7 +18,9 @@ def put(path, data: bytes):
 
 
 def test_class_folders(tmp_path):
-    """Labels are places in alphabetical order; pictures at any depth, any suffix case, hidden ones left out."""
+    """Labels are places in alphabetical order; pictures at any depth, any suffix case, hidden ones
+    left out.
+    """
     expected = {}
     for i, name in enumerate(["b_dog/1.png", "a_cat/2.PNG", "a_cat/deep/3.jpeg", "c/4.png"]):
         put(tmp_path / name, encode(picture(i), "JPEG" if name.endswith("jpeg") else "PNG"))

@@ -1,4 +1,6 @@
-"""Shards behind http and S3 that fail: begun again with growing waits, nothing twice, counted; and a clear stop when nothing helps."""
+"""Shards behind http and S3 that fail: begun again with growing waits, nothing twice, counted; and
+a clear stop when nothing helps.
+"""
 
 import os
 import shlex
@@ -22,7 +24,9 @@ def keys(source) -> list[tuple[str, str | None]]:
 
 @pytest.fixture
 def server(tmp_path, monkeypatch):
-    """`server(plan)` -> the url of a shard of 12 samples; answer k follows plan[k]: `cut`, `drop`, `missing` or `whole` (then on)."""
+    """`server(plan)` -> the url of a shard of 12 samples; answer k follows plan[k]: `cut`, `drop`,
+    `missing` or `whole` (then on).
+    """
     write_shards(tmp_path, 1, 12)
     data = (tmp_path / "t-000.tar").read_bytes()
     monkeypatch.setenv("no_proxy", "127.0.0.1")
@@ -76,7 +80,9 @@ def test_http_that_never_answers_is_given_up_with_its_reason(server, caplog):
 
 @pytest.fixture
 def aws(tmp_path, monkeypatch):
-    """An `aws` on the PATH that fails, then breaks off in the middle, then gives the shard; it notes what it was asked for."""
+    """An `aws` on the PATH that fails, then breaks off in the middle, then gives the shard; it
+    notes what it was asked for.
+    """
     write_shards(tmp_path, 1, 12)
     shard, folder = tmp_path / "t-000.tar", tmp_path / "bin"
     folder.mkdir()

@@ -128,7 +128,8 @@ def test_a_shard_cut_anywhere_gives_its_whole_samples_and_one_fault(tmp_path):
     members = {key(n): {"txt": f"caption {n}".encode(), "cls": b"1"} for n in range(4)}
     data = write_tar(tmp_path / "a.tar", members).read_bytes()
     assert len(data) % 512 == 0
-    # A member is a header block and a data block; a sample is known to be whole when the next header was read.
+    # A member is a header block and a data block; a sample is known to be whole when the next
+    # header was read.
     for cut in [*range(0, 8 * 1024, 300), 1024, 2048, 8 * 1024 - 512, 8 * 1024]:
         (tmp_path / "cut.tar").write_bytes(data[:cut])
         for url in (f"{tmp_path}/cut.tar", f"pipe:cat {tmp_path}/cut.tar"):
@@ -153,13 +154,14 @@ def test_text_named_tar(tmp_path):
 
 
 def test_a_flaky_command_is_tried_again(tmp_path):
-    """The command gives up after half of the shard, twice, and works the third time; every sample comes once."""
+    """The command gives up after half of the shard, twice; every sample comes once."""
     write_shards(tmp_path, 1, 12)
     shard, count = tmp_path / "t-000.tar", tmp_path / "tries"
     half = shard.stat().st_size // 2
     script = tmp_path / "flaky.sh"
     script.write_text(
-        f"echo x >> {count}; if [ $(wc -l < {count}) -lt 3 ]; then head -c {half} {shard}; exit 7; fi; cat {shard}\n"
+        f"echo x >> {count}; if [ $(wc -l < {count}) -lt 3 ]; "
+        f"then head -c {half} {shard}; exit 7; fi; cat {shard}\n"
     )
     source = TarSource(f"pipe:sh {shlex.quote(str(script))}", attempts=3, first_wait=0.01)
     assert [name for name, _, _ in content(source)] == [key(n) for n in range(12)]

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from muse.data.decode import BadSample
-from muse.data.transforms import Transform, eval_transform, generator_for, train_transform
+from muse.data.transforms import Transform, generator_for, to_float
 from muse.errors import ConfigError
 from tests.data.helpers import picture
 
@@ -17,9 +17,14 @@ def ramp(width: int, height: int) -> Image.Image:
     return Image.fromarray(np.stack([x, y, 0 * x], -1).astype(np.uint8))
 
 
+def transformed(transform: Transform, image: Image.Image, rng=None) -> torch.Tensor:
+    """RGB picture -> float32 (3, h, w) in [0, 1], through both halves of a transform."""
+    return to_float(transform.crop(transform.resize(image)[0], rng=rng)[0])
+
+
 def test_centre_crop_without_resize_is_the_middle():
     image = ramp(30, 20)
-    got = eval_transform(image, resize_shorter_edge=20, crop_size=10)
+    got = transformed(Transform(resize_shorter_edge=20, crop_size=10), image)
     assert got.dtype == torch.float32 and got.shape == (3, 10, 10)
     expected = torch.from_numpy(np.asarray(image)[5:15, 10:20].copy()).permute(2, 0, 1) / 255
     assert torch.equal(got, expected)
@@ -32,21 +37,23 @@ def test_resize_agrees_with_torch_antialias(width, height):
         .resize((width, height), Image.Resampling.BICUBIC)
         .point(lambda v: 64 + v // 2)
     )
-    got = eval_transform(smooth, resize_shorter_edge=32, crop_size=None)
+    got = transformed(Transform(resize_shorter_edge=32, crop_size=None), smooth)
     assert min(got.shape[1:]) == 32 and abs(got.shape[2] / got.shape[1] - width / height) < 0.03
     source = torch.from_numpy(np.array(smooth)).permute(2, 0, 1)[None] / 255
     expected = torch.nn.functional.interpolate(
         source, size=got.shape[1:], mode="bicubic", antialias=True, align_corners=False
     )
-    # Pillow's bicubic has a = -0.5 and so has torch's antialiased one; the rest is rounding to 8 bits.
+    # Pillow's bicubic has a = -0.5 and so has torch's antialiased one; the rest is rounding to 8
+    # bits.
     assert (got - expected[0].clamp(0, 1)).abs().max() < 2.5 / 255
 
 
 def test_train_draws_only_from_its_generator():
     image = picture(1, 40, 30)
     states = random.getstate(), torch.get_rng_state(), np.random.get_state()[1].copy()
-    draws = [train_transform(image, generator_for(0, e, "k"), 24, 16) for e in range(40)]
-    again = [train_transform(image, generator_for(0, e, "k"), 24, 16) for e in range(40)]
+    train = Transform(24, 16, random_crop=True, random_flip=True)
+    draws = [transformed(train, image, generator_for(0, e, "k")) for e in range(40)]
+    again = [transformed(train, image, generator_for(0, e, "k")) for e in range(40)]
     assert all(torch.equal(a, b) for a, b in zip(draws, again, strict=True))
     assert len({a.numpy().tobytes() for a in draws}) > 30
     assert random.getstate() == states[0] and torch.equal(torch.get_rng_state(), states[1])
@@ -103,6 +110,6 @@ def test_sizes_are_checked_and_none_keeps_the_size():
         Transform(32, 64)
     with pytest.raises(ConfigError, match="positive"):
         Transform(0, None)
-    assert eval_transform(picture(0, 31, 17), None, None).shape == (3, 17, 31)
-    assert eval_transform(picture(0, 31, 17), None, 24).shape == (3, 24, 24)
-    assert eval_transform(picture(0, 1, 1), 8, 8).shape == (3, 8, 8)
+    assert transformed(Transform(None, None), picture(0, 31, 17)).shape == (3, 17, 31)
+    assert transformed(Transform(None, 24), picture(0, 31, 17)).shape == (3, 24, 24)
+    assert transformed(Transform(8, 8), picture(0, 1, 1)).shape == (3, 8, 8)

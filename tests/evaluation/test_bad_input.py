@@ -1,12 +1,14 @@
-"""What each measuring command says of a wrong input: one line, exit code 2, no traceback, no metrics.json."""
+"""What each measuring command says of a wrong input: one line, exit code 2, no metrics.json."""
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from muse import load_config
+from muse.data.decode import BadSamples
 from muse.errors import DataError
-from muse.evaluation import command
+from muse.evaluation import measurement
 from muse.models.loading import load_model
 from scripts import benchmark, evaluate, linear_probe, segment_probe, zero_shot
 from tests.helpers import one_error
@@ -59,7 +61,7 @@ EVALUATE = [
     (["--val_url", "{}/text.txt"], "text.txt is not a tar shard"),
     (["--val_url", "gopher://a.tar"], "unknown scheme 'gopher'"),
     (["--checkpoint", "{}/empty"], "no checkpoint of MUSE"),
-    (["--checkpoint", "{}/other.pt"], "other.pt: 9"),
+    (["--checkpoint", "{}/other.pt"], "other.pt does not hold the weights of the model: 9"),
     (["--checkpoint", "{}/text.txt"], "text.txt: not a checkpoint"),
     (["model.dim=64"], "a checkpoint of another size: its model.dim is 32"),
     (["model.dimm=64"], "did you mean model.dim?"),
@@ -189,14 +191,12 @@ def test_one_line_and_no_result(script, extra, said, trained_run, place, shared,
 
 
 @pytest.mark.parametrize("script, extra, said", [
-    (evaluate, ["--metrics", "psnr"], "fake images must be RGB in [0, 1], got values in [nan, nan]"),
+    (evaluate, ["--metrics", "psnr"], "fake images must be RGB in [0, 1], got values in [nan, nan]"),  # noqa: E501
     (linear_probe, ["--epochs", "1"], "contain NaN or infinity"),
     (zero_shot, ["--templates", "{}/templates.txt"], "image embeddings contain NaN or infinity"),
     (segment_probe, ["--steps", "2", "--labels", "plain"], "contain NaN or infinity"),
 ], ids=lambda value: getattr(value, "__name__", None))  # fmt: skip
 def test_a_checkpoint_that_gives_nan(script, extra, said, trained_run, place, tmp_path, capsys):
-    from muse import load_config
-
     config, run = trained_run
     model = load_model(run / "final", load_config(config).model)
     with torch.no_grad():
@@ -233,31 +233,32 @@ class _Loader:
     num_samples = 200
 
     def __init__(self, seen, bad):
-        from muse.data.decode import BadSamples
-
         self.bad = BadSamples(1.0)
         self.bad.add(seen, [("bad_label", f"key{i}") for i in range(bad)])
 
 
 def test_the_share_of_bad_samples_is_that_of_all_processes(monkeypatch):
-    """Two of one process's hundred are too many for it alone, not for the two together; five are."""
+    """Two of one process's hundred are too many for it alone, not for both together; five are."""
     for bad, allowed in ((2, True), (5, False)):
         loader = _Loader(100, bad)
         other = _Loader(100, 0).bad.state_dict()
-        monkeypatch.setattr(command, "all_objects", lambda state, other=other: [state, other])
+        monkeypatch.setattr(measurement, "all_objects", lambda state, other=other: [state, other])
         if allowed:
-            assert command.skipped(loader, 0.01) == {
-                "read": 200, "skipped": 2, "kinds": {"bad_label": 2}, "keys": {"bad_label": ["key0", "key1"]},
-            }  # fmt: skip
+            assert measurement.skipped(loader, 0.01) == {
+                "read": 200,
+                "skipped": 2,
+                "kinds": {"bad_label": 2},
+                "keys": {"bad_label": ["key0", "key1"]},
+            }
         else:
             with pytest.raises(DataError, match="5 of 200 samples could not be used"):
-                command.skipped(loader, 0.01)
+                measurement.skipped(loader, 0.01)
 
 
 def test_a_count_that_is_not_the_data_sets_is_an_error():
     facts = {"data": "val.tar", "samples": {"skipped": 3}}
-    command.check_count(_Loader(0, 0), facts, 197)
+    measurement.check_count(_Loader(0, 0), facts, 197)
     with pytest.raises(
         DataError, match=r"val.tar: 198 samples were measured, the data set has 200 \(3 skipped\)"
     ):
-        command.check_count(_Loader(0, 0), facts, 198)
+        measurement.check_count(_Loader(0, 0), facts, 198)

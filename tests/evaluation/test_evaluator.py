@@ -13,8 +13,7 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 
 from muse.errors import ConfigError, DataError
 from muse.evaluation.evaluator import Evaluator
-from muse.evaluation.metric_table import InceptionScores
-from muse.evaluation.metrics.inception import to_uint8
+from muse.evaluation.metrics.inception import InceptionScores, rounded_bytes
 
 
 def image_pairs(count, size=32, seed=0):
@@ -58,7 +57,8 @@ def test_rfid_is_torch_fidelitys(inception_file):
         "f", ["2048", "logits_unbiased"], str(inception_file)
     )
     parts = [network((images * 255).round().byte()) for images in (real, fake)]
-    # few rows: the trace of the root is the nuclear norm of X₁X₂ᵀ, far cheaper than torch-fidelity's 2048 eigenvalues
+    # few rows: the trace of the root is the nuclear norm of X₁X₂ᵀ, far cheaper than
+    # torch-fidelity's 2048 eigenvalues
     means = [features.double().mean(0) for features, _ in parts]
     centred = [(features.double() - mean) / 5**0.5 for (features, _), mean in zip(parts, means)]
     nuclear = torch.linalg.svdvals(centred[0] @ centred[1].T).sum()
@@ -70,7 +70,7 @@ def test_rfid_is_torch_fidelitys(inception_file):
 
 
 def test_inception_score_in_data_set_order():
-    """exp of the mean KL to the split's mean distribution, in ten splits of torch-fidelity's shuffle."""
+    """exp of the mean KL to the split's mean distribution, in torch-fidelity's ten parts."""
     logits = 3 * torch.randn(53, 7, generator=torch.Generator().manual_seed(0))
     scores = InceptionScores(("is",), lambda images: (None, logits[images.long().flatten()]))
     for index in (
@@ -91,7 +91,7 @@ def test_images_are_rounded_to_bytes():
         .view(1, 1, 1, 5)
         .expand(1, 3, 1, 5)
     )
-    assert to_uint8(values)[0, 0, 0].tolist() == [0, 1, 128, 255, 255]
+    assert rounded_bytes(values)[0, 0, 0].tolist() == [0, 1, 128, 255, 255]
 
 
 @pytest.mark.parametrize("batch", [1, 7])

@@ -1,14 +1,12 @@
-"""The store puts rows of several processes in data-set order, is read back, and outlives no change of what it depends
-on.
-"""
+"""The store puts rows of several processes in order, is read back, outlives no change of data."""
 
 import numpy as np
 import pytest
 
 from muse.data.dataloader import open_source
 from muse.errors import DataError
-from muse.evaluation import feature_store
-from muse.evaluation.feature_store import source_facts, store_key, stored_features
+from muse.evaluation import frozen_features
+from muse.evaluation.frozen_features import source_facts, store_key, stored_features
 
 FEATURES = np.arange(60, dtype=np.float32).reshape(20, 3)
 
@@ -37,13 +35,13 @@ def test_rows_come_back_in_order_and_are_extracted_once(tmp_path):
 
 
 def test_parts_of_two_processes_are_merged(tmp_path, monkeypatch):
-    monkeypatch.setattr(feature_store, "COPY_ROWS", 3)
+    monkeypatch.setattr(frozen_features, "COPY_ROWS", 3)
     odd, even = list(range(1, 20, 2)), list(range(0, 20, 2))
     parts = [
-        feature_store._write_rows(tmp_path, rank, batches(own, 4))
+        frozen_features._write_rows(tmp_path, rank, batches(own, 4))
         for rank, own in enumerate((odd, even))
     ]
-    feature_store._merge(tmp_path, parts)
+    frozen_features._merge(tmp_path, parts)
     np.testing.assert_array_equal(np.load(tmp_path / "features.npy"), FEATURES)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["features.npy", "labels.npy"]
 

@@ -48,7 +48,7 @@ def test_agrees_with_torch_fidelity(count, dim):
 
 
 def test_fewer_samples_than_dimensions_against_singular_values():
-    """tr(Σ₁Σ₂)^½ is the nuclear norm of X₁X₂ᵀ for centred rows Xᵢ: no square root of a rounded zero."""
+    """tr(Σ₁Σ₂)^½ is the nuclear norm of X₁X₂ᵀ for centred rows: no root of a rounded zero."""
     x, y = gaussian_features(20, 64, 1), gaussian_features(30, 64, 2)
     moments = []
     for rows in (x, y):
@@ -67,7 +67,7 @@ def test_fewer_samples_than_dimensions_against_singular_values():
 
 @pytest.mark.parametrize("counts", [(20, 300), (300, 20), (200, 300)])
 def test_either_or_none_singular_is_symmetric_and_torch_fidelitys(counts):
-    """The three ways to the root's trace: the factor of the first, of the second, and of two full covariances."""
+    """The three ways to the root's trace: factors of the first, of the second, of both."""
     stats = []
     for seed, count in enumerate(counts):
         stats.append(fid_features_to_statistics(gaussian_features(count, 64, seed, shift=seed)))

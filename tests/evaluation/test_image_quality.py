@@ -1,9 +1,11 @@
 """PSNR, SSIM and LPIPS against scikit-image and the lpips package, on photographs."""
 
+import lpips
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import torchvision
 from skimage import data
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
@@ -73,9 +75,6 @@ def test_range_and_nan_are_refused():
 
 
 def test_lpips_is_the_packages(pairs, tmp_path):
-    import lpips
-    import torchvision
-
     torch.manual_seed(0)
     backbone = torchvision.models.squeezenet1_1(weights=None)
     torch.save(backbone.state_dict(), tmp_path / "squeeze.pth")

@@ -1,4 +1,4 @@
-"""Every command reads shards, `pipe:` urls and image folders as equals, and the bare encoder of a pretrained source."""
+"""Every command reads shards, `pipe:` urls and image folders, and a pretrained source's encoder."""
 
 import json
 import tarfile
@@ -6,7 +6,9 @@ import tarfile
 import numpy as np
 import pytest
 import torch
+from transformers import InternVLConfig, InternVLForConditionalGeneration
 
+from muse.data.dataloader import eval_loader
 from scripts import evaluate, linear_probe, segment_probe, zero_shot
 from tests import helpers
 from tests.data.helpers import FAULTS, key, sample, write_tar
@@ -123,9 +125,7 @@ def test_class_folders_give_what_the_shards_give(flags, prompts, shapes_data, tm
 
 
 def test_a_pretrained_source_is_probed_without_a_checkpoint(shapes_data, tmp_path):
-    """`--baseline`: transformers' own vision tower, saved as a whole InternVL, gives the stored features."""
-    from transformers import InternVLConfig, InternVLForConditionalGeneration
-
+    """`--baseline`: transformers' vision tower, saved within InternVL, gives what is stored."""
     text = {
         "model_type": "qwen2",
         "hidden_size": 32,
@@ -149,8 +149,6 @@ def test_a_pretrained_source_is_probed_without_a_checkpoint(shapes_data, tmp_pat
     flags = ["--config", str(tmp_path / "run.yaml"), "--device", "cpu"]
     measure("linear_probe", flags, tmp_path / "probe", "--baseline")
     measure("segment_probe", flags, tmp_path / "segment", "--mode", "baseline")
-
-    from muse.data.dataloader import eval_loader
 
     batch = next(
         iter(

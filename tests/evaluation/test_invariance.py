@@ -1,4 +1,4 @@
-"""The four commands give the same numbers for every batch size, and for two processes what one gives."""
+"""The four commands give the same numbers for every batch size, and for one or two processes."""
 
 import json
 import os

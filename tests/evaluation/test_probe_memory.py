@@ -1,16 +1,16 @@
-"""1.28 million features stay on disk: the probe reads them in slices, and every slice is bounded."""
+"""1.28 million features stay on disk: the probe reads them in slices, each of bounded size."""
 
 import numpy as np
 import pytest
 import torch
 
 from muse.evaluation import linear_probe
-from muse.evaluation.feature_store import stored_features
+from muse.evaluation.frozen_features import stored_features
 from muse.evaluation.linear_probe import train_linear_probe
 
 
 class Watched:
-    """A memory-mapped array that notes how many rows each read asked for, and refuses to be read as a whole."""
+    """A memory-mapped array that notes how many rows each read asks for; never read whole."""
 
     def __init__(self, array):
         assert isinstance(array, np.memmap)

@@ -1,16 +1,25 @@
 """Linear probe and zero-shot against scikit-learn, open_clip and counting by hand."""
 
 import numpy as np
+import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from open_clip.zero_shot_classifier import build_zero_shot_classifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 from sklearn.preprocessing import StandardScaler
 
 from muse.errors import ConfigError, DataError
-from muse.evaluation.linear_probe import accuracy, pixel_features, train_linear_probe
-from muse.evaluation.zero_shot import hit_probability, read_lines, retrieval, zero_shot
+from muse.evaluation.linear_probe import (
+    LinearProbe,
+    pixel_features,
+    probe_optimizer,
+    probe_step,
+    train_linear_probe,
+)
+from muse.evaluation.metrics.accuracy_iou import accuracy, hit_probability
+from muse.evaluation.zero_shot import read_lines, retrieval, zero_shot
 from muse.teachers.prompts import class_embeddings, prompts
 
 
@@ -44,9 +53,7 @@ def test_probe_is_within_a_point_of_logistic_regression():
 
 
 def test_heads_side_by_side_equal_heads_alone():
-    """Learning rates trained in one matrix give what each gives by itself; a memory-mapped array gives what a tensor
-    gives.
-    """
+    """Learning rates trained at once give what each gives alone, and arrays what tensors give."""
     (x, y), (xv, yv) = overlapping_classes(600, 2), overlapping_classes(300, 3)
     together = train_linear_probe(x, y, xv, yv, rates=(0.01, 0.3), epochs=4, batch_size=100).by_rate
     for rate in (0.01, 0.3):
@@ -57,26 +64,29 @@ def test_heads_side_by_side_equal_heads_alone():
 
 
 def test_one_nesterov_step_is_torchs():
-    from muse.evaluation.linear_probe import LinearProbe
-
-    probe = LinearProbe(4, 3, [0.5], seed=0, device="cpu")
-    linear = torch.nn.Linear(4, 3)
-    linear.weight.data, linear.bias.data = (
-        probe.weight.detach()[:, 0].T.clone(),
-        probe.bias.detach()[0].clone(),
-    )
-    norm, optimizer = (
-        torch.nn.BatchNorm1d(4, affine=False),
-        torch.optim.SGD(linear.parameters(), 0.5, 0.9, nesterov=True),
-    )
+    """Each of two heads trained together takes the steps of a linear layer trained alone."""
+    rates = (0.5, 0.02)
+    probe = LinearProbe(4, 3, rates, seed=0)
+    optimizer = probe_optimizer(probe, rates)
+    linears = [torch.nn.Linear(4, 3) for _ in rates]
+    for linear, head in zip(linears, probe.heads):
+        linear.load_state_dict(head.state_dict())
+    alone = [
+        torch.optim.SGD(one.parameters(), rate, 0.9, nesterov=True)
+        for one, rate in zip(linears, rates)
+    ]
+    norm = torch.nn.BatchNorm1d(4, affine=False)
     for seed in range(3):
         x, y = torch.randn(8, 4, generator=torch.Generator().manual_seed(seed)), torch.arange(8) % 3
-        probe.step(x, y, 1.0)
-        optimizer.zero_grad()
-        F.cross_entropy(linear(norm(x)), y).backward()
-        optimizer.step()
-    torch.testing.assert_close(probe.weight.detach()[:, 0].T, linear.weight.data)
-    torch.testing.assert_close(probe.bias.detach()[0], linear.bias.data)
+        probe_step(probe, optimizer, x, y)
+        normed = norm(x)
+        for linear, own in zip(linears, alone):
+            own.zero_grad()
+            F.cross_entropy(linear(normed), y).backward()
+            own.step()
+    for linear, head in zip(linears, probe.heads):
+        torch.testing.assert_close(head.weight, linear.weight)
+        torch.testing.assert_close(head.bias, linear.bias)
 
 
 def test_macro_accuracy_is_sklearns_and_skips_absent_classes():
@@ -103,9 +113,6 @@ def test_pixel_baseline_is_an_area_mean():
 
 
 def test_class_embeddings_are_open_clips():
-    import open_clip
-    from open_clip.zero_shot_classifier import build_zero_shot_classifier
-
     torch.manual_seed(0)
     text = {"context_length": 77, "vocab_size": 49408, "width": 64, "heads": 1, "layers": 1}
     vision = {"image_size": 32, "layers": 1, "width": 64, "patch_size": 16}
@@ -166,7 +173,7 @@ def test_retrieval_with_all_candidates_is_plain_ranking():
 
 
 def test_retrieval_groups_hold_distinct_captions():
-    """Two images a caption with equal texts: right answers only if a caption is never its own rival."""
+    """Two images a caption with equal texts: right only if a caption is never its own rival."""
     text = torch.eye(10).repeat_interleave(3, 0)
     captions = [f"c{i // 3}" for i in range(30)]
     got = retrieval(text, text, captions, group=8, groups=50)

@@ -8,8 +8,8 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from muse.evaluation.evaluator import Evaluator
-from muse.evaluation.metric_table import InceptionScores
-from muse.evaluation.segmentation import ConfusionMatrix
+from muse.evaluation.metrics.accuracy_iou import ConfusionMatrix
+from muse.evaluation.metrics.inception import InceptionScores
 
 COUNT = 23
 

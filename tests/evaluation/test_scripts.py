@@ -1,4 +1,4 @@
-"""The measuring commands on drawn data and a tiny model: what they write, and what they say of a user's mistake."""
+"""The measuring commands on drawn data: what they write, and what they say of a user's mistake."""
 
 import io
 import json
@@ -9,9 +9,11 @@ import pytest
 import torch
 from PIL import Image
 
+from muse import load_config
 from muse.data.dataloader import eval_loader
+from muse.data.masks import IGNORE_INDEX
+from muse.evaluation.metrics.accuracy_iou import ConfusionMatrix
 from muse.evaluation.metrics.psnr_ssim import psnr, ssim
-from muse.evaluation.segmentation import IGNORE, ConfusionMatrix
 from muse.models.loading import load_model
 from scripts import benchmark, evaluate, linear_probe, segment_probe, zero_shot
 from tests.helpers import ROOT, one_error
@@ -28,8 +30,6 @@ def read(folder):
 
 
 def test_evaluate_writes_what_the_model_gives(flags, trained_run, shapes_data, tmp_path):
-    from muse import load_config
-
     code = evaluate.main(
         [
             *flags,
@@ -202,9 +202,7 @@ def test_zero_shot_takes_the_names_beside_the_data(flags, tmp_path):
 
 
 def test_segment_probe_launcher_keeps_a_quoted_pattern(flags, shapes_data, tmp_path):
-    """The shell launcher, both modes of labels; mIoU equals the confusion of its own predictions over the classes that
-    occur.
-    """
+    """The shell launcher, with plain labels; mIoU is the mean over the classes that occur."""
     pattern = f"{shapes_data}/train-{{000000..000007}}.tar"
     command = [
         "bash",
@@ -270,5 +268,5 @@ def test_benchmark_compares_equal_numbers(tmp_path, capsys):
 
 def test_confusion_is_not_touched_by_ignored_pixels():
     confusion = ConfusionMatrix(3)
-    confusion.update(torch.tensor([0, 1, 2, 2]), torch.tensor([IGNORE, 1, IGNORE, 2]))
+    confusion.update(torch.tensor([0, 1, 2, 2]), torch.tensor([IGNORE_INDEX, 1, IGNORE_INDEX, 2]))
     assert confusion.counts.tolist() == [[0, 0, 0], [0, 1, 0], [0, 0, 1]]

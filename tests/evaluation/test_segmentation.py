@@ -1,13 +1,13 @@
-"""mIoU against torchmetrics, cell targets against pixel-wise cross-entropy, the probe on separable features."""
+"""mIoU against torchmetrics, cell targets against pixel-wise cross-entropy, and the probe."""
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torchmetrics import JaccardIndex
 
+from muse.data.masks import IGNORE_INDEX
+from muse.evaluation.metrics.accuracy_iou import ConfusionMatrix
 from muse.evaluation.segmentation import (
-    IGNORE,
-    ConfusionMatrix,
     cell_targets,
     evaluate_segmentation,
     foreground_iou,
@@ -25,25 +25,27 @@ def test_miou_is_torchmetrics(batch):
     guess = torch.where(
         torch.rand(truth.shape, generator=torch.Generator().manual_seed(2)) < 0.6, truth, guess
     )
-    truth[:, :3] = IGNORE
+    truth[:, :3] = IGNORE_INDEX
     confusion = ConfusionMatrix(5)
     for a, b in zip(guess.split(batch), truth.split(batch)):
         confusion.update(a, b)
     got = confusion.compute()
-    reference = JaccardIndex(task="multiclass", num_classes=5, ignore_index=IGNORE, average="none")
+    reference = JaccardIndex(
+        task="multiclass", num_classes=5, ignore_index=IGNORE_INDEX, average="none"
+    )
     torch.testing.assert_close(got.per_class.float(), reference(guess, truth))
     assert (
         got.mean == pytest.approx(float(reference(guess, truth).mean()), rel=1e-6)
         and got.absent == 0
     )
     assert got.pixel_accuracy == pytest.approx(
-        float((guess == truth)[truth != IGNORE].double().mean())
+        float((guess == truth)[truth != IGNORE_INDEX].double().mean())
     )
 
 
 def test_absent_classes_are_left_out_and_counted():
     confusion = ConfusionMatrix(6)
-    confusion.update(torch.tensor([0, 0, 1, 3]), torch.tensor([0, 1, 1, IGNORE]))
+    confusion.update(torch.tensor([0, 0, 1, 3]), torch.tensor([0, 1, 1, IGNORE_INDEX]))
     got = confusion.compute()
     assert got.absent == 4 and got.mean == pytest.approx(0.5)  # 1/2 for both classes that occur
 
@@ -60,7 +62,7 @@ def test_confusion_refuses():
 
 def test_cell_shares_give_pixelwise_cross_entropy():
     masks = random_labels(3, (2, 12, 16), 4)
-    masks[0, :5, :7] = IGNORE
+    masks[0, :5, :7] = IGNORE_INDEX
     logits = torch.randn(
         2, 4, 3, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64
     )
@@ -69,7 +71,7 @@ def test_cell_shares_give_pixelwise_cross_entropy():
     got = -(targets * log_shares).sum() / targets.sum()
     pixels = logits.repeat_interleave(4, 2).repeat_interleave(4, 3)
     torch.testing.assert_close(
-        got, F.cross_entropy(pixels, masks, ignore_index=IGNORE), rtol=1e-6, atol=0
+        got, F.cross_entropy(pixels, masks, ignore_index=IGNORE_INDEX), rtol=1e-6, atol=0
     )
 
 
@@ -97,9 +99,7 @@ def test_probe_learns_what_is_linear():
 
 
 def test_foreground_iou_of_known_maps():
-    """A feature that is the mask itself, at full size: IoU 1; one that is noise: the IoU of answering one class
-    everywhere at best.
-    """
+    """A feature that is the mask itself: IoU 1; noise: at best the IoU of one class everywhere."""
     masks = random_labels(4, (40, 8, 8), 3)
     noise = torch.randn(40, 1, 8, 8, generator=torch.Generator().manual_seed(0))
     assert (
@@ -115,19 +115,19 @@ def test_foreground_iou_of_known_maps():
 
 
 def test_more_than_255_classes_are_counted_as_torchmetrics_does():
-    """ADE20K's full set has 847: label 255 is a class like all others, IGNORE is not."""
+    """ADE20K's full set has 847: label 255 is a class like all others, IGNORE_INDEX is not."""
     generator = torch.Generator().manual_seed(0)
     truth = torch.randint(200, 300, (2, 16, 16), generator=generator)
     guess = torch.where(
         torch.rand(truth.shape, generator=generator) < 0.5, truth, torch.full_like(truth, 846)
     )
-    truth[0, :4] = IGNORE
+    truth[0, :4] = IGNORE_INDEX
     confusion = ConfusionMatrix(847)
     confusion.update(guess, truth)
     per_class = JaccardIndex(
-        task="multiclass", num_classes=847, ignore_index=IGNORE, average="none"
+        task="multiclass", num_classes=847, ignore_index=IGNORE_INDEX, average="none"
     )(guess, truth)
     got = confusion.compute()
     assert got.per_class[255] == pytest.approx(float(per_class[255])) and 0 < got.per_class[255] < 1
-    labelled = truth != IGNORE
+    labelled = truth != IGNORE_INDEX
     assert got.absent == 847 - len(set(truth[labelled].tolist()) | set(guess[labelled].tolist()))

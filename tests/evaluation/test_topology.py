@@ -1,19 +1,21 @@
 """Topology quality against scikit-learn's AUC and plain loops."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
 from scipy.stats import entropy
 from sklearn.metrics import roc_auc_score
 
+from muse.data.masks import IGNORE_INDEX
 from muse.evaluation.attention_quality import (
     TopologyQuality,
     mean_teacher_maps,
     object_cells,
     same_object_auc,
-    topology_quality,
+    teacher_maps,
 )
-from muse.evaluation.segmentation import IGNORE
 from muse.losses.topology import resize_attention
 from muse.teachers.base import TopologyTarget
 
@@ -46,7 +48,7 @@ def test_object_cells_need_more_than_half_the_area():
     mask[0, :4, :4] = 2  # a whole cell
     mask[0, 4:, :2] = 3  # half a cell: not more
     mask[0, 4:, 4:7] = 1
-    mask[0, 0, 4:] = IGNORE
+    mask[0, 0, 4:] = IGNORE_INDEX
     assert object_cells(mask, (2, 2)).tolist() == [[2, 0, 0, 1]]
 
 
@@ -66,11 +68,20 @@ class FixedModel:
     """encode() with two blocks and two heads on a 2×4 grid."""
 
     def encode(self, images, return_attention=False):
-        from types import SimpleNamespace
-
         strength = images.mean((1, 2, 3)).view(-1, 1, 1, 1)
         logits = torch.linspace(0, 9, 2 * 8 * 8).cos().view(1, 2, 8, 8) * strength * 4
         return SimpleNamespace(topology=(logits.softmax(-1), (2 * logits).softmax(-1)), grid=(2, 4))
+
+
+def topology_quality(model, teacher, batches, prior):
+    """`TopologyQuality` of a model over batches with `images` and perhaps `masks`."""
+    quality = TopologyQuality(prior)
+    for batch in batches:
+        encoding = model.encode(batch["images"], return_attention=True)
+        cells = object_cells(batch["masks"], encoding.grid) if "masks" in batch else None
+        targets = teacher_maps(teacher, batch["images"], encoding.grid)
+        quality.update(encoding.topology, targets, cells)
+    return quality.compute()
 
 
 @pytest.fixture

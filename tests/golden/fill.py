@@ -14,14 +14,21 @@ KEPT = {
 }
 
 
-def filled_state_dict(keys_json: str | Path, prefix: str = "") -> dict[str, torch.Tensor]:
-    """Name -> float32 tensor for every entry of `keys_json`; `prefix` changes the seeds, not the names."""
+def filled_state_dict(
+    keys_json: str | Path, prefix: str = "", scale: float = 0.05
+) -> dict[str, torch.Tensor]:
+    """Name -> float32 tensor for every entry of `keys_json`; `prefix` changes the seeds alone.
+
+    Tables that a formula gives (LightningDiT's `pos_embed` and `freqs_*`) are left out.
+    """
     state = {}
     for name, shape in json.loads(Path(keys_json).read_text()).items():
+        if name == "pos_embed" or "freqs_" in name:
+            continue
         if name in KEPT:
             state[name] = KEPT[name].clone()
             continue
         generator = torch.Generator().manual_seed(zlib.crc32((prefix + name).encode()))
-        values = 0.05 * torch.randn(shape, generator=generator)
+        values = scale * torch.randn(shape, generator=generator)
         state[name] = 1 + values if len(shape) == 1 and name.endswith(".weight") else values
     return state

@@ -24,7 +24,8 @@ def test_mean_is_the_weighted_sum_of_all_values(decay):
             weight.add_(torch.randn_like(weight))
         ema.update()
         values.append(weight.detach().clone().double())
-    # Unrolled: value t enters with (1 - d_t) and is shrunk by every decay after it; the first value by all of them.
+    # Unrolled: value t enters with (1 - d_t) and is shrunk by every decay after it; the first value
+    # by all of them.
     decays = [min(decay, (1 + step) / (10 + step)) for step in range(1, 8)]
     shares = [
         torch.tensor(decays).double()[t:].prod() * (1 if t == 0 else 1 - decays[t - 1])

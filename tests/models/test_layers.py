@@ -18,7 +18,7 @@ from muse.models.layers import (
 )
 
 
-# ---------------------------------------------------------------------------------------------------- the pixel contract
+# ------------------------------------------------------------------------------- the pixel contract
 @pytest.mark.parametrize(
     ("images", "words"),
     [
@@ -55,7 +55,7 @@ def test_one_bad_pixel_is_enough_and_the_margin_is_allowed():
         check_images(images)
 
 
-# ---------------------------------------------------------------------------------------------------- pixel-unshuffle
+# ---------------------------------------------------------------------------------- pixel-unshuffle
 @pytest.mark.parametrize(("grid", "side"), [((4, 6), 2), ((6, 3), 3), ((2, 2), 2)])
 def test_pixel_unshuffle_equals_a_loop(grid, side):
     (h, w), channels = grid, 5
@@ -87,7 +87,7 @@ def test_pixel_unshuffle_of_one_is_nothing_and_odd_grids_are_refused():
         pixel_unshuffle(tokens, (3, 5), 2)
 
 
-# ---------------------------------------------------------------------------------------------------- rotary positions
+# --------------------------------------------------------------------------------- rotary positions
 def test_rotary_is_a_rotation_of_pairs_by_the_angle_of_the_formula():
     width, length = 8, 50
     x = torch.randn(1, 1, length, width, dtype=torch.float64)
@@ -120,7 +120,7 @@ def test_rotary_table_does_not_depend_on_the_length_asked_for():
         RotaryEmbedding(7)
 
 
-# ---------------------------------------------------------------------------------------------------- norm, MLP, gradient
+# ------------------------------------------------------------------------------ norm, MLP, gradient
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_rms_norm_is_the_formula_in_float32(dtype):
     norm = RMSNorm(12)

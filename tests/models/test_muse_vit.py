@@ -1,4 +1,6 @@
-"""The student's public surface: shapes, ranges, any picture size, and each part against the formula it stands for."""
+"""The student's public surface: shapes, ranges, any picture size, and each part against the formula
+it stands for.
+"""
 
 import math
 
@@ -25,7 +27,7 @@ def model():
     return tiny_model()
 
 
-# ---------------------------------------------------------------------------------------------------- any size
+# ----------------------------------------------------------------------------------------- any size
 @pytest.mark.parametrize(
     ("height", "width"), [(1, 1), (37, 53), (16, 64), (80, 16), (32, 32), (3, 130)]
 )
@@ -97,7 +99,8 @@ def test_unshuffle_of_one_keeps_every_encoder_token():
 def test_encode_refuses_sizes_that_are_no_multiple(model):
     with pytest.raises(
         ValueError,
-        match=r"multiples of 16 \(patch 8 x unshuffle 2\), got 37x48; reconstruct\(\) takes any size",
+        match=r"multiples of 16 \(patch 8 x unshuffle 2\), got 37x48; "
+        r"reconstruct\(\) takes any size",
     ):
         model.encode(random_images(1, 37, 48))
 
@@ -118,7 +121,7 @@ def test_every_public_entry_holds_the_pixel_contract(model, call, images, words)
         getattr(model, call)(images, **PUBLIC[call])
 
 
-# ---------------------------------------------------------------------------------------------------- parts by formula
+# --------------------------------------------------------------------------------- parts by formula
 def test_trunk_is_encoder_unshuffle_adapter_blocks(model):
     """The path of FIDELITY, "The method", with torch's own functions."""
     images = random_images(2, 48, 32)
@@ -245,7 +248,7 @@ def test_a_picture_does_not_see_its_batch(model):
 
 
 def test_larger_pictures_interpolate_the_positions(model):
-    """The encoder's positions are those of its own size; elsewhere transformers interpolates them."""
+    """The encoder's positions are of its own size; elsewhere transformers interpolates them."""
     with torch.no_grad():
         embeddings = model.encoder.embeddings
         own = embeddings.interpolate_pos_encoding(torch.zeros(1, 17, 16), 32, 32)
@@ -254,7 +257,7 @@ def test_larger_pictures_interpolate_the_positions(model):
     assert large.shape == (1, 61, 16)
 
 
-# ---------------------------------------------------------------------------------------------------- the training pass
+# -------------------------------------------------------------------------------- the training pass
 def test_forward_computes_what_is_asked_for(model):
     images = random_images(2, 32, 32)
     with torch.no_grad():
@@ -329,7 +332,7 @@ def test_gradient_checkpointing_changes_no_gradient():
         assert gradient is None or torch.equal(gradient, given[1][name]), name
 
 
-# ---------------------------------------------------------------------------------------------------- building
+# ----------------------------------------------------------------------------------------- building
 def test_the_same_seed_builds_the_same_weights_and_in_float32():
     assert all(
         torch.equal(a, b) for a, b in zip(tiny_model(5).parameters(), tiny_model(5).parameters())

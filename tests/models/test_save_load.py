@@ -1,4 +1,6 @@
-"""Saving and loading: bit for bit, whole or not at all, and every form of checkpoint through one door."""
+"""Saving and loading: bit for bit, whole or not at all, and every form of checkpoint through one
+door.
+"""
 
 import json
 import os
@@ -27,7 +29,7 @@ def saved(tmp_path):
     return model, tmp_path / "model"
 
 
-# ---------------------------------------------------------------------------------------------------- round trip
+# --------------------------------------------------------------------------------------- round trip
 def test_round_trip_is_bit_equal_and_in_eval_mode(saved):
     model, folder = saved
     again = MUSE_ViT.from_pretrained(folder, device="cpu")
@@ -77,7 +79,7 @@ def test_weights_loaded_in_half_precision_come_back_as_the_model_s(saved):
     assert torch.equal(again.to_latent.weight, half["to_latent.weight"].float())
 
 
-# ---------------------------------------------------------------------------------------------------- atomic writing
+# ----------------------------------------------------------------------------------- atomic writing
 @pytest.mark.parametrize(
     "error", [OSError(28, "No space left on device"), RuntimeError("a bug"), KeyboardInterrupt()]
 )
@@ -123,7 +125,7 @@ def test_places_that_cannot_be_written(tmp_path):
     ).stat().st_mode & 0o777 == 0o755
 
 
-# ---------------------------------------------------------------------------------------------------- what does not load
+# ------------------------------------------------------------------------------- what does not load
 def test_directories_that_are_no_model(saved, tmp_path):
     _, folder = saved
     with pytest.raises(CheckpointError, match="no such directory, and not a hub id"):
@@ -145,7 +147,9 @@ def test_weights_that_are_missing_broken_or_of_another_model(saved):
     with pytest.raises(CheckpointError, match="not a readable safetensors file"):
         MUSE_ViT.from_pretrained(folder)
     file.unlink()
-    with pytest.raises(CheckpointError, match="model.safetensors: no such weights file"):
+    with pytest.raises(
+        CheckpointError, match="weights of the model not found: .*model.safetensors"
+    ):
         MUSE_ViT.from_pretrained(folder)
     save_file({name: tensor for name, tensor in state.items() if name != "to_latent.bias"}, file)
     with pytest.raises(CheckpointError, match="to_latent.bias"):
@@ -171,7 +175,7 @@ def test_a_hub_that_cannot_be_reached_is_one_line(monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-# ---------------------------------------------------------------------------------------------------- one door for all forms
+# --------------------------------------------------------------------------- one door for all forms
 def test_load_model_takes_every_form(saved, tmp_path):
     model, folder = saved
     assert equal(model, load_model(folder, MODEL))
@@ -242,7 +246,7 @@ def test_paths_that_are_no_checkpoint(tmp_path):
         load_model(tmp_path, MODEL)
 
 
-# ---------------------------------------------------------------------------------------------------- hand-over
+# ---------------------------------------------------------------------------------------- hand-over
 def test_initial_model_takes_a_run_its_newest_checkpoint_or_a_directory(saved, tmp_path):
     model, folder = saved
 

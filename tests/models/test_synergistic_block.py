@@ -1,4 +1,6 @@
-"""One block against its formula written out with loops over heads, and its two paths against each other."""
+"""One block against its formula written out with loops over heads, and its two paths against each
+other.
+"""
 
 import math
 
@@ -44,7 +46,9 @@ def turn(x):
 
 
 def by_formula(block, x):
-    """FIDELITY, "The method", for one picture x (N, D): tokens, semantic stream, attention (heads, N, N)."""
+    """FIDELITY, "The method", for one picture x (N, D): tokens, semantic stream, attention (heads,
+    N, N).
+    """
     weight = {name: parameter.detach().double() for name, parameter in block.named_parameters()}
     u = rms(x, weight["norm1.weight"])
     values = u @ weight["v_sem.weight"].T

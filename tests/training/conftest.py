@@ -3,14 +3,15 @@
 import pytest
 
 from muse.config import load_config
-from muse.training.trainer import Trainer, train
+from muse.training.tokenizer_task import TokenizerTask, train
+from muse.training.trainer import Trainer
 from tests import helpers
 from tests.data.helpers import encode, key, picture, write_tar
 
 
 @pytest.fixture
 def settings(shapes_data, tmp_path):
-    """`settings(stage, changes…, output=…)` -> the loaded configuration of a run below `tmp_path`."""
+    """`settings(stage, changes…, output=…)` -> the configuration of a run below `tmp_path`."""
 
     def make(stage="topology_warmup", *changes, output="run"):
         name = f"{len(list(tmp_path.glob('*.yaml')))}.yaml"
@@ -36,14 +37,17 @@ def trainer(settings):
     """A `Trainer` that has not taken a step."""
 
     def make(*args, **kwargs):
-        return Trainer(settings(*args, **kwargs))
+        cfg = settings(*args, **kwargs)
+        return Trainer(cfg, TokenizerTask(cfg))
 
     return make
 
 
 @pytest.fixture
 def two_shards(tmp_path):
-    """Two shards of four pictures: an epoch is one shard for each of two processes, and one batch of eight for a single one."""
+    """Two shards of four pictures: an epoch is one shard for each of two processes, and one batch
+    of eight for a single one.
+    """
     folder = tmp_path / "shards"
     folder.mkdir()
     for shard in range(2):

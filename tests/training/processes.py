@@ -1,19 +1,26 @@
-"""Real processes that start quickly: a server imports torch once and forks them (multiprocessing's `forkserver`)."""
+"""Real processes that start quickly: a server imports torch once and forks them (multiprocessing's
+`forkserver`).
+"""
 
+import importlib
 import multiprocessing
 import os
+import resource
 import socket
 import sys
 from pathlib import Path
 
+import torch
 import yaml
 
+from muse import load_config
+from muse.training.tokenizer_task import train
 from tests.helpers import ROOT
 
 context = multiprocessing.get_context("forkserver")
 context.set_forkserver_preload(
     [
-        "muse.training.trainer",
+        "muse.training.tokenizer_task",
         "muse.models.muse_vit",
         "muse.data.dataloader",
         "tests.training.processes",
@@ -51,28 +58,25 @@ def _quiet(log: str | Path) -> None:
 
 def train_alone(config: str, log: str, *overrides: str) -> None:
     """Train in this process; what it says goes to `log`."""
-    import torch
-
-    from muse import load_config
-    from muse.training.trainer import train
-
     _quiet(log)
     torch.set_num_threads(1)
     train(load_config(config, list(overrides)))
 
 
 def run_script(stage: int, log: str, file_limit: int, argv: list[str]) -> None:
-    """The stage's script; `file_limit`: bytes after which the system refuses to write on (-1: none). Ends with the script's status."""
-    import importlib
-    import resource
+    """The stage's script; ends with its status.
 
+    file_limit: bytes after which the system refuses to write on (-1: none).
+    """
     _quiet(log)
     resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
     sys.exit(importlib.import_module(f"scripts.train_stage{stage}").main(argv))
 
 
 def train_in_two(config: str, log: str, fsdp: bool, *overrides: str) -> None:
-    """Two processes over gloo, DDP or FSDP as configs/accelerate/fsdp.yaml says; raises if one of them fails."""
+    """Two processes over gloo, DDP or FSDP as configs/accelerate/fsdp.yaml says; raises if one of
+    them fails.
+    """
     port = free_port()
     both = [
         Forked(_one_of_two, rank, port, fsdp, config, f"{log}.{rank}", overrides)

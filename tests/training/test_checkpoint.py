@@ -8,17 +8,17 @@ import pytest
 import torch
 
 from muse.errors import CheckpointError
+from muse.models.loading import checkpoints, latest_checkpoint
 from muse.training.checkpointer import (
-    checkpoints,
-    latest,
     pack,
-    prune,
     read_tree,
     rng_state,
     set_rng_state,
     unpack,
     write_tree,
 )
+from muse.training.run_directory import prune_checkpoints
+from tests.training.helpers import same_tree
 
 TREE = {
     "step": 3,
@@ -30,25 +30,11 @@ TREE = {
 }
 
 
-def same(left, right) -> bool:
-    if isinstance(left, torch.Tensor):
-        return (
-            isinstance(right, torch.Tensor)
-            and left.dtype == right.dtype
-            and torch.equal(left, right)
-        )
-    if isinstance(left, dict):
-        return list(left) == list(right) and all(same(left[key], right[key]) for key in left)
-    if isinstance(left, list):
-        return len(left) == len(right) and all(map(same, left, right))
-    return type(left) is type(right) and left == right
-
-
 def test_trees_go_out_and_in(tmp_path):
     skeleton, tensors = pack(TREE)
-    assert same(TREE, unpack(json.loads(json.dumps(skeleton)), tensors)) and len(tensors) == 3
+    assert same_tree(TREE, unpack(json.loads(json.dumps(skeleton)), tensors)) and len(tensors) == 3
     write_tree(tmp_path, "state", TREE)
-    assert same(TREE, read_tree(tmp_path, "state"))
+    assert same_tree(TREE, read_tree(tmp_path, "state"))
 
 
 @pytest.mark.parametrize("content", [None, b"", b"{", b"\xff\xfe"])
@@ -77,9 +63,12 @@ def test_old_checkpoints_go_and_half_written_ones_do_not_count(tmp_path):
     for other in (".checkpoint-200.abc", ".partial-300", "checkpoint-7x", "final"):
         (tmp_path / other).mkdir()
     assert [step for step, _ in checkpoints(tmp_path)] == [5, 10, 15, 20, 100]
-    assert latest(tmp_path).name == "checkpoint-100" and latest(tmp_path / "none") is None
-    prune(tmp_path, 2, 10)
+    assert (
+        latest_checkpoint(tmp_path).name == "checkpoint-100"
+        and latest_checkpoint(tmp_path / "none") is None
+    )
+    prune_checkpoints(tmp_path, 2, 10)
     assert [step for step, _ in checkpoints(tmp_path)] == [10, 20, 100]
-    prune(tmp_path, 1, None)
+    prune_checkpoints(tmp_path, 1, None)
     assert [step for step, _ in checkpoints(tmp_path)] == [100]
     assert (tmp_path / "final").is_dir() and (tmp_path / ".checkpoint-200.abc").is_dir()

@@ -1,17 +1,20 @@
-"""A disk that is full, a folder that may not be written, what killed runs left: one line, and the checkpoint before stays whole."""
+"""A disk that is full, a folder that may not be written, what killed runs left: one line, and the
+checkpoint before stays whole.
+"""
 
 import errno
 import os
 import shutil
 
 import pytest
+import safetensors.torch
 from safetensors import SafetensorError
 
 from muse.errors import CheckpointError
-from muse.models.pretrained import read_weights
-from muse.training import checkpointer
-from muse.training.run_directory import prepare, resume
-from muse.training.trainer import Trainer, train
+from muse.models.loading import checkpoints
+from muse.training.tokenizer_task import train
+from muse.training.trainer import Trainer
+from muse.utils.weights import read_state_dict
 from tests.helpers import run_config
 from tests.training.processes import Forked, run_script
 from tools.killing import hold_whole
@@ -20,18 +23,16 @@ from tools.killing import hold_whole
 def at_step_two(trainer) -> Trainer:
     """A run that stands at its second step, with a checkpoint of its first."""
     one = trainer("synergistic_tuning", {"experiment": {"keep_last": 5}}, output="run")
-    prepare(one)
-    batches = one._batches()
+    one.checkpointer.open()
+    batches = one.batches()
     one.train_step([next(batches)])
-    one.save()
+    one.checkpointer.save()
     one.train_step([next(batches)])
     return one
 
 
 def test_every_write_of_a_save_may_be_refused(trainer, monkeypatch, tmp_path):
     """The system says ENOSPC at the first write, at the second, … until all are through."""
-    import safetensors.torch
-
     one = at_step_two(trainer)
     real_text, real_tensors, left = type(tmp_path).write_text, safetensors.torch.serialize_file, [0]
 
@@ -63,16 +64,16 @@ def test_every_write_of_a_save_may_be_refused(trainer, monkeypatch, tmp_path):
     while True:
         left[0] = writes
         try:
-            one.save()
+            one.checkpointer.save()
             break
         except CheckpointError as error:
             assert "checkpoint-2: cannot be written" in str(
                 error
             ) and "No space left on device" in str(error)
             assert "\n" not in str(error)
-        assert [step for step, _ in checkpointer.checkpoints(tmp_path / "run")] == [
-            1
-        ] and hold_whole(tmp_path / "run") == 1
+        assert [step for step, _ in checkpoints(tmp_path / "run")] == [1] and hold_whole(
+            tmp_path / "run"
+        ) == 1
         assert not list(
             (tmp_path / "run").glob(".*")
         )  # nothing of the attempt is left to fill the disk
@@ -126,10 +127,10 @@ def test_a_folder_that_is_gone_or_no_folder(trainer, settings, tmp_path):
     shutil.rmtree(tmp_path / "run")
     (tmp_path / "run").write_text("")
     with pytest.raises(CheckpointError, match="checkpoint-2: cannot be written"):
-        one.save()
+        one.checkpointer.save()
 
 
-# ---------------------------------------------------------------------------------------------------- what was left
+# ------------------------------------------------------------------------------- what was left
 def test_what_killed_runs_left_goes_and_does_not_come_back(run, settings, tmp_path, caplog):
     """Files of a process that is no more must not get into the next checkpoint."""
     output = run("topology_warmup", {"training": {"max_train_steps": 1}})
@@ -145,15 +146,17 @@ def test_what_killed_runs_left_goes_and_does_not_come_back(run, settings, tmp_pa
     with caplog.at_level("INFO"):
         train(settings())
     assert (
-        "removed what an interrupted run had not finished: .checkpoint-2.x1, .checkpoint-2.x1.old, .final.y2, .partial-2"
-        in caplog.text
+        "removed what an interrupted run had not finished: .checkpoint-2.x1, .checkpoint-2.x1.old, "
+        ".final.y2, .partial-2" in caplog.text
     )
     assert not list(output.glob(".*"))
     assert [path.name for path in (output / "checkpoint-2").glob("rank-*.json")] == ["rank-0.json"]
 
 
 def test_another_number_of_processes_is_said_in_one_line(run, trainer, caplog):
-    """As a checkpoint of four processes looks to a run of one: all exact but the data, which go on with the next epoch."""
+    """As a checkpoint of four processes looks to a run of one: all exact but the data, which go on
+    with the next epoch.
+    """
     output = run("topology_warmup", {"training": {"max_train_steps": 1}})
     for name, old, new in (
         ("state.json", '["processes", 1]', '["processes", 4]'),
@@ -163,9 +166,9 @@ def test_another_number_of_processes_is_said_in_one_line(run, trainer, caplog):
         assert old in file.read_text()
         file.write_text(file.read_text().replace(old, new))
     one = trainer()
-    resume(one)
+    one.checkpointer.restore()
     said = [record.message for record in caplog.records if "goes on with 1" in record.message]
     assert len(said) == 1 and "was written by 4 processes" in said[0] and "next epoch" in said[0]
-    assert one.loader.epoch == 1 and one.step == 1
-    weights = read_weights(output / "checkpoint-1/model.safetensors")
+    assert one.loader.epoch == 1 and one.progress.step == 1
+    weights = read_state_dict(output / "checkpoint-1/model.safetensors")
     assert all((tensor == weights[name]).all() for name, tensor in one.model.state_dict().items())

@@ -1,4 +1,6 @@
-"""Numbers that blow up: named, dumped, never stepped on; and on an accelerator found without waiting for the device."""
+"""Numbers that blow up: named, dumped, never stepped on; and on an accelerator found without
+waiting for the device.
+"""
 
 import json
 
@@ -8,8 +10,11 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from muse.errors import MuseError
+from muse.losses import reconstruction
 from muse.training.nonfinite import FiniteGuard
-from muse.training.trainer import Trainer, train
+from muse.training.progress import Progress
+from muse.training.tokenizer_task import train
+from muse.training.trainer import Trainer
 from tests.helpers import random_images
 
 NAN, INF = float("nan"), float("inf")
@@ -26,7 +31,6 @@ def batch(seed: int = 1, count: int = 2) -> dict:
 @pytest.fixture
 def broken_at(monkeypatch):
     """Multiply the pixel loss by a value (NaN) at the calls given (counted from 0)."""
-    from muse.losses import reconstruction
 
     def install(*calls, value=NAN):
         count, real = iter(range(10**6)), reconstruction.pixel_loss
@@ -40,18 +44,20 @@ def broken_at(monkeypatch):
 
 
 def state_of(one: Trainer) -> dict[str, torch.Tensor]:
-    """All that a step moves: weights, moments, LeCam's means, the discriminator, but for the running means and counters."""
+    """All that a step moves: weights, moments, LeCam's means, the discriminator, but for the
+    running means and counters.
+    """
     tensors = {f"model.{name}": tensor for name, tensor in one.model.state_dict().items()}
     optimizers = {"student": one.optimizer}
-    if one.adversary:
+    if one.task.adversary:
         tensors |= {
-            f"lecam.{name}": tensor for name, tensor in one.adversary.loss.state_dict().items()
+            f"lecam.{name}": tensor for name, tensor in one.task.adversary.loss.state_dict().items()
         }
         tensors |= {
             f"discriminator.{name}": tensor
-            for name, tensor in one.adversary.discriminator.state_dict().items()
+            for name, tensor in one.task.adversary.discriminator.state_dict().items()
         }
-        optimizers["discriminator"] = one.adversary.optimizer
+        optimizers["discriminator"] = one.task.adversary.optimizer
     for kind, optimizer in optimizers.items():
         tensors |= {
             f"{kind}.{index}.{key}": value
@@ -66,7 +72,7 @@ def hold_same(left: dict, right: dict) -> None:
     assert not [name for name in left if not torch.equal(left[name], right[name])]
 
 
-# ---------------------------------------------------------------------------------------------------- at once
+# ------------------------------------------------------------------------------------- at once
 def test_a_loss_that_is_not_finite_stops_the_run_by_name(broken_at, settings, tmp_path):
     broken_at(1)
     with pytest.raises(
@@ -82,7 +88,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_name(broken_at, settings, tm
 
 @pytest.mark.parametrize("lazy", [False, True])
 def test_the_batch_is_dumped(lazy, broken_at, trainer, tmp_path):
-    """Its pictures, keys, captions and numbers; of several bad steps in a row the device keeps the pictures of the first."""
+    """Its pictures, keys, captions and numbers; of several bad steps in a row the device keeps the
+    pictures of the first.
+    """
     broken_at(1, 2)
     one = trainer(
         "topology_warmup",
@@ -92,7 +100,7 @@ def test_the_batch_is_dumped(lazy, broken_at, trainer, tmp_path):
     one.guard.lazy = lazy
     for number in range(3):  # two micro-batches each: calls 1 and 2 are of steps 1 and 2
         one.train_step([batch(2 * number), batch(2 * number + 1)])
-    one.settle()
+    one.guard.settle()
     assert sorted(path.name for path in tmp_path.glob("nonfinite-*.json")) == [
         "nonfinite-1-rank-0.json",
         "nonfinite-2-rank-0.json",
@@ -109,7 +117,7 @@ def test_the_batch_is_dumped(lazy, broken_at, trainer, tmp_path):
     images = load_file(tmp_path / "nonfinite-1-rank-0.safetensors")["images"]
     assert torch.equal(images, torch.cat([batch(0)["images"], batch(1)["images"]]))
     assert (tmp_path / "nonfinite-2-rank-0.safetensors").exists() is not lazy
-    assert (one.step, one.guard.skipped, one.images_seen) == (3, 2, 4)
+    assert one.progress == Progress(step=3, images_seen=4, skipped=2)
 
 
 def test_a_dump_that_cannot_be_written_hides_nothing(broken_at, trainer, tmp_path):
@@ -117,7 +125,8 @@ def test_a_dump_that_cannot_be_written_hides_nothing(broken_at, trainer, tmp_pat
     one = trainer(output="nowhere/run")
     with pytest.raises(
         MuseError,
-        match=r"reconstruction, loss is not finite at step 1; .*could not be written.*max_skipped_steps=0",
+        match=r"reconstruction, loss is not finite at step 1; .*could not be written"
+        r".*max_skipped_steps=0",
     ):
         one.train_step([batch()])
 
@@ -127,15 +136,12 @@ def test_steps_may_be_skipped_as_often_as_allowed(broken_at, trainer):
     one = trainer("topology_warmup", {"training": {"max_skipped_steps": 1}})
     before = state_of(one)
     numbers = one.train_step([batch()])
-    assert not torch.isfinite(numbers["loss"]) and (
-        one.step,
-        one.guard.skipped,
-        one.images_seen,
-    ) == (1, 1, 0)
+    assert not torch.isfinite(numbers["loss"])
+    assert one.progress == Progress(step=1, images_seen=0, skipped=1)
     hold_same(before, state_of(one))
     assert all(parameter.grad is None for parameter in one.model.parameters())
     one.train_step([batch()])
-    assert (one.step, one.guard.skipped, one.images_seen) == (2, 1, 2)
+    assert one.progress == Progress(step=2, images_seen=2, skipped=1)
     assert not torch.equal(
         one.model.state_dict()["to_latent.weight"], before["model.to_latent.weight"]
     )
@@ -153,14 +159,16 @@ def test_a_gradient_that_is_not_finite_is_caught_before_the_step(lazy, trainer):
         MuseError, match="grad_norm is not finite at step 1; samples key1.0, key1.1"
     ):
         one.train_step([batch()])
-        one.settle()
+        one.guard.settle()
     assert torch.equal(one.model.to_latent.weight, before)
 
 
 @pytest.mark.parametrize("lazy", [False, True])
 @pytest.mark.parametrize("where", ["student", "discriminator"])
 def test_a_skipped_step_moves_nothing_of_either_optimizer(lazy, where, broken_at, trainer):
-    """Not the weights, not a moment, not LeCam's means: the steps around it are those of a run without it."""
+    """Not the weights, not a moment, not LeCam's means: the steps around it are those of a run
+    without it.
+    """
     if where == "student":
         broken_at(1)
     runs = []
@@ -178,25 +186,27 @@ def test_a_skipped_step_moves_nothing_of_either_optimizer(lazy, where, broken_at
         if broken:
             hook = None
             if where == "discriminator":
-                hook = next(one.adversary.discriminator.parameters()).register_hook(
+                hook = next(one.task.adversary.discriminator.parameters()).register_hook(
                     lambda gradient: gradient * NAN
                 )
             before = state_of(one)
             one.train_step([batch(2)])
             hold_same(before, state_of(one))
-            one.settle()
-            assert one.guard.skipped == 1
+            one.guard.settle()
+            assert one.progress.skipped == 1
             if hook:
                 hook.remove()
         one.train_step([batch(3)])
-        one.settle()
+        one.guard.settle()
         runs.append(state_of(one))
     hold_same(*runs)
 
 
-# ---------------------------------------------------------------------------------------------------- without waiting
+# ----------------------------------------------------------------------------- without waiting
 class CountWaits(TorchDispatchMode):
-    """Counts what would make the host wait for a device: reading a number, finding places, comparing whole tensors."""
+    """Counts what would make the host wait for a device: reading a number, finding places,
+    comparing whole tensors.
+    """
 
     def __init__(self):
         super().__init__()
@@ -216,7 +226,9 @@ class CountWaits(TorchDispatchMode):
 
 @pytest.fixture
 def waits(monkeypatch):
-    """Counts within `with`; copies to the host go round the dispatcher and are counted by their methods."""
+    """Counts within `with`; copies to the host go round the dispatcher and are counted by their
+    methods.
+    """
     mode = CountWaits()
     for name in ("tolist", "numpy", "cpu"):
         real = getattr(torch.Tensor, name)
@@ -233,7 +245,8 @@ def waits(monkeypatch):
 
 @pytest.mark.parametrize("stage", ["topology_warmup", "semantic_injection", "synergistic_tuning"])
 def test_a_step_on_an_accelerator_waits_for_nothing(stage, trainer, waits, monkeypatch):
-    # The range of pictures is read only where they lie on a CPU; here they do, so the teacher's check is taken out.
+    # The range of pictures is read only where they lie on a CPU; here they do, so the teacher's
+    # check is taken out.
     monkeypatch.setattr("muse.teachers.vit_attention.check_images", lambda images, wait: None)
     one = trainer(stage)
     one.guard.lazy = True  # as on an accelerator
@@ -243,7 +256,7 @@ def test_a_step_on_an_accelerator_waits_for_nothing(stage, trainer, waits, monke
         for number in range(2, 5):
             one.train_step([batch(number)])
         assert waits.waits == []
-        one.settle()
+        one.guard.settle()
         assert waits.waits == ["tolist"]  # one reading for all the steps since
         one.guard.lazy = False
         one.train_step([batch(5)])
@@ -251,11 +264,15 @@ def test_a_step_on_an_accelerator_waits_for_nothing(stage, trainer, waits, monke
 
 
 def test_the_loop_settles_where_it_logs_saves_and_ends(settings, monkeypatch):
-    """log_every 4, save_every 5, 7 steps: the device is asked after steps 4, 5 and 7, and all records are as on a CPU."""
+    """log_every 4, save_every 5, 7 steps: the device is asked after steps 4, 5 and 7, and all
+    records are as on a CPU.
+    """
     plan = {"experiment": {"log_every": 4, "save_every": 5}, "training": {"max_train_steps": 7}}
     cpu = train(settings("semantic_injection", plan, output="cpu")).parent
-    asked, settle = [], Trainer.settle
-    monkeypatch.setattr(Trainer, "settle", lambda self: (asked.append(self.step), settle(self)))
+    asked, settle = [], FiniteGuard.settle
+    monkeypatch.setattr(
+        FiniteGuard, "settle", lambda self: (asked.append(self.progress.step), settle(self))
+    )
     monkeypatch.setattr(
         FiniteGuard,
         "__init__",
@@ -270,7 +287,9 @@ def test_the_loop_settles_where_it_logs_saves_and_ends(settings, monkeypatch):
 def test_a_run_on_an_accelerator_stops_with_the_name_of_the_step(
     broken_at, settings, monkeypatch, tmp_path
 ):
-    """Step 2 is bad, the device is asked at step 4: nothing was learned from step 2, and nothing was saved since."""
+    """Step 2 is bad, the device is asked at step 4: nothing was learned from step 2, and nothing
+    was saved since.
+    """
     broken_at(1)
     monkeypatch.setattr(
         FiniteGuard,
@@ -279,7 +298,8 @@ def test_a_run_on_an_accelerator_stops_with_the_name_of_the_step(
     )
     with pytest.raises(
         MuseError,
-        match=r"^reconstruction, loss is not finite at step 2; samples .*nonfinite-2-rank-0.safetensors",
+        match=r"^reconstruction, loss is not finite at step 2; samples "
+        r".*nonfinite-2-rank-0.safetensors",
     ):
         train(
             settings(
@@ -297,10 +317,12 @@ def test_a_run_on_an_accelerator_stops_with_the_name_of_the_step(
     )
 
 
-# ---------------------------------------------------------------------------------------------------- fp16's scaler
+# ------------------------------------------------------------------------------- fp16's scaler
 @pytest.mark.parametrize("stage", ["topology_warmup", "synergistic_tuning"])
 def test_gradients_that_overflow_are_the_scaler_s_business(stage, trainer):
-    """A real GradScaler at a scale that overflows float32: it skips and lowers the scale, until the step equals the unscaled one."""
+    """A real GradScaler at a scale that overflows float32: it skips and lowers the scale, until the
+    step equals the unscaled one.
+    """
     plan = {
         "losses": {"reconstruction": {"weight": 1e4}},
         "lr_scheduler": {"scheduler": "constant", "params": {"warmup_steps": 0}},
@@ -318,7 +340,7 @@ def test_gradients_that_overflow_are_the_scaler_s_business(stage, trainer):
     try:
         start = state_of(one)
         assert not torch.isfinite(one.train_step([batch()])["grad_norm"])
-        assert scaler.get_scale() == 2.0**97 and one.guard.skipped == 0
+        assert scaler.get_scale() == 2.0**97 and one.progress.skipped == 0
         kept = {
             name: tensor
             for name, tensor in state_of(one).items()

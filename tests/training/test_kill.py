@@ -1,4 +1,6 @@
-"""SIGKILL at random instants of starting, stepping and saving: the end is that of a run nobody touched."""
+"""SIGKILL at random instants of starting, stepping and saving: the end is that of a run nobody
+touched.
+"""
 
 import random
 import time
@@ -6,7 +8,7 @@ import time
 import pytest
 
 from muse import load_config
-from muse.training.trainer import train
+from muse.training.tokenizer_task import train
 from tests.helpers import run_config
 from tests.training.processes import Forked, train_alone
 from tools.killing import differences, kill_often, logged
@@ -21,7 +23,9 @@ PLAN = {
 
 @pytest.fixture
 def both(shapes_data, tmp_path):
-    """(the unbroken run's folder, the other's configuration, its folder, seconds of a step with its share of a save)"""
+    """(the unbroken run's folder, the other's configuration, its folder, seconds of a step with its
+    share of a save)
+    """
     whole = run_config(
         tmp_path / "whole.yaml", shapes_data, tmp_path / "whole", "semantic_injection", PLAN
     )
@@ -48,7 +52,8 @@ def test_twenty_kills_cost_steps_but_change_nothing(both, tmp_path):
         step_time,
     )
     assert len(found) == KILLS
-    # After every kill each checkpoint was read whole (`kill_often` does), and no more was lost than the steps since the newest.
+    # After every kill each checkpoint was read whole (`kill_often` does), and no more was lost than
+    # the steps since the newest.
     assert max(kill.logged - kill.saved for kill in found) <= EVERY
     assert sum(kill.aim != "start" for kill in found) >= KILLS // 2  # not all fell into the start
     assert (

@@ -5,7 +5,8 @@ import torch
 
 from muse.training.optim import lr_at
 
-# base 1, end 0.1, 4 warm-up steps of 10: (1 + cos(k π / 5)) / 2 = 1, .904508, .654508, .345492, .095492, 0 for k = 0 … 5
+# base 1, end 0.1, 4 warm-up steps of 10: (1 + cos(k π / 5)) / 2 = 1, .904508, .654508, .345492,
+# .095492, 0 for k = 0 … 5
 COSINE = [0.25, 0.5, 0.75, 1.0, 1.0, 0.914058, 0.689058, 0.410942, 0.185942, 0.1]
 TABLE = [
     ({}, COSINE),

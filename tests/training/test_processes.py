@@ -1,4 +1,6 @@
-"""Two processes over gloo, DDP and FSDP: the numbers of one process, resumed bit for bit, saved whole, interchangeable."""
+"""Two processes over gloo, DDP and FSDP: the numbers of one process, resumed bit for bit, saved
+whole, interchangeable.
+"""
 
 import json
 import os
@@ -9,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from muse import MUSE_ViT, load_config
-from muse.training.trainer import train
+from muse.training.tokenizer_task import train
 from tests.helpers import run_config
 from tests.training.processes import train_in_two
 from tools.killing import records
@@ -44,7 +46,9 @@ def steps_of(run) -> list[dict]:
 
 
 def cosines_of(run) -> list[float]:
-    """Of the gradients of pixels and semantics on the blocks, each averaged over the processes first."""
+    """Of the gradients of pixels and semantics on the blocks, each averaged over the processes
+    first.
+    """
     return [
         record["gradients"]["cosine"]["reconstruction~semantics"]["blocks"]
         for record in records(run)
@@ -53,7 +57,9 @@ def cosines_of(run) -> list[float]:
 
 
 def hold_close(left, right, first: int = 0) -> None:
-    """Two runs whose sums were formed in another order: losses within 1e-3, weights within 1e-4 (the rate is 1e-3)."""
+    """Two runs whose sums were formed in another order: losses within 1e-3, weights within 1e-4
+    (the rate is 1e-3).
+    """
     for a, b in zip(steps_of(left)[first:], steps_of(right)[first:], strict=True):
         assert {name: a[name] for name in SAME} == pytest.approx(
             {name: b[name] for name in SAME}, rel=1e-3, abs=1e-6
@@ -72,7 +78,9 @@ def hold_close(left, right, first: int = 0) -> None:
 
 @pytest.mark.parametrize("fsdp", [False, True], ids=["ddp", "fsdp"])
 def test_two_processes(fsdp, two_shards, tmp_path):
-    """Stage 3 with its adversary: everything learns, the contrast gathers, evaluation and pictures come in between."""
+    """Stage 3 with its adversary: everything learns, the contrast gathers, evaluation and pictures
+    come in between.
+    """
 
     def config(output, *changes):
         return str(
@@ -99,7 +107,8 @@ def test_two_processes(fsdp, two_shards, tmp_path):
     )
     assert sorted(os.listdir(whole / "images")) == ["attention-3.png", "reconstruction-3.png"]
 
-    # Stopped after step 2 and gone on: bit for bit what was not stopped, with the generators and positions of both processes.
+    # Stopped after step 2 and gone on: bit for bit what was not stopped, with the generators and
+    # positions of both processes.
     broken = tmp_path / "broken"
     broken.mkdir()
     shutil.copytree(whole / "checkpoint-2", broken / "checkpoint-2")
@@ -113,7 +122,8 @@ def test_two_processes(fsdp, two_shards, tmp_path):
             ).read_bytes(), name
     assert {"rank-0.json", "rank-1.json"} <= set(os.listdir(broken / "checkpoint-4"))
 
-    # One process goes on from the checkpoint of two; an epoch here is one step, so the data are those of the unbroken run.
+    # One process goes on from the checkpoint of two; an epoch here is one step, so the data are
+    # those of the unbroken run.
     single = tmp_path / "single"
     single.mkdir()
     shutil.copytree(whole / "checkpoint-2", single / "checkpoint-2")
@@ -133,7 +143,9 @@ def test_two_processes(fsdp, two_shards, tmp_path):
 
 
 def test_an_average_over_accumulated_steps_is_shared_out_too(two_shards, tmp_path):
-    """FSDP with two micro-batches: logit_scale, which stays whole on every process, gets the gradient of the global batch."""
+    """FSDP with two micro-batches: logit_scale, which stays whole on every process, gets the
+    gradient of the global batch.
+    """
     plan = {**STEPS, "losses": {"itc": {"gather": False}, "adversarial": {"weight": 0.0}}}
     changes = {
         "training": {

@@ -14,13 +14,16 @@ import torch
 from safetensors.torch import load_file
 
 from muse import MUSE_ViT, load_config
+from muse.data.dataloader import eval_loader
 from muse.errors import CheckpointError, ConfigError
+from muse.evaluation.metrics.psnr_ssim import psnr
 from muse.losses import reconstruction
-from muse.training import checkpointer
-from muse.training.run_directory import resume
-from muse.training.trainer import Trainer, train
+from muse.models.loading import checkpoints
+from muse.training.checkpointer import read_tree
+from muse.training.tokenizer_task import TokenizerTask, train
+from muse.training.trainer import Trainer
 from tests.helpers import ROOT, run_config
-from tests.training.test_checkpoint import same
+from tests.training.helpers import same_tree
 from tools.killing import records
 
 TENSORS = ("model.safetensors", "ema.safetensors", "state.safetensors", "rank-0.safetensors")
@@ -49,6 +52,10 @@ CASES = {
 }
 
 
+def new_trainer(cfg) -> Trainer:
+    return Trainer(cfg, TokenizerTask(cfg))
+
+
 def hold_equal(left, right) -> None:
     """Two checkpoint directories with the same tensors, generators, data position and counters."""
     assert sorted(os.listdir(left)) == sorted(os.listdir(right))
@@ -57,14 +64,10 @@ def hold_equal(left, right) -> None:
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a), name
     assert (left / "rank-0.json").read_text() == (right / "rank-0.json").read_text()
     states = [
-        {
-            key: value
-            for key, value in checkpointer.read_tree(path, "state").items()
-            if key != "config"
-        }
+        {key: value for key, value in read_tree(path, "state").items() if key != "config"}
         for path in (left, right)
     ]
-    assert same(*states)
+    assert same_tree(*states)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -73,7 +76,9 @@ def test_two_steps_and_two_more_equal_four(case, run, settings, tmp_path):
 
 
 def test_a_step_that_draws_at_random_is_resumed_too(run, settings, tmp_path, monkeypatch):
-    """Nothing draws from the global generators in a step as it is; whatever will one day goes on where it was."""
+    """Nothing draws from the global generators in a step as it is; whatever will one day goes on
+    where it was.
+    """
     real = reconstruction.pixel_loss
     monkeypatch.setattr(
         reconstruction,
@@ -95,7 +100,8 @@ def hold_resumable(stage, changes, run, settings, tmp_path) -> None:
     broken.mkdir()
     shutil.copytree(whole / "checkpoint-2", broken / "checkpoint-2")
     lines = (whole / "metrics.jsonl").read_text().splitlines(keepends=True)
-    # As a run leaves it that was killed while it wrote step 4: step 3 was logged but is not in the checkpoint.
+    # As a run leaves it that was killed while it wrote step 4: step 3 was logged but is not in the
+    # checkpoint.
     (broken / "metrics.jsonl").write_text("".join(lines[:3]) + '{"step": 4, "lo')
     torch.manual_seed(99)  # whatever the process did before
     train(settings(stage, changes, FOUR_STEPS, output="broken"))
@@ -132,7 +138,9 @@ def test_resume_can_be_refused_and_another_model_is(run, settings):
 
 
 def test_moments_are_never_given_to_other_tensors(run, settings):
-    """W_Q and W_K have equal shapes: matched by place, their moments would change hands unseen where their groups do."""
+    """W_Q and W_K have equal shapes: matched by place, their moments would change hands unseen
+    where their groups do.
+    """
     twice = {"optimizer": {"lr_multipliers": {"q_topo": 2.0}}}
     done = run("topology_warmup", twice, output="done")
     longer = {"training": {"max_train_steps": 3}}
@@ -145,8 +153,8 @@ def test_moments_are_never_given_to_other_tensors(run, settings):
                 output="done",
             )
         )
-    before = moments(checkpointer.read_tree(done / "checkpoint-2", "state")["optimizer"])
-    other = Trainer(
+    before = moments(read_tree(done / "checkpoint-2", "state")["optimizer"])
+    other = new_trainer(
         settings(
             "topology_warmup",
             longer,
@@ -154,7 +162,7 @@ def test_moments_are_never_given_to_other_tensors(run, settings):
             output="done",
         )
     )
-    resume(other)
+    other.checkpointer.restore()
     after = moments(other.optimizer.state_dict())
     assert (
         list(before) != list(after) and before.keys() == after.keys()
@@ -163,7 +171,7 @@ def test_moments_are_never_given_to_other_tensors(run, settings):
     assert not torch.equal(
         before["muse_blocks.0.q_topo.weight"], before["muse_blocks.0.k_topo.weight"]
     )
-    one = Trainer(
+    one = new_trainer(
         settings(
             "topology_warmup",
             longer,
@@ -186,7 +194,7 @@ def test_a_broken_checkpoint_is_named(run, settings):
         train(settings(output="done"))
 
 
-# ---------------------------------------------------------------------------------------------------- the directory
+# ------------------------------------------------------------------------------- the directory
 def test_the_run_directory_is_what_the_contract_says(run, tmp_path):
     three = {
         "training": {"max_train_steps": 5},
@@ -239,9 +247,6 @@ def test_the_run_directory_is_what_the_contract_says(run, tmp_path):
 
 
 def test_the_evaluation_in_the_log_is_the_final_model_s(run, shapes_data):
-    from muse.data.dataloader import eval_loader
-    from muse.evaluation.metrics.psnr_ssim import psnr
-
     output = run("topology_warmup", {"experiment": {"eval_every": 2}})
     model = MUSE_ViT.from_pretrained(output / "final")
     batch = next(
@@ -256,13 +261,15 @@ def test_the_evaluation_in_the_log_is_the_final_model_s(run, shapes_data):
     assert records(output)[-1]["eval"]["psnr"] == pytest.approx(expected, rel=1e-4)
 
 
-# ---------------------------------------------------------------------------------------------------- hand-over
+# ----------------------------------------------------------------------------------- hand-over
 def test_three_stages_hand_over(run, settings):
-    """Each starts from the averages of the one before, trains its own part and leaves the rest bit for bit."""
+    """Each starts from the averages of the one before, trains its own part and leaves the rest bit
+    for bit.
+    """
     runs, before = {}, None
     for stage in ("topology_warmup", "semantic_injection", "synergistic_tuning"):
         change = {"experiment": {"init_from": str(before) if before else None}}
-        start = Trainer(settings(stage, change, output=stage)).model
+        start = new_trainer(settings(stage, change, output=stage)).model
         if before:
             expected = load_file(before / "final/model.safetensors")
             assert all(
@@ -295,7 +302,7 @@ def test_a_missing_stage_before_is_said_before_any_data_is_read(source, settings
     assert not (tmp_path / "run").exists()
 
 
-# ---------------------------------------------------------------------------------------------------- stop signals
+# -------------------------------------------------------------------------------- stop signals
 def test_a_stop_signal_saves_and_the_same_command_goes_on(run, shapes_data, tmp_path):
     long = {"training": {"max_train_steps": 400}, "lr_scheduler": {"params": {"warmup_steps": 400}}}
     config = run_config(
@@ -319,9 +326,10 @@ def test_a_stop_signal_saves_and_the_same_command_goes_on(run, shapes_data, tmp_
         process.kill()
     assert process.returncode == 0, output
     assert "on a signal; the same command goes on from there" in output
-    ((step, path),) = checkpointer.checkpoints(tmp_path / "stopped")
+    ((step, path),) = checkpoints(tmp_path / "stopped")
     assert 2 <= step < 400 and not (tmp_path / "stopped/final").exists()
-    # The very same numbers as a run that nobody stopped. (A shorter total changes nothing: the rate is still warming up.)
+    # The very same numbers as a run that nobody stopped. (A shorter total changes nothing: the rate
+    # is still warming up.)
     total = [f"training.max_train_steps={step + 1}"]
     train(load_config(config, total))
     train(load_config(config, [*total, f"experiment.output_dir={tmp_path / 'unbroken'}"]))

@@ -1,10 +1,12 @@
-"""What a step must not do: keep graphs of frozen parts, step tensor by tensor, copy pageable memory."""
+"""What a step must not do: keep graphs of frozen parts, step tensor by tensor, copy pageable
+memory.
+"""
 
 import pytest
 import torch
 
-from muse.models.ema_model import EMAModel
 from muse.data import dataloader
+from muse.models.ema_model import EMAModel
 from tests.helpers import random_images
 
 
@@ -24,7 +26,7 @@ def test_frozen_parts_run_without_graph(stage, frozen, trainer):
         term.teacher.register_forward_hook(
             lambda module, inputs, out, name=name: seen.update({name: out})
         )
-        for name, term in one.raw_loss.terms.items()
+        for name, term in one.task.loss.terms.items()
         if hasattr(term, "teacher")
     ]
     one.train_step([{"images": random_images(2, 32, 32), "text": ["a", "b"], "keys": ["a", "b"]}])
@@ -37,18 +39,18 @@ def test_frozen_parts_run_without_graph(stage, frozen, trainer):
     )
     assert encoder.requires_grad is not frozen
     assert all(not tensor.requires_grad for tensor in seen["topology"].maps)
-    if "itc" in one.raw_loss.terms:
+    if "itc" in one.task.loss.terms:
         assert not seen["itc"].requires_grad
     assert all(
         p.grad is None and not p.requires_grad
-        for term in one.raw_loss.terms.values()
+        for term in one.task.loss.terms.values()
         for p in term.parameters()
     )
 
 
 def test_optimizers_are_fused_and_means_are_one_call(trainer, monkeypatch):
     one = trainer("synergistic_tuning")
-    for optimizer in (one.optimizer, one.adversary.optimizer):
+    for optimizer in (one.optimizer, one.task.adversary.optimizer):
         assert all(group["fused"] for group in optimizer.param_groups)
     calls, real = [], torch._foreach_lerp_
     monkeypatch.setattr(

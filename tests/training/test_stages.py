@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+from muse.losses.contrastive import itc_loss
 from muse.losses.muse_loss import TERMS, MuseLoss
+from muse.models.muse_vit import MUSE_ViT
 from muse.stages import STAGES, select_trainable
+from muse.teachers import build
 from tests.helpers import random_images, run_settings, tiny_model
 
 PAPER_STAGES = ("topology_warmup", "semantic_injection", "synergistic_tuning")
@@ -54,9 +57,9 @@ def test_what_a_stage_trains(stage, expected):
 
 
 def stage_gradients(settings, stage, changes=()):
-    """Names that the stage trains, and name -> gradient of its whole loss (adversary aside) on one batch."""
-    from muse.models.muse_vit import MUSE_ViT
-
+    """Names that the stage trains, and name -> gradient of its whole loss (adversary aside) on one
+    batch.
+    """
     cfg = settings(stage, *changes)
     torch.manual_seed(0)
     model = MUSE_ViT(cfg.model)
@@ -132,9 +135,9 @@ def test_terms_without_weight_are_not_built(settings, monkeypatch):
 
 
 def test_teachers_neither_read_nor_move_the_run_s_generator(settings):
-    """A process that holds a teacher already, and one that must build it, draw the same numbers afterwards, from the same teacher."""
-    from muse.teachers import build
-
+    """A process that holds a teacher already, and one that must build it, draw the same numbers
+    afterwards, from the same teacher.
+    """
     cfg, built = settings("semantic_injection"), []
     for seed in (1, 2):
         build._teacher.cache_clear()
@@ -152,8 +155,6 @@ def test_teachers_neither_read_nor_move_the_run_s_generator(settings):
 
 def test_the_composite_is_the_weighted_sum_written_by_hand(settings):
     """Every term by its formula on fixed inputs; weights as in the configuration."""
-    from muse.losses.contrastive import itc_loss
-
     cfg = settings(
         "semantic_injection",
         {

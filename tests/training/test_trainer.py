@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from muse import load_config
 from muse.errors import ConfigError
 from muse.training.optim import lr_at
-from muse.training.trainer import Trainer, train
+from muse.training.tokenizer_task import train
 from tests.helpers import ROOT, random_images, run_config
 from tests.training.processes import free_port
 
@@ -30,7 +30,7 @@ def first_moments(trainer) -> dict[str, torch.Tensor]:
     return {name: state[index]["exp_avg"] for index, name in enumerate(names) if index in state}
 
 
-# ---------------------------------------------------------------------------------------------------- accumulation
+# -------------------------------------------------------------------------------- accumulation
 def test_two_micro_batches_are_one_batch_of_both(trainer):
     images = random_images(6, 32, 32)
     batches = [
@@ -50,7 +50,7 @@ def test_two_micro_batches_are_one_batch_of_both(trainer):
         assert torch.allclose(
             moment, other, rtol=1e-3, atol=1e-4 * float(moment.abs().max()) + 1e-9
         ), name
-    assert given["one"][2].images_seen == given["two"][2].images_seen == 6
+    assert given["one"][2].progress.images_seen == given["two"][2].progress.images_seen == 6
 
 
 def test_only_the_stage_s_tensors_have_an_optimizer_state_and_an_average(trainer):
@@ -62,25 +62,26 @@ def test_only_the_stage_s_tensors_have_an_optimizer_state_and_an_average(trainer
         == sorted(one.ema.state_dict())
     )
     assert trainer("topology_warmup", {"training": {"use_ema": False}}).ema is None
-    assert one.adversary is None and trainer("synergistic_tuning").adversary is not None
+    assert one.task.adversary is None and trainer("synergistic_tuning").task.adversary is not None
 
 
 def test_an_adversary_that_starts_later_costs_nothing_before(trainer):
     one = trainer("synergistic_tuning", {"losses": {"adversarial": {"start": 1}}})
     batch = [{"images": random_images(2, 32, 32), "text": ["a", "b"], "keys": ["a", "b"]}]
     before = {
-        name: tensor.clone() for name, tensor in one.adversary.discriminator.state_dict().items()
+        name: tensor.clone()
+        for name, tensor in one.task.adversary.discriminator.state_dict().items()
     }
     assert "generator" not in one.train_step(batch)
     assert all(
         torch.equal(tensor, before[name])
-        for name, tensor in one.adversary.discriminator.state_dict().items()
+        for name, tensor in one.task.adversary.discriminator.state_dict().items()
     )
     numbers = one.train_step(batch)
     assert {"generator", "discriminator", "lecam"} <= numbers.keys()
     assert not all(
         torch.equal(tensor, before[name])
-        for name, tensor in one.adversary.discriminator.state_dict().items()
+        for name, tensor in one.task.adversary.discriminator.state_dict().items()
     )
     # What the student descends is the weighted sum, the generator's term with its own weight.
     parts = {
@@ -127,7 +128,7 @@ def test_rates_by_part_reach_the_optimizer(trainer):
     assert {rate for name, rate in rates.items() if not name.startswith("encoder.")} == {0.5e-3}
 
 
-# ---------------------------------------------------------------------------------------------------- refusals
+# ------------------------------------------------------------------------------------ refusals
 def test_a_global_batch_that_is_not_met_is_refused(trainer):
     sizes = {
         "training": {
@@ -161,11 +162,11 @@ def test_images_that_a_recipe_promises_are_counted(trainer):
     assert trainer("topology_warmup", sizes).cfg.training.total_images == 24
 
 
-def test_a_text_teacher_of_another_width_is_refused(settings):
+def test_a_text_teacher_of_another_width_is_refused(trainer):
     with pytest.raises(
         ConfigError, match="model.semantic_dim=16 but the text teacher .* embeds in 24 dimensions"
     ):
-        Trainer(settings("semantic_injection", {"teacher": {"text": {"config": {"dim": 24}}}}))
+        trainer("semantic_injection", {"teacher": {"text": {"config": {"dim": 24}}}})
 
 
 def test_trainable_patterns_of_one_s_own(trainer):
@@ -178,14 +179,16 @@ def test_trainable_patterns_of_one_s_own(trainer):
         },
     )
     assert {name.split(".")[-2] for name in one.ema.state_dict()} == {"q_topo", "k_topo"}
-    assert one.raw_loss.needs["reconstruction"] is False
+    assert one.task.loss.needs["reconstruction"] is False
     with pytest.raises(ConfigError, match="no parameter of the model matches"):
         trainer("topology_warmup", {"training": {"trainable": ["nothing"]}})
 
 
-# ---------------------------------------------------------------------------------------------------- two processes
+# ------------------------------------------------------------------------------- two processes
 def test_two_processes_equal_one_with_the_same_global_batch(two_shards, tmp_path):
-    """tools/train_stage2.sh with NUM_GPUS=2 on a CPU, contrast over both processes' captions, against one process here."""
+    """tools/train_stage2.sh with NUM_GPUS=2 on a CPU, contrast over both processes' captions,
+    against one process here.
+    """
     steps = {
         "experiment": {"save_every": 1, "keep_last": 5},
         "training": {"max_grad_norm": 0.0, "global_batch_size": 8},

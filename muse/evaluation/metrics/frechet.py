@@ -1,32 +1,46 @@
-"""Fréchet distance between two Gaussians, and the running moments that feed it.
+"""Fréchet distance between two Gaussians, the running moments that feed it, and the metric `fd_`.
 
     d² = |μ₁ − μ₂|² + tr Σ₁ + tr Σ₂ − 2 tr (Σ₁ Σ₂)^½
 
-The trace of the root is the sum of the roots of the eigenvalues of Σ₁Σ₂. With Σ₁ = L Lᵀ the symmetric product Lᵀ Σ₂ L
-has the same non-zero eigenvalues, so no matrix root is taken and no imaginary part can appear. L is Σ₁'s Cholesky
-factor; of a singular covariance (fewer samples than dimensions) it comes from a Cholesky factorisation with pivoting,
-which stops at the rank, and the covariance of the lower rank is the one that is factored.
+The trace of the root is the sum of the roots of the eigenvalues of Σ₁Σ₂. With Σ₁ = L Lᵀ the
+symmetric product Lᵀ Σ₂ L has the same non-zero eigenvalues, so no matrix root is taken and no
+imaginary part can appear. L is Σ₁'s Cholesky factor; of a singular covariance (fewer samples than
+dimensions) it comes from a Cholesky factorisation with pivoting, which stops at the rank, and the
+covariance of the lower rank is the one that is factored.
 """
+
+import logging
+from collections.abc import Callable
 
 import numpy
 import torch
 from scipy.linalg import lapack
 
+from muse.evaluation.metrics.networks import (
+    MetricOptions,
+    load_feature_network,
+    network_protocol,
+)
 from muse.evaluation.metrics.psnr_ssim import float64
-from muse.utils.distributed import all_sum
+from muse.utils.distributed import all_rows, all_sum, is_main_process
+
+logger = logging.getLogger(__name__)
 
 MIN_IMAGES = 2048  # below this a Fréchet distance is dominated by its own bias
 
 
 def _cholesky(cov: torch.Tensor) -> torch.Tensor | None:
-    """The lower Cholesky factor, or None where the matrix is singular to float64's precision (LAPACK's own bound)."""
+    """The lower Cholesky factor, or None where the matrix is singular to float64's precision.
+
+    The bound is the one that LAPACK's factorisation with pivoting stops at.
+    """
     lower, info = torch.linalg.cholesky_ex(cov)
     bound = len(cov) * torch.finfo(cov.dtype).eps * cov.diagonal().max()
     return lower if int(info) == 0 and lower.diagonal().square().min() > bound else None
 
 
 def semidefinite_factor(cov: torch.Tensor) -> torch.Tensor:
-    """(D, D) symmetric positive semidefinite, float64 -> L (D, r) with L Lᵀ = cov, r the numerical rank."""
+    """(D, D) positive semidefinite, float64 -> L (D, r) with L Lᵀ = cov, r the numerical rank."""
     lower, pivots, rank, info = lapack.dpstrf(cov.numpy(), lower=1)
     if info < 0:
         raise ValueError("the covariance contains NaN or infinity")
@@ -40,7 +54,8 @@ def root_trace(cov1: torch.Tensor, cov2: torch.Tensor) -> torch.Tensor:
     """tr (Σ₁ Σ₂)^½ of two symmetric positive semidefinite (D, D) float64 matrices."""
     lower1, lower2 = _cholesky(cov1), _cholesky(cov2)
     if lower1 is not None and lower2 is not None:
-        # LAPACK's reduction of a symmetric-definite pair: Lᵀ Σ₂ L at a quarter of two matrix products' cost
+        # LAPACK's reduction of a symmetric-definite pair: Lᵀ Σ₂ L for a quarter of the cost of two
+        # matrix products
         product, _ = lapack.dsygst(cov2.numpy().T, lower1.numpy(), itype=2, lower=1)
         return torch.linalg.eigvalsh(torch.from_numpy(product), UPLO="L").clamp_min(0).sqrt().sum()
     sides = [
@@ -63,9 +78,16 @@ def _float64(value, name: str, dims: int) -> torch.Tensor:
 
 
 def frechet_distance(mean1, cov1, mean2, cov2) -> float:
-    """Squared Fréchet (2-Wasserstein) distance of N(mean1, cov1) and N(mean2, cov2), arrays or tensors (D,) and (D, D).
+    """Squared Fréchet (2-Wasserstein) distance of N(mean1, cov1) and N(mean2, cov2).
 
-    In float64 on the CPU; never negative. ValueError on shapes that do not fit or on values that are not finite.
+    In float64 on the CPU; never negative. ValueError on shapes that do not fit or on values that
+    are not finite.
+
+    Args:
+        mean1: (D,) array or tensor.
+        cov1: (D, D) array or tensor.
+        mean2: (D,) array or tensor.
+        cov2: (D, D) array or tensor.
     """
     mean1, mean2 = _float64(mean1, "mean1", 1), _float64(mean2, "mean2", 1)
     cov1, cov2 = _float64(cov1, "cov1", 2), _float64(cov2, "cov2", 2)
@@ -85,8 +107,8 @@ def frechet_distance(mean1, cov1, mean2, cov2) -> float:
 class RunningMoments:
     """Mean and covariance of a stream of feature rows, in float64, mergeable over processes.
 
-    Rows are shifted by the first batch's mean (no cancellation when the mean is large) and gathered into blocks of
-    `block` rows, so that the D×D sum is touched once a block and not once an image.
+    Rows are shifted by the first batch's mean (no cancellation when the mean is large) and gathered
+    into blocks of `block` rows, so that the D×D sum is touched once a block and not once an image.
     """
 
     def __init__(self, block: int = 256):
@@ -128,9 +150,10 @@ class RunningMoments:
             self._rows = []
 
     def compute(self, dim: int | None = None) -> tuple[int, torch.Tensor, torch.Tensor]:
-        """(count, mean (D,), unbiased covariance (D, D)) over all processes; every process must call it.
+        """(count, mean (D,), unbiased covariance (D, D)) over all processes; each must call it.
 
-        dim is needed only where a process may have seen no rows. ValueError with fewer than two rows in all.
+        dim is needed only where a process may have seen no rows. ValueError with fewer than two
+        rows in all.
         """
         self._flush()
         dim = self.dim or dim
@@ -145,7 +168,8 @@ class RunningMoments:
         if total < 2:
             raise ValueError(f"a covariance needs at least 2 images, got {total}")
         mean = all_sum(sums + self.count * shift) / total
-        # Σ (x−μ)(x−μ)ᵀ = Σ yyᵀ − aδᵀ − δaᵀ with y = x−shift, δ = μ−shift, a = Σy − nδ/2: one pass over the D×D sum
+        # Σ (x−μ)(x−μ)ᵀ = Σ yyᵀ − aδᵀ − δaᵀ with y = x−shift, δ = μ−shift, a = Σy − nδ/2: one pass
+        # over the D×D sum
         delta = mean - shift
         half = sums - delta * (self.count / 2)
         scatter = torch.addmm(
@@ -153,3 +177,49 @@ class RunningMoments:
         )
         scatter = all_sum(scatter)
         return total, mean, scatter.div_(total - 1)
+
+
+class FrechetDistance:
+    """Fréchet distance of real and fake features of `network(images) -> (B, D)`."""
+
+    def __init__(self, name: str, network: Callable, protocol: dict | None = None):
+        self.name, self.network, self.protocol = name, network, protocol or {}
+        self.real, self.fake = RunningMoments(), RunningMoments()
+
+    def update(self, real: torch.Tensor, fake: torch.Tensor, indices: torch.Tensor | None) -> None:
+        """Add (B,3,H,W) pairs."""
+        self.add(self.network(real), self.network(fake))
+
+    def add(self, real: torch.Tensor, fake: torch.Tensor) -> None:
+        """Features (B, D) of both sides."""
+        for moments, rows in ((self.real, real), (self.fake, fake)):
+            if rows.ndim != 2:
+                raise ValueError(
+                    f"{self.name}: the network must return (B, D), got {tuple(rows.shape)}"
+                )
+            moments.update(rows)
+
+    def compute(self) -> dict[str, float]:
+        """{name: distance} over the images of all processes."""
+        dim = int(max(all_rows(torch.tensor([self.real.dim or 0]))))
+        if not dim:
+            raise ValueError(f"{self.name}: no images were given")
+        count, mean1, cov1 = self.real.compute(dim)
+        _, mean2, cov2 = self.fake.compute(dim)
+        if count < MIN_IMAGES and is_main_process():
+            logger.warning(
+                "%s from %d images: under %d a Fréchet distance is biased upwards",
+                self.name,
+                count,
+                MIN_IMAGES,
+            )
+        return {self.name: frechet_distance(mean1, cov1, mean2, cov2)}
+
+
+def frechet_metric(name: str, options: MetricOptions) -> FrechetDistance:
+    """`fd_<network>`: the network of the options, or the one of that name."""
+    network = options.feature_network
+    if network is None:
+        network = load_feature_network(name.removeprefix("fd_"), options.feature_weights)
+        network = network.to(options.device)
+    return FrechetDistance(name, network, network_protocol(network))

@@ -1,4 +1,4 @@
-"""LPIPS as a metric, by the `lpips` package. Other networks' distances are those of muse/losses/perceptual.py."""
+"""Perceptual metrics: LPIPS by the `lpips` package, and parts of muse/losses/perceptual.py."""
 
 import urllib.error
 
@@ -6,8 +6,10 @@ import torch
 from torch import nn
 
 from muse.errors import ConfigError, DataError
-from muse.evaluation.metrics.networks import state_sha256
-from muse.utils.weights import read_state_dict
+from muse.evaluation.metrics.networks import MetricOptions, network_protocol
+from muse.evaluation.metrics.psnr_ssim import ImageMean
+from muse.losses.perceptual import PARTS
+from muse.utils.weights import read_state_dict, state_sha256
 
 LPIPS_NETS = {"alex": "alexnet", "vgg": "vgg16", "squeeze": "squeezenet1_1"}
 
@@ -15,15 +17,15 @@ LPIPS_NETS = {"alex": "alexnet", "vgg": "vgg16", "squeeze": "squeezenet1_1"}
 class Lpips(nn.Module):
     """LPIPS v0.1 of the `lpips` package: (B,3,H,W) in [0,1] twice -> (B,).
 
-    weights: a file with torchvision's state dict of the backbone (alex: alexnet, vgg: vgg16, squeeze: squeezenet1_1);
-    None lets torchvision download it. The linear heads come with the package. DataError, one line, when there is
-    neither.
+    weights: a file with torchvision's state dict of the backbone (alex: alexnet, vgg: vgg16,
+    squeeze: squeezenet1_1); None lets torchvision download it. The linear heads come with the
+    package. DataError, one line, when there is neither.
     """
 
     def __init__(self, net: str = "alex", weights: str | None = None):
         super().__init__()
-        import lpips
-        import torchvision
+        import lpips  # noqa: PLC0415  with torchvision's models: seconds that others need not wait
+        import torchvision  # noqa: PLC0415
 
         if net not in LPIPS_NETS:
             raise ConfigError(f"unknown LPIPS backbone '{net}': one of {', '.join(LPIPS_NETS)}")
@@ -33,8 +35,9 @@ class Lpips(nn.Module):
                 trained = backbone(weights="DEFAULT", progress=False)
             except (urllib.error.URLError, OSError) as error:
                 raise DataError(
-                    f"lpips needs torchvision's {LPIPS_NETS[net]} weights, which could not be downloaded ({error}): "
-                    "pass the file with --lpips-weights FILE (in Python: lpips_weights=FILE), or choose other --metrics"
+                    f"lpips needs torchvision's {LPIPS_NETS[net]} weights, which could not be "
+                    f"downloaded ({error}): pass the file with --lpips-weights FILE (in Python: "
+                    "lpips_weights=FILE), or choose other --metrics"
                 ) from error
             state = trained.state_dict()
         else:
@@ -54,10 +57,26 @@ class Lpips(nn.Module):
         ]
         if wrong:
             raise DataError(
-                f"{source} does not hold the weights of LPIPS's backbone: {len(wrong)} tensors differ ({wrong[0]})"
+                f"{source} does not hold the weights of LPIPS's backbone: {len(wrong)} tensors "
+                f"differ ({wrong[0]})"
             )
         self.network.net.load_state_dict(renamed)
 
     @torch.no_grad()
     def forward(self, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
         return self.network(real.float(), fake.float(), normalize=True).flatten()
+
+
+def lpips_metric(name: str, options: MetricOptions) -> ImageMean:
+    """`lpips`, with the backbone of the options."""
+    network = Lpips(options.lpips_net, options.lpips_weights).to(options.device)
+    return ImageMean(name, network, network_protocol(network, "lpips"))
+
+
+def perceptual_metric(name: str, options: MetricOptions) -> ImageMean:
+    """`perceptual_<part>`: a part of the perceptual loss as a metric."""
+    part = name.removeprefix("perceptual_")
+    if part not in PARTS:
+        raise ConfigError(f"unknown perceptual network '{part}': one of {', '.join(PARTS)}")
+    network = PARTS[part]().to(options.device)
+    return ImageMean(name, network, {"network": part, "weights_sha256": state_sha256(network)})

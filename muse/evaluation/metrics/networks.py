@@ -1,11 +1,13 @@
-"""Feature networks of the Fréchet distance `fd_<name>`: frozen, [0,1] images in, (B, D) pooled features out.
+"""The networks behind metrics: options, protocol, and those of the Fréchet distance `fd_<name>`.
 
-`REGISTRY` names those that need a builder of their own; any other name is taken as timm's. A distance in such a space
-is never called FID.
+These are frozen and take [0,1] images to (B, D) features. `REGISTRY` names those that need a
+builder of their own; any other name is taken as timm's. A distance in such a space is never called
+FID.
 """
 
-import hashlib
 from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -13,7 +15,20 @@ import torch.nn.functional as F
 from torch import nn
 
 from muse.errors import ConfigError, DataError
-from muse.utils.weights import read_state_dict
+from muse.teachers.efficientnet_lite import load_efficientnet_lite0
+from muse.utils.weights import read_state_dict, state_sha256
+
+
+@dataclass(frozen=True)
+class MetricOptions:
+    """Where the networks behind the metrics come from; None is each network's default source."""
+
+    device: str | torch.device = "cpu"
+    feature_network: Callable | None = None  # used for fd_<name> in place of the one so named
+    feature_weights: str | None = None
+    inception_weights: str | None = None
+    lpips_net: str = "alex"
+    lpips_weights: str | None = None
 
 
 class FeatureNetwork(nn.Module):
@@ -41,36 +56,32 @@ class FeatureNetwork(nn.Module):
         return self._pooled(images).float()
 
 
-def state_sha256(module: nn.Module) -> str:
-    """SHA-256 over the names and bytes of a module's tensors, in the order of the names."""
-    digest = hashlib.sha256()
-    for key, tensor in sorted(module.state_dict().items()):
-        digest.update(key.encode())
-        digest.update(
-            tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
-        )
-    return digest.hexdigest()
+def network_protocol(network: Callable, library: str | None = None) -> dict:
+    """What a metric's `protocol` says of its network, and of the library that it is from."""
+    facts = {
+        "network": getattr(network, "name", type(network).__name__),
+        "weights_sha256": getattr(network, "weights_sha256", None),
+    }
+    return facts | ({"library": f"{library} {version(library)}"} if library else {})
 
 
 def _efficientnet_lite0(weights: str | Path | None) -> FeatureNetwork:
-    from muse.teachers.efficientnet_lite import load_efficientnet_lite0
-
     network = load_efficientnet_lite0(weights)
     return FeatureNetwork("efficientnet_lite0", network, network.pooled, network.weights_sha256)
 
 
 def _timm(name: str, weights: str | Path | None) -> FeatureNetwork:
-    import timm
+    import timm  # noqa: PLC0415  seconds that other metrics need not wait
 
     if not timm.is_model(name.split(".")[0]):
         raise ConfigError(
-            f"unknown feature network '{name}': not one of {', '.join(sorted(REGISTRY))}, nor of timm's"
+            f"unknown feature network '{name}': not one of {', '.join(sorted(REGISTRY))}, "
+            "nor of timm's"
         )
-    # strict loading of a checkpoint wants the classifier that the file holds, so it is dropped afterwards
+    # strict loading wants the classifier that the file holds, so it is dropped afterwards
     if weights is not None:
-        read_state_dict(
-            weights, f"the feature network {name}"
-        )  # one clear error for a missing or foreign file
+        # one clear error for a missing or foreign file
+        read_state_dict(weights, f"the feature network {name}")
         try:
             network = timm.create_model(name, checkpoint_path=str(weights))
         except (RuntimeError, KeyError) as error:
@@ -83,8 +94,9 @@ def _timm(name: str, weights: str | Path | None) -> FeatureNetwork:
         except (OSError, RuntimeError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise DataError(
-                f"no weights for the feature network {name} ({reason}): pass a file with --feature-weights FILE, "
-                "or use efficientnet_lite0, whose weights come with a package"
+                f"no weights for the feature network {name} ({reason}): pass a file with "
+                "--feature-weights FILE, or use efficientnet_lite0, whose weights come with a "
+                "package"
             ) from error
     network.reset_classifier(0)
     cfg = network.pretrained_cfg
@@ -108,7 +120,8 @@ REGISTRY: dict[str, Callable[[str | Path | None], FeatureNetwork]] = {
 def load_feature_network(name: str, weights: str | Path | None = None) -> FeatureNetwork:
     """Network by name, pretrained; `weights` is a local file for it.
 
-    ConfigError for a name nobody knows; DataError or CheckpointError, one line, when its weights cannot be had.
+    ConfigError for a name nobody knows; DataError or CheckpointError, one line, when its weights
+    cannot be had.
     """
     if name in ("inception", "inception_v3_compat"):
         raise ConfigError("the Inception distance is the metric 'rfid', not 'fd_inception'")

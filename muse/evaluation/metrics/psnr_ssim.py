@@ -1,21 +1,49 @@
-"""PSNR and SSIM of [0,1] images, one value an image.
+"""PSNR and SSIM of [0,1] images, one value an image, and the metric that is their mean.
 
-SSIM is Wang et al. 2004: Gaussian window 11×11, σ 1.5, data range 1, K = .01, .03, population covariance, border of
-five pixels left out, mean over channels. It equals scikit-image's `structural_similarity(gaussian_weights=True,
-sigma=1.5, use_sample_covariance=False, data_range=1)`.
+SSIM is Wang et al. 2004: Gaussian window 11×11, σ 1.5, data range 1, K = .01, .03, population
+covariance, border of five pixels left out, mean over channels. It equals scikit-image's
+`structural_similarity(gaussian_weights=True, sigma=1.5, use_sample_covariance=False,
+data_range=1)`.
 """
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 
 from muse.models.layers import check_images
+from muse.utils.distributed import all_sum
 
 WINDOW, SIGMA = 11, 1.5
 C1, C2 = 0.01**2, 0.03**2
 
 
+class ImageMean:
+    """Mean over images of `measure(real, fake) -> (B,)`."""
+
+    def __init__(self, name: str, measure: Callable, protocol: dict | None = None):
+        self.name, self.measure, self.protocol = name, measure, protocol or {}
+        self.total, self.count = torch.zeros((), dtype=torch.float64), 0
+
+    def update(self, real: torch.Tensor, fake: torch.Tensor, indices: torch.Tensor | None) -> None:
+        """Add the values of (B,3,H,W) pairs."""
+        self.total = self.total + float64(self.measure(real, fake)).sum().cpu()
+        self.count += len(real)
+
+    def compute(self) -> dict[str, float]:
+        """{name: mean} over the images of all processes."""
+        count = torch.tensor(float(self.count), dtype=torch.float64)
+        total, count = all_sum(torch.stack((self.total, count)))
+        if not count:
+            raise ValueError(f"{self.name}: no images were given")
+        return {self.name: float(total / count)}
+
+
 def check_pair(real: torch.Tensor, fake: torch.Tensor) -> None:
-    """ValueError unless both are (B,3,H,W), of one shape, free of NaN and inside [-0.01, 1.01] (the range is named)."""
+    """ValueError unless both are (B,3,H,W), of one shape, free of NaN and inside [-0.01, 1.01].
+
+    The message names the range that was seen.
+    """
     check_images(real, "real images")
     check_images(fake, "fake images")
     if real.shape != fake.shape:
@@ -49,7 +77,10 @@ def gaussian_window(device=None, dtype=torch.float32) -> torch.Tensor:
 
 
 class _Ssim:
-    """SSIM of (n,3,H,W) pairs of one size, in memory that is used again: fresh memory costs a quarter of the time."""
+    """SSIM of (n,3,H,W) pairs of one size.
+
+    Its memory is used again for every pair: fresh memory costs a quarter of the time.
+    """
 
     def __init__(
         self, count: int, height: int, width: int, dtype: torch.dtype, device: torch.device
@@ -57,7 +88,7 @@ class _Ssim:
         window = gaussian_window(device, dtype).expand(12, 1, 1, WINDOW)
         self.across, self.down = window.contiguous(), window.transpose(2, 3).contiguous()
         self.maps = torch.empty(count, 12, height, width, dtype=dtype, device=device)
-        # channels last: depthwise convolution then runs along the 12 maps, six times faster on a CPU
+        # channels last: depthwise convolution along the 12 maps, six times as fast on a CPU
         self.packed = torch.empty_like(self.maps, memory_format=torch.channels_last)
         border = WINDOW - 1
         self.blurred = torch.empty(
@@ -67,9 +98,8 @@ class _Ssim:
 
     def __call__(self, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
         """(n,3,H,W) twice -> (n,) float64"""
-        shift = real.mean(
-            dim=(2, 3), keepdim=True
-        )  # variances of shifted values lose fewer digits in float32
+        # variances of shifted values lose fewer digits in float32
+        shift = real.mean(dim=(2, 3), keepdim=True)
         x, y, squares, product = self.maps.split(3, dim=1)
         torch.sub(real, shift, out=x)
         torch.sub(fake, shift, out=y)
@@ -94,7 +124,10 @@ class _Ssim:
 
 @torch.no_grad()
 def ssim(real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:
-    """(B,3,H,W) twice -> (B,) float64; float32 inside (float64 for float64 images). ValueError under 11 pixels."""
+    """(B,3,H,W) twice -> (B,) float64; float32 inside, float64 for float64 images.
+
+    ValueError for pictures smaller than the window.
+    """
     height, width = real.shape[-2:]
     if min(height, width) < WINDOW:
         raise ValueError(

@@ -1,0 +1,212 @@
+"""What every measurement shares: what it is told, the data it reads, and the checks on them.
+
+`Setup` is all that a measurement is told besides its own settings. A command makes it of its flags
+(command.py); in Python one writes it down:
+
+    run_linear_probe(Setup(load_config(FILE), checkpoint=DIRECTORY), ProbeRecipe(epochs=20))
+"""
+
+import contextlib
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from omegaconf import DictConfig
+
+from muse.config import plain
+from muse.data.dataloader import eval_loader
+from muse.data.decode import BadSamples
+from muse.data.eval import EvalLoader
+from muse.errors import CheckpointError, ConfigError, DataError, MuseError
+from muse.models import loading
+from muse.models.muse_vit import MUSE_ViT
+from muse.utils.distributed import all_objects, process_index, world_size
+
+
+def check_number(name: str, given: float | Sequence[float] | None, least: float) -> None:
+    """ConfigError for a setting that is not finite or below its least value.
+
+    Args:
+        name: the setting, without dashes.
+        given: a number, several, or None where a default is taken.
+        least: the smallest value allowed; written as 0.0 (a float) it is itself not allowed.
+    """
+    for value in [] if given is None else given if isinstance(given, Sequence) else [given]:
+        above = isinstance(least, float)
+        if not math.isfinite(value) or value < least or (above and value == least):
+            wanted = f"above {least:g}" if above else f"at least {least}"
+            raise ConfigError(f"--{name} must be {wanted}, not {value:g}")
+
+
+class Crop(NamedTuple):
+    """How a picture is cut: its shorter edge resized, then the square in its centre."""
+
+    resize_shorter_edge: int | None
+    crop_size: int | None
+
+
+class Measured(NamedTuple):
+    """What a measurement gives: the values, the facts for `protocol`, perhaps a (3,h,w) picture."""
+
+    values: dict
+    facts: dict
+    picture: torch.Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is measured, on which data, where and how. Fields are named as the flags.
+
+    Args:
+        cfg: the whole configuration.
+        checkpoint: what `muse.models.loading.load_model` opens; a baseline may go without.
+        train_url: training data; None takes the configuration's.
+        val_url: evaluation data; None takes the configuration's.
+        crop: how pictures are cut; None takes the configuration's.
+        device: where networks run.
+        output_dir: where results go.
+        cache_dir: where extracted features stay; None is `output_dir`/features.
+        batch_size: images at a time, which changes no result; None takes the configuration's.
+        num_workers: loader processes.
+        max_images: only the first so many of each set.
+    """
+
+    cfg: DictConfig
+    checkpoint: str | None = None
+    train_url: object = None
+    val_url: object = None
+    crop: Crop | None = None
+    device: str = "cpu"
+    output_dir: str = "outputs"
+    cache_dir: str | None = None
+    batch_size: int | None = None
+    num_workers: int = 0
+    max_images: int | None = None
+
+    def __post_init__(self) -> None:
+        for name, least in (("batch_size", 1), ("num_workers", 0), ("max_images", 1)):
+            check_number(name, getattr(self, name), least)
+
+    def picture_crop(self) -> Crop:
+        """`crop`, or the configuration's."""
+        preprocessing = self.cfg.dataset.preprocessing
+        return self.crop or Crop(preprocessing.resize_shorter_edge, preprocessing.crop_size)
+
+    def load_model(self) -> MUSE_ViT:
+        """The checkpoint's model on the device, in eval mode."""
+        if self.checkpoint is None:
+            raise CheckpointError("--checkpoint is needed")
+        return loading.load_model(self.checkpoint, self.cfg.model, self.device)
+
+
+def eval_data(setup: Setup, part: str, wanted: Sequence[str], **options) -> EvalLoader:
+    """Loader of this process's share of a set, every sample once.
+
+    Several processes count their bad samples together, after the pass (`skipped`): one that stopped
+    alone would leave the others waiting, and the limit is a share of the whole set.
+
+    Args:
+        setup: which data, which crop, how many at a time.
+        part: train or val.
+        wanted: fields that a sample must have, out of images, labels, masks, text.
+        options: further options of `eval_loader`.
+    """
+    params = setup.cfg.dataset.params
+    source, default = {
+        "train": (setup.train_url, "train_shards_path_or_url"),
+        "val": (setup.val_url, "eval_shards_path_or_url"),
+    }[part]
+    world = world_size()
+    return eval_loader(
+        plain(params[default]) if source is None else source,
+        batch_size=setup.batch_size or params.eval_batch_size,
+        fields=tuple(wanted),
+        **setup.picture_crop()._asdict(),
+        num_workers=setup.num_workers,
+        rank=process_index(),
+        world=world,
+        max_images=setup.max_images,
+        max_bad_fraction=setup.cfg.dataset.max_bad_fraction if world == 1 else 1.0,
+        **options,
+    )
+
+
+def skipped(loader: EvalLoader, max_fraction: float) -> dict:
+    """After a pass: samples read and skipped over all processes, with ten keys of every kind.
+
+    DataError when more than `max_fraction` of all samples were skipped.
+    """
+    together = BadSamples()
+    for state in all_objects(loader.bad.state_dict()):
+        together.seen += state["seen"]
+        for kind, count in state["counts"].items():
+            together.counts[kind] = together.counts.get(kind, 0) + count
+            keys = together.keys.get(kind, []) + state["keys"][kind]
+            together.keys[kind] = keys[: together.keep]
+    samples = {
+        "read": together.seen,
+        "skipped": together.total,
+        "kinds": together.counts,
+        "keys": together.keys,
+    }
+    check_share(samples, max_fraction)
+    return samples
+
+
+def check_share(samples: dict, max_fraction: float) -> None:
+    """DataError when more than `max_fraction` of `samples` (as from `skipped`) were skipped."""
+    bad = BadSamples(max_fraction)
+    bad.load_state_dict(
+        {"seen": samples["read"], "counts": samples["kinds"], "keys": samples["keys"]}
+    )
+    bad.check(final=True)
+
+
+def check_count(loader: EvalLoader, facts: dict, count: int) -> None:
+    """DataError unless `count` samples are all of a local set but the skipped of `data_facts`."""
+    total = loader.num_samples
+    if total is not None and count != total - facts["samples"]["skipped"]:
+        raise DataError(
+            f"{facts['data']}: {count} samples were measured, the data set has {total} "
+            f"({facts['samples']['skipped']} skipped)"
+        )
+
+
+def check_classes(train: dict, val: dict) -> None:
+    """DataError when the class folders of two image folders differ.
+
+    A label is a folder's place in the alphabet.
+    """
+    ours, theirs = (facts.get("class_names") for facts in (train, val))
+    if ours and theirs and ours != theirs:
+        odd = sorted(set(ours) ^ set(theirs))[0]
+        raise DataError(
+            f"the class folders of {train['data']} ({len(ours)}) and {val['data']} ({len(theirs)}) "
+            f"differ: {odd!r} is in one of them only, so that their labels do not mean the same"
+        )
+
+
+def data_facts(setup: Setup, loader: EvalLoader) -> dict:
+    """For the protocol: which data, which crop, what was skipped."""
+    crop = setup.picture_crop()
+    return {
+        "data": loader.stream.source.name,
+        "crop": {
+            "resize_shorter_edge": crop.resize_shorter_edge,
+            "center_crop": crop.crop_size,
+        },
+        "samples": skipped(loader, setup.cfg.dataset.max_bad_fraction),
+    }
+
+
+@contextlib.contextmanager
+def one_line_errors(what: str) -> Iterator[None]:
+    """A ValueError of a measurement (NaN, a label out of range, a wrong count) is a `DataError`."""
+    try:
+        yield
+    except MuseError:
+        raise
+    except ValueError as error:
+        raise DataError(f"{what}: {error}") from error

@@ -1,0 +1,95 @@
+"""What a probe looks at: features of the student, of its bare encoder, or the pixels themselves."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from muse.config import plain
+from muse.errors import CheckpointError
+from muse.evaluation.measurement import Setup
+from muse.models.internvit import build_encoder
+from muse.models.layers import padding_to_multiple
+from muse.models.loading import weights_file
+from muse.models.muse_vit import IMAGENET_MEAN, IMAGENET_STD
+from muse.utils.io import file_sha256
+from muse.utils.weights import state_sha256
+
+PIXEL_SIDE = 16
+
+
+class BareEncoder(nn.Module):
+    """The encoder as its source gives it, without a checkpoint of MUSE."""
+
+    def __init__(self, config: Any):
+        super().__init__()
+        self.encoder = build_encoder(config.encoder.source, plain(config.encoder.config), True)
+        self.patch, self.unshuffle = self.encoder.config.patch_size[0], config.unshuffle
+        for name, values in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1))
+        self.eval()
+
+    def features(self, images: torch.Tensor) -> torch.Tensor:
+        """(B,3,H,W) in [0,1] -> (B,C,h,w) on the latent grid, as `MUSE_ViT.features` has them."""
+        rows, columns = padding_to_multiple(images.shape[-2:], self.patch * self.unshuffle)
+        if rows or columns:
+            images = F.pad(images, (0, columns, 0, rows), mode="replicate")
+        tokens = self.encoder(pixel_values=(images - self.mean) / self.std).last_hidden_state[:, 1:]
+        grid = [side // self.patch for side in images.shape[-2:]]
+        maps = tokens.transpose(1, 2).unflatten(2, grid)  # (B, C, rows, columns) of patches
+        return F.avg_pool2d(maps, self.unshuffle)  # (B, C, h, w)
+
+
+def _grid_mean(maps: torch.Tensor) -> torch.Tensor:
+    return maps.mean((2, 3))
+
+
+class ProbedNetwork(NamedTuple):
+    """What is probed, the facts that name it, and how a map becomes a vector."""
+
+    features: Callable[[torch.Tensor], torch.Tensor]  # (B,3,H,W) -> (B,C,h,w)
+    facts: dict
+    pool: Callable[[torch.Tensor], torch.Tensor] = _grid_mean  # (B,C,h,w) -> (B,C')
+
+
+def pixel_maps(images: torch.Tensor) -> torch.Tensor:
+    """The raw-pixel baseline: (B,3,H,W) -> (B,3,16,16), the picture shrunk by area."""
+    return F.interpolate(images, (PIXEL_SIDE, PIXEL_SIDE), mode="area")
+
+
+def probed_network(setup: Setup, feature: str, baseline: str | None = None) -> ProbedNetwork:
+    """The network of a probe.
+
+    Args:
+        setup: its configuration and checkpoint.
+        feature: a kind of `MUSE_ViT.features`.
+        baseline: None; `pixels`; or `encoder`, as its source gives it (the checkpoint's where the
+            source is random).
+    """
+    model, device = setup.cfg.model, setup.device
+    if baseline == "pixels":
+        facts = {"feature": f"pixels {PIXEL_SIDE}x{PIXEL_SIDE}"}
+        return ProbedNetwork(pixel_maps, facts, lambda maps: maps.flatten(1))
+    if baseline == "encoder" and model.encoder.source != "random":
+        encoder = BareEncoder(model).to(device)
+        facts = {
+            "feature": "bare encoder",
+            "source": model.encoder.source,
+            "weights_sha256": state_sha256(encoder),
+        }
+        return ProbedNetwork(lambda images: encoder.features(images.to(device)), facts)
+    if setup.checkpoint is None:
+        raise CheckpointError(
+            "--checkpoint is needed: only --baseline pixels, and the bare encoder of a pretrained "
+            "source, go without"
+        )
+    student, kind = setup.load_model(), "encoder" if baseline else feature
+    facts = {
+        "feature": kind,
+        "checkpoint_sha256": file_sha256(weights_file(setup.checkpoint)),
+        "routing": model.routing,
+        "join_semantics": model.join_semantics,
+    }
+    return ProbedNetwork(lambda images: student.features(images.to(device), kind), facts)

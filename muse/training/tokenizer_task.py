@@ -1,0 +1,168 @@
+"""Training MUSE's tokenizer: one stage of `stages.py`, with the losses that have a weight."""
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from omegaconf import DictConfig
+from torch import Tensor, nn
+
+from muse.analysis.gradients import gradient_report, objectives, take_gradients
+from muse.config import resolved
+from muse.data.dataloader import build_eval_loader, build_train_loader, sample_images
+from muse.data.train import TrainLoader
+from muse.errors import ConfigError
+from muse.evaluation import evaluate_reconstruction
+from muse.losses.muse_loss import MuseLoss
+from muse.models.loading import initial_model
+from muse.models.muse_vit import MUSE_ViT
+from muse.stages import STAGES, select_trainable
+from muse.training import fsdp
+from muse.training.adversary import Adversary
+from muse.training.task import TrainingTask
+from muse.training.trainer import Trainer
+from muse.utils.viz_utils import attention_sheet, reconstruction_sheet
+
+log = logging.getLogger(__name__)
+
+
+def train(cfg: DictConfig) -> Path:
+    """Run one stage to its end (an interrupted run goes on) and return its `final` directory."""
+    return Trainer(cfg, TokenizerTask(cfg)).run()
+
+
+class TokenizerTask(TrainingTask):
+    """The student of `cfg.model`, its `MuseLoss`, and a discriminator where that has a weight."""
+
+    model: MUSE_ViT
+    loss: MuseLoss
+    adversary: Adversary | None = None
+
+    # ------------------------------------------------------------------------------- building
+    def build(self, accelerator: Any) -> MUSE_ViT:
+        """The student with the tensors of its stage to learn, and its loss with the teachers."""
+        training, self.accelerator = self.cfg.training, accelerator
+        self.model = initial_model(self.cfg)
+        patterns = training.trainable
+        if patterns is None:
+            patterns = STAGES[training.stage].trainable
+        names = select_trainable(self.model, patterns)
+        self.loss = MuseLoss.from_config(self.cfg, self.model)
+        if self.loss.heads() and fsdp.is_sharded(accelerator):
+            raise ConfigError(
+                "losses.distillation trains heads of its own, which FSDP cannot shard: start "
+                "this stage with configs/accelerate/ddp.yaml"
+            )
+        self.model.to(accelerator.device)
+        self.loss.to(accelerator.device)
+        log.info(
+            "stage %s trains %d tensors, %.2fM parameters; losses %s",
+            training.stage,
+            len(names),
+            sum(p.numel() for p in self.model.parameters() if p.requires_grad) / 1e6,
+            {name: term.weight for name, term in self.loss.terms.items()},
+        )
+        return self.model
+
+    def empty_model(self) -> MUSE_ViT:
+        return MUSE_ViT(self.model.portable_config()["model"], load_backbones=False)
+
+    def loss_parameters(self) -> dict[str, nn.Parameter]:
+        """Heads of the distillation; none for the paper's terms."""
+        return self.loss.heads()
+
+    def prepare(self) -> None:
+        """Wrap a loss with heads (their gradients cross the processes), make the discriminator."""
+        heads = self.loss.heads()
+        self._wrapped_loss = self.accelerator.prepare(self.loss) if heads else self.loss
+        if self.cfg.losses.adversarial.weight > 0:
+            self.adversary = Adversary(self.cfg, self.accelerator)
+
+    @property
+    def opponents(self) -> Sequence[Adversary]:
+        """The discriminator, if there is one."""
+        return [self.adversary] if self.adversary else []
+
+    def leaves_tensors_unused(self) -> bool:
+        """A loss that reads the last block alone leaves W_Q, W_K or W_ITC of the others without a
+        gradient (docs/fidelity.md, row 1); so does a stage whose owner of a stream is switched off,
+        or a choice of tensors of the user's own.
+        """
+        losses, training = self.cfg.losses, self.cfg.training
+        last = "last" in (losses.topology.blocks, losses.itc.blocks)
+        structure = losses.topology.weight == 0 and self.cfg.model.shield_attention
+        semantics = losses.itc.weight == 0 and training.stage != "topology_warmup"
+        blocks_learn = training.stage != "encoder_distillation"
+        return training.trainable is not None or (blocks_learn and (last or structure or semantics))
+
+    # ------------------------------------------------------------------------------- a step
+    def train_loader(self) -> TrainLoader:
+        return build_train_loader(self.cfg, self.accelerator)
+
+    def compute_loss(
+        self, model: nn.Module, batch: dict[str, Any], step: int
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The weighted terms, and from the discriminator's start on the generator's term."""
+        out = model(batch["images"], **self.loss.needs)
+        total, numbers = self._wrapped_loss(out, batch)
+        if self.adversary and self.adversary.active(step):
+            term = self.adversary.generator_term(batch["images"], out.reconstruction, step)
+            numbers["generator"] = term.detach()
+            total = total + self.adversary.weight * term
+        return total, numbers
+
+    # ------------------------------------------------------------------------------- watching
+    def evaluate(self, model: nn.Module) -> dict[str, float]:
+        """PSNR and SSIM on the evaluation set; nothing where the encoder alone is trained."""
+        if self.loss.needs["encoder_only"]:
+            return {}
+        loader = build_eval_loader(self.cfg, self.accelerator)
+        device = self.accelerator.device
+        return evaluate_reconstruction(model, loader, ("psnr", "ssim"), device=device)
+
+    def pictures(self, model: nn.Module) -> dict[str, Tensor]:
+        """Reconstructions and attention of a few evaluation pictures."""
+        if self.loss.needs["encoder_only"]:
+            return {}
+        images = sample_images(self.cfg, self.cfg.experiment.num_pictures)
+        images = images.to(self.accelerator.device)
+        return {
+            "reconstruction": reconstruction_sheet(images, model.reconstruct(images)),
+            "attention": attention_sheet(images, model.encode(images, return_attention=True)),
+        }
+
+    def gradient_report(self, model: nn.Module, batch: dict[str, Any]) -> dict[str, Any]:
+        """Cosines and energies of the objectives' gradients on this batch, by a pass of its own."""
+        model.train()
+        with self.accelerator.autocast():
+            out = model(batch["images"], **self.loss.needs)
+        values, _ = self.loss.weighted(out, batch)
+        losses = objectives(values)
+        if not losses:
+            return {}
+        return gradient_report(take_gradients(model, losses, self.accelerator))
+
+    # ------------------------------------------------------------------------------- saving
+    def continues(self, saved: dict[str, Any]) -> bool:
+        """The same model in the same stage."""
+        mine = resolved(self.cfg)
+        return (
+            saved["model"] == mine["model"]
+            and saved["training"]["stage"] == mine["training"]["stage"]
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The heads of the loss and the discriminator with its optimizer and LeCam's means."""
+        return {
+            "heads": {name: head.detach() for name, head in self.loss.heads().items()},
+            "adversary": self.adversary.state_dict() if self.adversary else None,
+        }
+
+    @torch.no_grad()
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        if self.adversary and state["adversary"]:
+            self.adversary.load_state_dict(state["adversary"])
+        for name, head in self.loss.heads().items():
+            head.copy_(state["heads"][name])
