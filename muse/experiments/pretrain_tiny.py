@@ -18,22 +18,22 @@ import torch
 from omegaconf import DictConfig
 
 import muse
-from muse.config import load_config
+from muse.config import load_config, shipped_config
 from muse.errors import MuseError
 from muse.evaluation.suite import Pictures, Yardstick, latent_grid
 from muse.experiments.demo_data import make_demo_data
 from muse.models.loading import load_model
 from muse.models.muse_vit import MUSE_ViT
-from muse.models.pretrained import read_weights, write_weights
+from muse.models.pretrained import write_weights
 from muse.teachers.build import shared_text_teacher, shared_topology_teacher
 from muse.training.run_directory import was_run_with
-from muse.training.trainer import train
+from muse.training.tokenizer_task import train
 from muse.utils.io import atomic_directory, versions, writable_directory, write_json
 from muse.utils.viz_utils import reconstruction_sheet, save_image
+from muse.utils.weights import read_state_dict
 
 log = logging.getLogger(__name__)
 
-CONFIGS = Path(muse.__file__).parents[1] / "configs" / "muse_tiny"
 STAGES = ("stage0", "stage1", "stage2", "stage3")
 # Column of the table -> shards that are measured (docs/muse_tiny.md).
 SPLITS = {
@@ -82,7 +82,7 @@ def pretrain(
         for stage in STAGES
     }
     cfg = load_config(
-        CONFIGS / f"pretrain_{STAGES[-1]}.yaml",
+        _file(STAGES[-1]),
         _stage_overrides(STAGES[-1], output, data, plan, overrides),
     )
     final = Path(cfg.experiment.output_dir) / "final"
@@ -104,11 +104,15 @@ def pretrain(
     return results
 
 
+def _file(stage: str) -> Path:
+    return shipped_config(f"muse_tiny/pretrain_{stage}.yaml")
+
+
 def _stage_overrides(
     stage: str, output: Path, data: Path, plan: Plan, overrides: Sequence[str]
 ) -> list[str]:
     """What one stage's configuration becomes in this run: its directories, its steps, its share of the batch."""
-    training = load_config(CONFIGS / f"pretrain_{stage}.yaml").training
+    training = load_config(_file(stage)).training
     before = output / STAGES[STAGES.index(stage) - 1] if stage != STAGES[0] else "null"
     return [
         f"dataset.params.train_shards_path_or_url={data}/train-*.tar",
@@ -123,7 +127,7 @@ def _stage_overrides(
 
 def _run(stage: str, overrides: Sequence[str], processes: int) -> float:
     """Train a stage that is not finished with these settings; the seconds that all its sittings took together."""
-    file = CONFIGS / f"pretrain_{stage}.yaml"
+    file = _file(stage)
     cfg = load_config(file, overrides)
     folder = Path(cfg.experiment.output_dir)
     clock = folder / "seconds.json"
@@ -147,7 +151,7 @@ def _run(stage: str, overrides: Sequence[str], processes: int) -> float:
 def _launch(stage: str, file: Path, overrides: Sequence[str], processes: int) -> None:
     """A stage in several processes of one thread each. Raises MuseError when it ends with another code than 0."""
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-    script = CONFIGS.parents[1] / "scripts" / f"train_{stage}.py"
+    script = Path(muse.__file__).parents[1] / "scripts" / f"train_{stage}.py"
     command = [sys.executable, *launcher, str(script), "--config", str(file), *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
     code = subprocess.run(command, env=environment, check=False).returncode
@@ -159,7 +163,7 @@ def _launch(stage: str, file: Path, overrides: Sequence[str], processes: int) ->
 def export(final: Path, target: Path, cfg: DictConfig, data: Path) -> dict[str, Any]:
     """Write `target` (config.json + model.safetensors) in the 16-bit format that costs less PSNR; says what each costs."""
     batches = Pictures.load(cfg, f"{data}/val-*.tar").batches()
-    state = read_weights(final / "model.safetensors")
+    state = read_state_dict(final / "model.safetensors")
     full = load_model(final, cfg.model)
     reference = _psnr(full, batches)
     costs = {}
@@ -198,7 +202,7 @@ def measure(
             f"dataset.params.train_shards_path_or_url={data}/train-*.tar",
             f"dataset.params.eval_shards_path_or_url={data}/{split}-*.tar",
         ]
-        section = load_config(CONFIGS / "pretrain_stage3.yaml", own)
+        section = load_config(_file(STAGES[-1]), own)
         yardstick = Yardstick(section, topology, text, plan.probe_images, plan.val_images)
         numbers = yardstick.measure(model)
         found[split] = {"title": title, "measured": numbers, "baselines": yardstick.baselines}
