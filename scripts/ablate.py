@@ -1,6 +1,6 @@
-"""The ablations of the paper on the demo's data: trains every variant with several seeds, measures, writes ablation.md and ablation.json.
+"""The ablations of the paper on the demo's data: trains and measures each variant, seed by seed.
 
-Interrupted, the same command goes on where it was.
+Writes ablation.md and ablation.json. After an interruption the same command goes on.
 """
 
 import os
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from muse import cli
+from muse.errors import ConfigError
 from muse.utils.io import writable_directory
 
 
@@ -18,7 +19,7 @@ def main(argv=None) -> int:
     size.add_argument(
         "--fast",
         action="store_true",
-        help="minutes, for tests: shows that it runs, says nothing about the method",
+        help="minutes: shows that it runs, says nothing about the method",
     )
     size.add_argument("--full", action="store_true", help="for a GPU: many more steps and pictures")
     parser.add_argument("--variants", default=None, help="names, separated by commas; default: all")
@@ -43,28 +44,27 @@ def main(argv=None) -> int:
     )
     args = cli.parse(parser, argv)
 
-    from muse.errors import ConfigError
-    from muse.experiments.ablation import PLANS, VARIANTS, Study
-    from muse.experiments.ablation_study import markdown, run_study
-    from muse.experiments.demo import demo_data
+    # Heavy, and --help is quick.
+    from muse.experiments.ablation import STUDY_PLANS, VARIANTS, Study  # noqa: PLC0415
+    from muse.experiments.ablation_study import markdown, run_study  # noqa: PLC0415
+    from muse.experiments.demo import demo_data  # noqa: PLC0415
 
     if args.seeds < 1 or (args.jobs is not None and args.jobs < 1):
         raise ConfigError("--seeds and --jobs must be 1 or more")
     variants = args.variants.split(",") if args.variants else list(VARIANTS)
     if unknown := [name for name in variants if name not in VARIANTS]:
         raise ConfigError(f"--variants: {', '.join(unknown)}: there are {', '.join(VARIANTS)}")
-    plan = PLANS["fast" if args.fast else "full" if args.full else "default"]
+    plan = STUDY_PLANS["fast" if args.fast else "full" if args.full else "default"]
     output = writable_directory(args.output)
     on_cpu = cli.device(None) == "cpu"
     if on_cpu:
         os.environ.setdefault("ACCELERATE_USE_CPU", "true")
-    data = Path(args.data) if args.data else demo_data(output, plan, args.kind)[0]
+    data = Path(args.data) if args.data else demo_data(output, plan.images, args.kind)[0]
     if not list(data.glob("train-*.tar")) or not (data / "classes.txt").is_file():
         raise ConfigError(f"--data {data}: needs train-*.tar, val-*.tar and classes.txt")
     jobs = args.jobs or (os.cpu_count() or 1 if on_cpu else 1)
-    results = run_study(
-        Study(output, data, plan, tuple(args.overrides)), variants, range(args.seeds), jobs
-    )
+    study = Study(output, data, plan, tuple(args.overrides))
+    results = run_study(study, variants, range(args.seeds), jobs)
     print(markdown(results))
     print(f"written to {output / 'ablation.md'} and {output / 'ablation.json'}")
     return 0

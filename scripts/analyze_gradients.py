@@ -1,13 +1,15 @@
-"""Do the objectives fight? Trains MUSE and a baseline of shared weights side by side from one start, and takes the gradient of each
-objective alone as they go: gradients.jsonl and the four panels of the paper's Fig. 3.
+"""Measure whether the objectives conflict: gradients.jsonl and the panels of the paper's Fig. 3.
 
-With --runs it reads runs that were trained with experiment.log_grad_every instead: --runs muse=DIR,DIR,DIR baseline=DIR,DIR (the
-stages of one training in order; repeat an arm for another seed).
+Trains MUSE and a baseline of shared weights from one start, and logs the gradient of each
+objective. With --runs it reads runs that were trained with experiment.log_grad_every: --runs
+muse=DIR,DIR,DIR baseline=DIR,DIR (the stages of one training in order; repeat an arm for another
+seed).
 """
 
 import sys
 
 from muse import cli
+from muse.errors import ConfigError
 from muse.utils.io import writable_directory
 
 
@@ -20,7 +22,7 @@ def main(argv=None) -> int:
     parser.add_argument(
         "--checkpoint",
         default=None,
-        help="where both start; the baseline takes its encoder where the routings differ. "
+        help="where both start; of another routing the baseline takes the encoder alone. "
         "Default: the configuration's own start",
     )
     parser.add_argument(
@@ -33,7 +35,7 @@ def main(argv=None) -> int:
     parser.add_argument(
         "--frozen",
         action="store_true",
-        help="weights stay: the gradients of a finished model, batch after batch",
+        help="keep the weights: the gradients of a finished model, batch after batch",
     )
     parser.add_argument(
         "--runs",
@@ -50,16 +52,20 @@ def main(argv=None) -> int:
     )
     args = cli.parse(parser, argv)
 
-    from muse.experiments.gradient_study import compare, read_runs, write
+    # Heavy, and --help is quick.
+    from muse.experiments import gradient_study  # noqa: PLC0415
 
+    if not (args.config or args.runs):
+        raise ConfigError("--config is needed (or --runs, to read runs that are there)")
     output = writable_directory(args.output_dir)
     cli.choose_training_device(args.device)
-    arms = read_runs(args.runs) if args.runs else compare(args, output)
-    flags = {
-        name: getattr(args, name)
-        for name in ("config", "checkpoint", "steps", "every", "frozen", "runs", "overrides")
-    }
-    for line in write(arms, output, flags):
+    names = ("config", "checkpoint", "steps", "every", "frozen", "overrides")
+    flags = {name: getattr(args, name) for name in names}
+    if args.runs:
+        arms = gradient_study.read_arms(args.runs)
+    else:
+        arms = gradient_study.train_arms(gradient_study.Comparison(**flags), output)
+    for line in gradient_study.write_study(arms, output, {**flags, "runs": args.runs}):
         print(line)
     return 0
 

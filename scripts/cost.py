@@ -1,15 +1,20 @@
-"""What a configuration costs, computed on the meta device: parameters, FLOPs, memory, GPU-hours. No weights, no GPU, no data."""
+"""What a configuration costs, computed on the meta device: parameters, FLOPs, memory, GPU-hours.
 
+No weights, no GPU, no data.
+"""
+
+import argparse
 import sys
 from pathlib import Path
 
 from muse import cli
+from muse.config import load_config
 from muse.errors import ConfigError
 from muse.utils.io import versions, write_json
 
 
-@cli.entry
-def main(argv=None) -> int:
+def make_parser() -> argparse.ArgumentParser:
+    """The flags."""
     parser = cli.plain_parser(__doc__)
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument(
@@ -47,7 +52,11 @@ def main(argv=None) -> int:
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("--json", metavar="FILE", help="also write every number to this file")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration overrides")
-    args = cli.parse(parser, argv)
+    return parser
+
+
+def check_flags(args: argparse.Namespace) -> list[Path]:
+    """The files to count; `ConfigError` for a flag out of its range."""
     for name in ("batch_size", "gpus", "utilisation", "peak_tflops", "peak_tflops_float32"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise ConfigError(f"--{name} must be above 0, got {getattr(args, name)}")
@@ -62,10 +71,16 @@ def main(argv=None) -> int:
     )
     if not files:
         raise ConfigError(f"{args.recipe}: no stage*.yaml in that directory")
+    return files
 
-    from muse.analysis.cost import run_cost
-    from muse.analysis.cost_table import markdown_table, text_table
-    from muse.config import load_config
+
+@cli.entry
+def main(argv=None) -> int:
+    args = cli.parse(make_parser(), argv)
+    files = check_flags(args)
+
+    # Heavy, and not needed to refuse a flag.
+    from muse.analysis.cost import cost_markdown, cost_text, run_cost  # noqa: PLC0415
 
     costs = [
         run_cost(
@@ -79,7 +94,7 @@ def main(argv=None) -> int:
         | {"name": f"{file.parent.name}/{file.stem}"}
         for file in files
     ]
-    print(markdown_table(costs) if args.markdown else text_table(costs))
+    print(cost_markdown(costs) if args.markdown else cost_text(costs))
     if args.json:
         write_json(
             args.json, {"stages": costs, "overrides": args.overrides, "versions": versions()}

@@ -1,4 +1,4 @@
-"""The embedded default: make pictures, train the three stages on a CPU, measure, draw, report."""
+"""Make pictures, train the three stages on a CPU, measure, draw, report."""
 
 import os
 import sys
@@ -12,9 +12,7 @@ def main(argv=None) -> int:
     parser = cli.plain_parser(__doc__)
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
-        "--fast",
-        action="store_true",
-        help="two minutes, for tests: shows that it runs, not what it can do",
+        "--fast", action="store_true", help="two minutes: shows that it runs, not what it can do"
     )
     size.add_argument("--full", action="store_true", help="hours: many more steps and pictures")
     parser.add_argument(
@@ -37,15 +35,16 @@ def main(argv=None) -> int:
     os.environ.setdefault("ACCELERATE_USE_CPU", "true")
     name = "fast" if args.fast else "full" if args.full else "default"
     output = Path(args.output or f"outputs/demo{'' if name == 'default' else '-' + name}")
-    from muse.experiments.demo import PLANS, run_demo
-    from muse.experiments.demo_report import routing_line, text_table
 
-    results = run_demo(output, PLANS[name], args.data, args.kind, args.overrides)
-    print(text_table(results))
-    print(routing_line(results))
+    from muse.experiments import demo, demo_report  # noqa: PLC0415 - heavy, and --help is quick
+
+    results = demo.run_demo(output, demo.DEMO_PLANS[name], args.data, args.kind, args.overrides)
+    print(demo_report.terminal_table(results))
+    print(demo_report.routing_line(results))
+    pictures = f"{output / 'reconstructions.png'}, {output / 'attention.png'}"
     print(
-        f"{results['seconds']:.0f} s in all; page: {output / 'report.html'}; pictures: {output / 'reconstructions.png'}, "
-        f"{output / 'attention.png'}; numbers: {output / 'metrics.json'}"
+        f"{results['seconds']:.0f} s in all; page: {output / 'report.html'}; pictures: {pictures}; "
+        f"numbers: {output / 'metrics.json'}"
     )
     return 0
 

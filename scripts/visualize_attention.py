@@ -1,4 +1,4 @@
-"""Draw what the blocks attend to: one picture (`single`) or many (`batch`), a sheet with a row a block each."""
+"""Draw what the blocks attend to, a row a block: one picture (`single`) or many (`batch`)."""
 
 import sys
 from pathlib import Path
@@ -24,18 +24,21 @@ def main(argv=None) -> int:
         nargs=2,
         default=None,
         metavar=("Y", "X"),
-        help="where the query stands, as fractions of height and width; default: the middle, and for single "
-        "also four more places",
+        help="where the query is, as fractions of height and width; default: the middle, and for "
+        "single four more places",
     )
     parser.add_argument("--num_images", type=int, default=8, help="batch: how many pictures")
     args = cli.parse(parser, argv)
     cfg = cli.load_cfg(args)
-    from muse.analysis.attention_pictures import draw_attention, pictures_for
 
-    pictures = pictures_for(cfg, args.mode, args.image, args.num_images)
+    from muse.analysis import attention_pictures  # noqa: PLC0415 - heavy, and --help is quick
+
+    pictures = attention_pictures.pictures_for(cfg, args.mode, args.image, args.num_images)
     folder = writable_directory(args.output)
     model = cli.open_model(args, cfg)
-    for path in draw_attention(model, pictures, Path(folder), args.mode, args.query):
+    for path in attention_pictures.draw_attention(
+        model, pictures, Path(folder), args.mode, args.query
+    ):
         print(path)
     return 0
 

@@ -1,4 +1,4 @@
-"""For all tests: no network, one thread (the tensors are tiny), demo data drawn once, a small trained run made once."""
+"""For all tests: no network, one thread (the tensors are tiny), demo data and a run made once."""
 
 import os
 
@@ -10,6 +10,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import pytest  # noqa: E402
 import torch  # noqa: E402
 
+from muse.config import load_config  # noqa: E402
+from muse.experiments.demo_data import make_demo_data  # noqa: E402
+from muse.training.tokenizer_task import train  # noqa: E402
 from tests import helpers  # noqa: E402
 
 torch.set_num_threads(1)
@@ -22,9 +25,7 @@ def _seed():
 
 @pytest.fixture(scope="session")
 def shapes_data(tmp_path_factory):
-    """A folder of drawn 32 px scenes: 8 shards of 8 training pictures, 2 of 4 evaluation pictures."""
-    from muse.experiments.demo_data import make_demo_data
-
+    """A folder of drawn 32 px scenes: 8 shards of 8 training pictures, 2 of 4 to evaluate."""
     folder = tmp_path_factory.mktemp("data") / "shapes"
     make_demo_data(kind="shapes", output=folder, images=64, val_images=8, size=32, workers=1)
     return folder
@@ -32,10 +33,7 @@ def shapes_data(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def trained_run(shapes_data, tmp_path_factory):
-    """(configuration file, output directory) of two steps of stage 2 with tiny parts; a checkpoint after each step."""
-    from muse.config import load_config
-    from muse.training.tokenizer_task import train
-
+    """(configuration file, output directory) of two steps of stage 2, a checkpoint after each."""
     folder = tmp_path_factory.mktemp("trained")
     config = helpers.run_config(
         folder / "run.yaml",

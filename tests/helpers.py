@@ -1,4 +1,4 @@
-"""Tiny parts that every test shares: a 2-block model with 8 px patches, and the configuration of a run that takes seconds."""
+"""Tiny parts that tests share: a 2-block model of 8 px patches, a run that takes seconds."""
 
 import json
 from collections.abc import Mapping
@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from muse.models.muse_vit import MUSE_ViT
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -61,11 +63,9 @@ def merged(base: Mapping[str, Any], *changes: Mapping[str, Any]) -> dict[str, An
 
 def tiny_model(seed: int = 0, **changes: Any):
     """A `MUSE_ViT` of random tiny parts, always the same for a seed."""
-    from muse.models.muse_vit import MUSE_ViT
-
     torch.manual_seed(seed)
     model = MUSE_ViT(merged(MODEL, changes))
-    with torch.no_grad():  # the usual start of 0.02 makes attention uniform to five digits: nothing could be told apart
+    with torch.no_grad():  # the usual 0.02 makes attention uniform to five digits
         for name, parameter in model.named_parameters():
             if parameter.ndim > 1 and name.startswith(
                 ("muse_blocks", "adapter_mlp", "to_latent", "semantic_projector")
@@ -134,13 +134,16 @@ def run_config(
     stage: str = "topology_warmup",
     *changes: Mapping[str, Any],
 ) -> Path:
-    """Write the configuration of `run_settings`, with `changes`, and give its path (JSON is YAML)."""
+    """Write the configuration of `run_settings` with `changes`; gives its path (JSON is YAML)."""
     path.write_text(json.dumps(merged(run_settings(data, output, stage), *changes), indent=1))
     return path
 
 
 def one_error(capsys, code: int) -> str:
-    """Hold that a command ended as on a user's mistake: exit code 2, one `error: …` line on stderr, no traceback; gives the line."""
+    """Hold that a command ended as on a user's mistake; gives its one `error: …` line.
+
+    Exit code 2, no traceback on stderr.
+    """
     written = capsys.readouterr().err
     lines = [line for line in written.splitlines() if line.startswith("error: ")]
     assert code == 2, written

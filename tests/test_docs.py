@@ -3,15 +3,22 @@
 import ast
 import functools
 import itertools
+import json
+import math
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import DictConfig, OmegaConf
 
 from muse.config import load_config
 from muse.config_schema import Config
+from tests.data.helpers import encode, picture
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted(
@@ -19,7 +26,10 @@ DOCS = sorted(
 )
 CODE = re.compile(r"```.*?```", re.DOTALL)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"")
+# Paths of the project in inline code and in code blocks, such as `muse/config.py`.
+PATH = re.compile(r"(?<![\w./-])((?:muse|scripts|tools|docs|configs|tests)/[\w./-]*)(\{)?")
 ADDED_BY_EXAMPLES = {"losses.total_variation.weight"}
+FILES_ADDED_BY_EXAMPLES = {"scripts/train_stage4.py"}  # beside those that a code block begins with
 FIRST_ROWS = range(1, 25)  # known before the project was built; the document carries all of them
 
 
@@ -57,7 +67,7 @@ def defined_tests(file: Path) -> set[str]:
     }
 
 
-# ------------------------------------------------------------------------------------------------ docs/fidelity.md
+# --- docs/fidelity.md
 def test_every_row_of_the_comparison_is_there_and_whole():
     rows = fidelity_rows()
     assert set(FIRST_ROWS) <= rows.keys() and sorted(rows) == list(range(1, len(rows) + 1))
@@ -97,10 +107,10 @@ def test_every_test_of_the_comparison_exists():
             )
 
 
-# ------------------------------------------------------------------------------------------------ all documents
+# --- all documents
 @pytest.mark.parametrize("name", ["fidelity.md", "extending.md", "data.md"])
 def test_every_key_in_the_text_exists(name):
-    """Words in code style that begin with a section of the configuration, such as `losses.itc.gather`."""
+    """Inline code that begins with a section of the configuration, such as `losses.itc.gather`."""
     known = schema_keys()
     sections = "|".join(key for key in known if "." not in key)
     text = CODE.sub("", (ROOT / "docs" / name).read_text(encoding="utf-8"))
@@ -130,6 +140,37 @@ def test_every_local_link_resolves(document):
         )
 
 
+def named_paths(text: str) -> set[str]:
+    """Paths of the project that a document names and does not add itself."""
+    added = set(re.findall(r"```\w+\n# (\S+/\S+)\n", text)) | FILES_ADDED_BY_EXAMPLES
+    paths = set()
+    for code in re.findall(r"```.*?```|`[^`\n]+`", text, re.DOTALL):
+        for path, brace in PATH.findall(code):  # of `stage{1,2}` the folder is looked at
+            paths.add(path.rpartition("/")[0] if brace else path.rstrip("."))
+    return paths - added
+
+
+@pytest.mark.parametrize("document", DOCS, ids=lambda file: file.name)
+def test_every_path_of_the_project_exists(document):
+    paths = named_paths(document.read_text(encoding="utf-8"))
+    assert not [path for path in sorted(paths) if not (ROOT / path).exists()]
+
+
+def test_paths_are_found_in_inline_code_and_in_blocks():
+    text = (
+        "`muse/a.py` muse/b.py `outputs/muse/c` `tests/d.py::test`\n```bash\nsh tools/e.sh\n```\n"
+    )
+    added = "```python\n# muse/f.py\nimport f\n```\n`muse/f.py` `docs/run{0,1}`"
+    assert named_paths(text + added) == {"muse/a.py", "tests/d.py", "tools/e.sh", "docs"}
+
+
+def test_the_readme_draws_every_room_of_the_package():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    drawing = next(block for block in CODE.findall(text) if "muse/models/" in block)
+    rooms = [path.parent.name for path in (ROOT / "muse").glob("*/__init__.py")]
+    assert sorted(re.findall(r"^muse/(\w+)/", drawing, re.MULTILINE)) == sorted(rooms)
+
+
 def test_every_key_of_the_default_configuration_has_a_comment():
     """On its own line, or on the line of a section that holds it."""
     bare, commented = [], [False]
@@ -145,9 +186,9 @@ def test_every_key_of_the_default_configuration_has_a_comment():
     assert not bare, f"keys without a comment in configs/default.yaml: {bare}"
 
 
-# ------------------------------------------------------------------------------------------------ docs/data.md
+# --- docs/data.md
 def test_the_kinds_of_broken_samples_are_those_of_the_code():
-    """Every string given to BadSample, or noted as a record's fault, is a row of the table, and no other."""
+    """Every string given to BadSample, or noted as a fault, is a row of the table, and no other."""
     kinds = set()
     for file in (ROOT / "muse" / "data").glob("*.py"):
         text = file.read_text(encoding="utf-8")
@@ -166,7 +207,7 @@ def test_the_kinds_of_broken_samples_are_those_of_the_code():
     assert set(re.findall(r"^\| `([a-z_]+)` \|", table, re.MULTILINE)) == kinds
 
 
-# ------------------------------------------------------------------------------------------------ examples
+# --- examples
 def blocks(name: str, language: str) -> list[str]:
     """The code blocks of a document in one language, in order."""
     return re.findall(
@@ -183,8 +224,6 @@ def run_examples(name: str) -> dict:
 
 
 def test_data_examples_run(tmp_path, monkeypatch, capsys):
-    from tests.data.helpers import encode, picture
-
     monkeypatch.chdir(tmp_path)
     (tmp_path / "photos").mkdir()
     for animal in ("cow", "dog", "hen"):
@@ -200,88 +239,149 @@ def test_data_examples_run(tmp_path, monkeypatch, capsys):
     assert "torch.Size([2, 3, 64, 64])" in capsys.readouterr().out
 
 
-@pytest.fixture
-def tables():
-    """The tables that the examples add to; afterwards they are what they were."""
-    from muse.evaluation.evaluator import METRICS
-    from muse.experiments.ablation import VARIANTS
-    from muse.losses.muse_loss import TERMS
-    from muse.stages import STAGES
-    from muse.teachers.build import TOPOLOGY_TEACHERS
+def lines_added(text: str, change: str) -> str:
+    """`text` with a change of docs/extending.md: lines that stay (" "), come ("+") or go ("-")."""
+    lines, place = text.splitlines(), 0
+    for mark, line in ((line[:1], line[1:]) for line in change.splitlines()):
+        if mark == "+":
+            lines.insert(place, line)
+            place += 1
+        else:
+            place = lines.index(line, place)  # ValueError: the file has no such line here
+            if mark == "-":
+                del lines[place]
+            else:
+                place += 1
+    return "\n".join(lines) + "\n"
 
-    tables = (METRICS, TERMS, TOPOLOGY_TEACHERS, STAGES, VARIANTS)
-    before = [dict(table) for table in tables]
-    yield
-    for table, content in zip(tables, before):
-        table.clear()
-        table.update(content)
+
+def test_lines_are_added_where_their_neighbours_are():
+    assert lines_added("a\nb\nc\na\n", " b\n+x\n+y\n-a\n+z") == "a\nb\nx\ny\nc\nz\n"
+    with pytest.raises(ValueError, match="is not in list"):
+        lines_added("a\nb\n", " b\n+x\n a")
 
 
-def test_extending_examples_run(tmp_path, monkeypatch, capsys, tables):
-    import torch
+# What the copy of the project with all changes of docs/extending.md is asked.
+QUESTIONS = """
+import json
+from muse.experiments.ablation import VARIANTS
+from muse.losses.muse_loss import MuseLoss
+from muse.losses.reconstruction import ReconstructionTerm
+from muse.losses.total_variation import TotalVariationTerm
+from muse.stages import STAGES, select_trainable
+from muse.teachers.build import build_topology_teacher
+from omegaconf import OmegaConf
 
-    from muse.losses.muse_loss import MuseLoss
-    from muse.losses.reconstruction import ReconstructionTerm
-    from muse.teachers import build_topology_teacher
+ramp = torch.arange(8.0).div(8).expand(2, 3, 4, 8).contiguous()
+loss = MuseLoss([ReconstructionTerm(1.0, "l2"), TotalVariationTerm(0.5)])
+out = type("Out", (), {"reconstruction": ramp})()
+teacher = build_topology_teacher({"kind": "colour", "temperature": 0.1}, 3, (1, 2))
+target = teacher(torch.stack([ramp[0], torch.ones(3, 4, 8)]))
+stage4 = load_config("configs/muse_tiny/stage4.yaml")
+small = load_config("configs/muse_small/stage1.yaml")
+overrides = ["losses.total_variation.weight=0.01", "teacher.topology.kind=colour"]
+chosen = load_config("configs/muse_tiny/stage1.yaml", overrides)
+print(json.dumps({
+    "loss": loss(out, {"images": torch.zeros_like(ramp)})[0].item(),
+    "needs": loss.needs,
+    "terms": list(MuseLoss.from_config(chosen, model).terms),
+    "grid": target.grid,
+    "maps": [maps[:, 0].tolist() for maps in target.maps],
+    "stage4": [stage4.training.stage, stage4.model.dim],
+    "trained": select_trainable(model, STAGES["decoder_finetuning"].trainable),
+    "small": [small.model.dim, small.model.num_blocks, OmegaConf.to_container(small.losses)],
+    "blocks": len(model.muse_blocks),
+    "parameters": [[name, p.numel()] for name, p in model.named_parameters()],
+    "variant": VARIANTS["last_block"].overrides,
+}))
+"""
 
-    monkeypatch.chdir(tmp_path)
-    shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    names = run_examples("extending.md")
-    printed = capsys.readouterr().out.splitlines()
-    assert eval(printed[0])["mae"] == pytest.approx(0.25)  # noqa: S307 - what the example printed
-    assert (
-        int(printed[1]) == sum(p.numel() for p in names["model"].parameters()) > 0
-        and len(names["model"].muse_blocks) == 2
+
+@pytest.fixture(scope="module")
+def extended(tmp_path_factory) -> Path:
+    """A copy of the project with all changes that docs/extending.md shows."""
+    root = tmp_path_factory.mktemp("extended")
+    for folder in ("muse", "configs", "tools"):
+        shutil.copytree(ROOT / folder, root / folder)
+    for language in ("python", "yaml", "diff"):
+        for block in blocks("extending.md", language):
+            named = re.match(r"# (\S+/\S+)\n", block)
+            if language == "diff":
+                path = root / named[1]
+                path.write_text(lines_added(path.read_text(), block[named.end() :]))
+            elif named:
+                assert not (ROOT / named[1]).exists(), f"{named[1]} is in the project already"
+                (root / named[1]).parent.mkdir(exist_ok=True)
+                (root / named[1]).write_text(block)
+    run_python(root, "tools/make_default_config.py")
+    return root
+
+
+def run_python(root: Path, *words: str) -> list[str]:
+    """Run the Python of this process in `root`, on the package there; the lines that it prints."""
+    environment = {**os.environ, "PYTHONPATH": str(root)}
+    done = subprocess.run(
+        [sys.executable, *words],
+        cwd=root,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+@pytest.fixture(scope="module")
+def answers(extended) -> tuple[list[str], dict]:
+    """What the examples of docs/extending.md print, and the answers to QUESTIONS."""
+    examples = [block for block in blocks("extending.md", "python") if not block.startswith("# ")]
+    code = "\n".join([*examples, QUESTIONS])
+    *printed, last = run_python(extended, "-c", code)
+    return printed, json.loads(last)
+
+
+def test_extending_examples_run(answers):
+    printed, found = answers
+    assert eval(printed[0])["mae"] == pytest.approx(0.25)  # noqa: S307 - what the example printed
+    assert int(printed[1]) == sum(count for _, count in found["parameters"]) > 0
+    assert found["blocks"] == 2
     assert printed[2] == "torch.Size([8, 3, 32, 32])"
 
-    ramp = (
-        torch.arange(8.0).div(8).expand(2, 3, 4, 8).contiguous()
-    )  # neighbours in a row differ by 1/8, in a column by 0
-    loss = MuseLoss([ReconstructionTerm(1.0, "l2"), names["TotalVariationTerm"](0.5)])
-    out = type("Out", (), {"reconstruction": ramp})()
-    assert loss(out, {"images": torch.zeros_like(ramp)})[0].item() == pytest.approx(
-        ramp.square().mean().item() + 0.5 / 8
-    )
-    assert loss.needs == {
+
+def test_the_example_of_a_loss(answers, extended):
+    """On a ramp whose neighbours in a row differ by 1/8, and in a column by nothing."""
+    _, found = answers
+    square = sum((place / 8) ** 2 for place in range(8)) / 8
+    assert found["loss"] == pytest.approx(square + 0.5 / 8)
+    assert found["needs"] == {
         "topology": False,
         "semantics": False,
         "reconstruction": True,
         "encoder_only": False,
     }
-
-    target = build_topology_teacher({"kind": "colour", "temperature": 0.1}, 3, (1, 2))(
-        torch.stack([ramp[0], torch.ones(3, 4, 8)])
-    )
-    apart = (
-        torch.tensor(-(3**0.5) * 0.5 / 0.1).exp().item()
-    )  # the halves' means lie .5 apart in each channel
-    assert len(target.maps) == 3 and target.grid == (1, 2)
-    torch.testing.assert_close(target.maps[0][0, 0, 0], torch.tensor([1, apart]) / (1 + apart))
-    torch.testing.assert_close(target.maps[0][1, 0], torch.full((2, 2), 0.5))
+    assert found["terms"] == ["reconstruction", "topology", "total_variation"]
+    assert "  total_variation:\n    weight: 0.0" in (extended / "configs/default.yaml").read_text()
 
 
-def test_extending_configurations_load(tmp_path, tables):
-    """The YAML examples, written under the names they state, with the new stage's row in the table."""
-    shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    namespace: dict = {}
-    exec(next(block for block in blocks("extending.md", "python") if "STAGES[" in block), namespace)  # noqa: S102
-    written = []
-    for block in blocks("extending.md", "yaml"):
-        path = tmp_path / re.match(r"# (\S+\.yaml)", block)[1]
-        path.parent.mkdir(exist_ok=True)
-        path.write_text(block, encoding="utf-8")
-        written.append(path)
-    loaded = {
-        path.relative_to(tmp_path / "configs").as_posix(): load_config(path) for path in written
-    }
-    assert loaded["muse_tiny/stage4.yaml"].training.stage == "decoder_finetuning"
-    assert (
-        loaded["muse_tiny/stage4.yaml"].model.dim
-        == load_config(ROOT / "configs/muse_tiny/stage3.yaml").model.dim
-    )
-    small, full = (
-        loaded["muse_small/stage1.yaml"],
-        load_config(ROOT / "configs/muse_1b/stage1.yaml"),
-    )
-    assert (small.model.dim, small.model.num_blocks) == (384, 4) and small.losses == full.losses
+def test_the_example_of_a_teacher(answers):
+    """The mean colours of the ramp's halves are .5 apart in each channel, a white picture's 0."""
+    _, found = answers
+    apart = math.exp(-(3**0.5) * 0.5 / 0.1)
+    near, far = 1 / (1 + apart), apart / (1 + apart)
+    assert found["grid"] == [1, 2] and len(found["maps"]) == 3
+    for ramp, white in found["maps"]:
+        torch.testing.assert_close(torch.tensor(ramp), torch.tensor([[near, far], [far, near]]))
+        torch.testing.assert_close(torch.tensor(white), torch.full((2, 2), 0.5))
+
+
+def test_the_examples_of_a_stage_a_size_and_a_variant(answers):
+    _, found = answers
+    tiny = load_config(ROOT / "configs/muse_tiny/stage3.yaml")
+    assert found["stage4"] == ["decoder_finetuning", tiny.model.dim]
+    parts = ("to_latent.", "decoder_adapter.", "decoder.")
+    assert found["trained"] == [name for name, _ in found["parameters"] if name.startswith(parts)]
+    full = load_config(ROOT / "configs/muse_1b/stage1.yaml")
+    losses = OmegaConf.to_container(full.losses)
+    assert found["small"] == [384, 4, {**losses, "total_variation": {"weight": 0.0}}]
+    assert found["variant"] == ["losses.topology.blocks=last"]

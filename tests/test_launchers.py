@@ -1,4 +1,4 @@
-"""The launchers: the exact words they run, on GPUs and CPUs, one machine and many; signals and queueing under Slurm."""
+"""The launchers: the exact words they run, on one machine and many; signals and Slurm's queue."""
 
 import json
 import os
@@ -23,7 +23,7 @@ AWKWARD = [
     'experiment.name=it\'s $HOME "quoted"',
 ]
 
-# The machine as the launchers see it: `-c` is the question for the number of GPUs, anything else would start a run.
+# In place of Python: `-c` asks for the number of GPUs, anything else would start a run.
 PYTHON = """#!/bin/sh
 if [ "$1" = -c ]; then echo "$FAKE_GPUS"; exit 0; fi
 exec "$REAL_PYTHON" "$FAKE_TRAINING" "$@"
@@ -33,7 +33,8 @@ echo "$@" >> "$CALLS"
 [ "$1" = show ] && printf 'node-a\\nnode-b\\n'
 exit 0
 """
-# As srun does: the command once a node, and its own SIGUSR1 to the tasks it started, or (REACH=tree) to every process of the step.
+# As srun does: runs the command once a node, and passes SIGUSR1 to the tasks it started, or
+# (REACH=tree) to every process of the step.
 SRUN = """#!/bin/sh
 exec "$REAL_PYTHON" - "$@" <<'END'
 import os, psutil, signal, subprocess, sys
@@ -41,32 +42,37 @@ words = sys.argv[1:]
 nodes = next(int(word.split("=")[1]) for word in words if word.startswith("--nodes="))
 while words[0].startswith("--"):
     words.pop(0)
-tasks = [subprocess.Popen(words, env={**os.environ, "SLURM_NODEID": str(node)}) for node in range(nodes)]
+def start(node):
+    return subprocess.Popen(words, env={**os.environ, "SLURM_NODEID": str(node)})
+tasks = [start(node) for node in range(nodes)]
 def forward(*_):
     for task in map(lambda task: psutil.Process(task.pid), tasks):
-        for process in [task, *(task.children(recursive=True) if os.environ.get("REACH") == "tree" else [])]:
+        below = task.children(recursive=True) if os.environ.get("REACH") == "tree" else []
+        for process in [task, *below]:
             process.send_signal(signal.SIGUSR1)
 signal.signal(signal.SIGUSR1, forward)
 sys.exit(max(abs(task.wait()) for task in tasks))
 END
 """
-# As torchrun does: the run is a process of a session of its own, and a launcher that hears SIGUSR1 ends with its run unsaved. The run
-# itself saves on SIGUSR1, as the trainer does.
+# As torchrun does: the run is a process of a session of its own, and a launcher that gets SIGUSR1
+# ends with its run unsaved. The run itself saves on SIGUSR1, as the trainer does.
 TRAINING = """
 import os, signal, subprocess, sys, time
 if "RANK" not in os.environ:
-    sys.exit(subprocess.call([sys.executable, *sys.argv], env={**os.environ, "RANK": "0"}, start_new_session=True))
-heard = []
-signal.signal(signal.SIGUSR1, lambda *_: heard.append(1))
+    command, environment = [sys.executable, *sys.argv], {**os.environ, "RANK": "0"}
+    sys.exit(subprocess.call(command, env=environment, start_new_session=True))
+signals = []
+signal.signal(signal.SIGUSR1, lambda *_: signals.append(1))
+names = ("NODE_RANK", "MASTER_ADDR", "NUM_GPUS")
 with open(os.environ["CALLS"], "a") as file:
-    print("started", os.environ["NODE_RANK"], os.environ["MASTER_ADDR"], os.environ["NUM_GPUS"], file=file)
+    print("started", *(os.environ[name] for name in names), file=file)
 end = time.time() + float(os.environ.get("LASTS", 30))
-while not heard and time.time() < end:
+while not signals and time.time() < end:
     time.sleep(0.02)
 time.sleep(0.3)  # saving takes a while
 with open(os.environ["CALLS"], "a") as file:
-    print("saved" if heard else "ended", os.environ["NODE_RANK"], file=file)
-sys.exit(0 if heard or "LASTS" in os.environ else 3)
+    print("saved" if signals else "ended", os.environ["NODE_RANK"], file=file)
+sys.exit(0 if signals or "LASTS" in os.environ else 3)
 """
 
 
@@ -134,7 +140,7 @@ def refusal(environment, *words, script="train_stage1.sh", **more):
     return done.stderr
 
 
-# ---------------------------------------------------------------------------------------------------- one machine
+# --- one machine
 def test_one_process_needs_no_launcher(machine):
     assert dry_run(machine, "muse_1b", *AWKWARD) == [[SCRIPT, "--config", STAGE1, *AWKWARD]]
     assert dry_run(machine, "muse_1b", FAKE_GPUS="1") == [[SCRIPT, "--config", STAGE1]]
@@ -226,7 +232,7 @@ def test_a_configuration_of_accelerate_is_handed_on(machine, tmp_path):
     )
 
 
-# ---------------------------------------------------------------------------------------------------- many machines
+# --- many machines
 def test_the_torchrun_line_of_each_machine(machine):
     for rank in (0, 1, 2):
         (line,) = dry_run(
@@ -295,7 +301,7 @@ def test_settings_that_cannot_be_are_one_line(settings, words, machine):
     assert words in refusal(machine, "muse_1b", **settings)
 
 
-# ---------------------------------------------------------------------------------------------------- Slurm
+# --- Slurm
 JOB = {
     "SLURM_JOB_ID": "31234",
     "SLURM_JOB_NODELIST": "node-[a-b]",
@@ -412,7 +418,7 @@ def test_slurm_queues_nothing_after_the_end_or_a_fault(ending, code, machine):
     assert done.returncode == code and "requeue" not in open(machine["CALLS"]).read(), done.stderr
 
 
-# ---------------------------------------------------------------------------------------------------- for real
+# --- for real
 def free_port():
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -420,7 +426,7 @@ def free_port():
 
 
 def test_two_machines_of_one_process_each_train_together(shapes_data, tmp_path, machine):
-    """Real torchrun, real training: two launchers meet at MASTER_ADDR, and each step takes the pictures of both."""
+    """Real torchrun and training: two launchers meet at MASTER_ADDR and share each step."""
     config = run_config(tmp_path / "c.yaml", shapes_data, tmp_path / "run")
     environment = {
         **machine,
@@ -448,9 +454,32 @@ def test_two_machines_of_one_process_each_train_together(shapes_data, tmp_path, 
     assert [(line["step"], line["images"]) for line in lines] == [
         (1, 8),
         (2, 16),
-    ]  # 4 of each process
+    ]
     assert {path.name for path in (tmp_path / "run/checkpoint-2").glob("rank-*.json")} == {
         "rank-0.json",
         "rank-1.json",
     }
     assert load_file(tmp_path / "run/final/model.safetensors")
+
+
+# --- the test command
+@pytest.mark.parametrize(("fault", "steps"), [("format", 1), ("check", 2), ("none", 3)])
+def test_the_test_command_checks_the_style_first(fault, steps, tmp_path):
+    """A stand-in for Python notes what it is asked to do, and fails at one step of ruff's."""
+    python = tmp_path / "python"
+    python.write_text(
+        f'#!/bin/sh\necho "$2 $3" >> {tmp_path / "calls"}\n[ "$3" != {fault} ] || exit 1\n'
+    )
+    python.chmod(0o755)
+    done = subprocess.run(
+        ["bash", ROOT / "tools/test.sh", "-k", "name"],
+        env={**os.environ, "MUSE_PYTHON": str(python)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    calls = (tmp_path / "calls").read_text().splitlines()
+    assert calls == ["ruff format", "ruff check", "pytest -q"][:steps]
+    errors = done.stderr.splitlines()
+    assert (done.returncode, len(errors)) == ((0, 0) if fault == "none" else (2, 1)), done.stderr
+    assert all(line.startswith("error: ") for line in errors)

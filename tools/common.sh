@@ -1,13 +1,59 @@
-# Sourced by the launchers: the project's root, its Python, and `launch`, which runs a command or with DRY_RUN=1 prints it.
+# Sourced by every launcher: the project's root, its Python, and the functions that several launchers need.
 set -euo pipefail
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+
+fail() { echo "error: $1" >&2; exit 2; }
+
 if [ -n "${MUSE_PYTHON:-}" ]; then PYTHON="$MUSE_PYTHON"
 elif [ -x "$ROOT/.venv/bin/python" ]; then PYTHON="$ROOT/.venv/bin/python"
-else PYTHON="$(command -v python3)" || { echo "error: no Python found; set MUSE_PYTHON" >&2; exit 2; }; fi
+else PYTHON="$(command -v python3)" || fail "no Python found; set MUSE_PYTHON"; fi
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
 
-# The command in place of this shell; with DRY_RUN=1 one line on stdout instead, quoted so that a shell reads the same words.
+# Replace this shell by a command. With DRY_RUN=1 print it instead, quoted so that a shell reads the same words.
 launch() {
   if [ "${DRY_RUN:-0}" = 1 ]; then printf '%q ' "$@"; echo; exit 0; fi
   exec "$@"
+}
+
+# Run a Python file with its arguments in NUM_GPUS processes (default: 1) on this machine.
+launch_processes() {
+  if [ "${NUM_GPUS:-1}" -gt 1 ]; then
+    launch "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NUM_GPUS" "$@"
+  fi
+  launch "$PYTHON" "$@"
+}
+
+# Prepare for a command that works from a fresh clone: `.venv` with the requirements of FILE..., then the project's root as working
+# directory. Makes `.venv` if there is none, installs only what changed, and leaves a MUSE_PYTHON as it is.
+set_up() {
+  cd "$ROOT"
+  export HF_HUB_OFFLINE=1 TRANSFORMERS_VERBOSITY=error
+  if [ -n "${MUSE_PYTHON:-}" ] || [ "${DRY_RUN:-0}" = 1 ]; then return; fi
+  if [ ! -x .venv/bin/python ]; then
+    echo "making .venv"
+    python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "Python 3.11 or newer is needed"
+    python3 -m venv .venv
+  fi
+  PYTHON="$ROOT/.venv/bin/python"
+  local stamp=.venv/.muse-installed wanted flags=() file
+  wanted="$(cat "$@" setup.py | cksum) $*"
+  if grep -qxF "$wanted" "$stamp" 2>/dev/null; then return; fi
+  echo "installing packages (once; torch alone is some GB)"
+  for file in "$@"; do flags+=(-r "$file"); done
+  "$PYTHON" -m pip install -qq --disable-pip-version-check "${flags[@]}"
+  "$PYTHON" -m pip install -qq --disable-pip-version-check --no-deps --no-build-isolation -e "$ROOT" 2>/dev/null \
+    || echo "$ROOT" > "$("$PYTHON" -c 'import site; print(site.getsitepackages()[0])')/muse.pth"
+  echo "$wanted" >> "$stamp"
+}
+
+# Wait for the process $CHILD and put its exit code into CODE. A trapped signal ends `wait`, but not the child; the trap must count
+# its signals in SIGNALS, so that this function knows to wait again.
+wait_for_child() {
+  local before=-1 next
+  CODE=0
+  while [ "$before" != "$SIGNALS" ]; do
+    before=$SIGNALS; next=0
+    wait "$CHILD" || next=$?
+    [ "$next" -eq 127 ] || CODE=$next  # 127: the child had ended before
+  done
 }

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make the demo's data: WebDataset shards of cut-outs on photographs (stamps) or of drawn scenes (shapes)."""
+"""Make shards of demo pictures: cut-outs on photographs (stamps) or drawn scenes (shapes)."""
 
 import sys
 from pathlib import Path
@@ -14,12 +14,16 @@ from muse.experiments.demo_data import make_demo_data  # noqa: E402
 def main(argv: list[str] | None = None) -> int:
     """Parse, make or reuse the data, print its card."""
     parser = cli.plain_parser(__doc__)
-    parser.add_argument("--kind", default="stamps", help="stamps (photo-like) or shapes (drawn)")
+    parser.add_argument(
+        "--kind", default="stamps", help="stamps (photo-like), everything (drawings too) or shapes"
+    )
     parser.add_argument(
         "--output", required=True, help="folder for the shards; reused when it holds the same data"
     )
     parser.add_argument(
-        "--images", type=int, help="training pictures; without it 3000 for stamps, 512 for shapes"
+        "--images",
+        type=int,
+        help="training pictures; without it 3000 for stamps, 24000 for everything",
     )
     parser.add_argument(
         "--val-images",
@@ -27,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         help="validation pictures; without it 240 for stamps, images / 8 for shapes",
     )
     parser.add_argument("--size", type=int, default=128, help="side in pixels")
-    parser.add_argument("--seed", type=int, default=0, help="of everything that is drawn by lot")
+    parser.add_argument("--seed", type=int, default=0, help="of every random choice")
     parser.add_argument(
         "--objects",
         default="photo",

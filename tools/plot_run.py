@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Curves of one or more runs out of their metrics.jsonl; stages are drawn one after another."""
+"""Draw the curves of one or more runs from their metrics.jsonl, stages one after another."""
 
 import sys
 from pathlib import Path
@@ -8,6 +8,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from muse import cli
 from muse.errors import ConfigError  # noqa: E402
+from muse.utils.curves import draw_curves, read_run  # noqa: E402
 
 ENDINGS = (".png", ".svg", ".pdf", ".jpg")
 
@@ -35,8 +36,6 @@ def main(argv: list[str] | None = None) -> int:
         "--together", action="store_true", help="let all runs begin at step 0, to compare them"
     )
     args = cli.parse(parser, argv)
-    from muse.utils.curves import draw_curves, read_run
-
     if Path(args.output).suffix not in ENDINGS:
         raise ConfigError(
             f"--output {args.output}: expected a file that ends in {', '.join(ENDINGS)}"

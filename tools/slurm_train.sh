@@ -10,20 +10,18 @@
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@120
 # One stage under Slurm: sbatch [--nodes N ...] tools/slurm_train.sh STAGE muse_1b|muse_3b|CONFIG.yaml [key=value ...]
-# One launcher a node (srun, slurm_node.sh, train_stage.sh). Two minutes before the time limit, or when the job is preempted, the training
-# processes get SIGUSR1: they save at the next step, the job is queued again, and the same command goes on from that checkpoint.
-# From the environment: what train_stage.sh reads (NUM_GPUS defaults to the job's GPUs a node), MUSE_ROOT (this checkout; sbatch copies the
-# script elsewhere, so submit from the checkout or set it), DRY_RUN=1 (print the srun line and what each node would run).
-set -euo pipefail
-usage() { echo "error: usage: sbatch tools/slurm_train.sh STAGE muse_1b|muse_3b|CONFIG.yaml [key=value ...]" >&2; exit 2; }
-fail() { echo "error: $1" >&2; exit 2; }
-[ $# -ge 2 ] || usage
-[[ "$1" =~ ^[0-9]$ ]] || usage
+# srun starts one launcher on each node (slurm_node.sh, which runs train_stage.sh). Two minutes before the time limit, or when the job is
+# preempted, the training processes get SIGUSR1: they save after the running step, the job is queued again, and goes on from there.
+# From the environment: what train_stage.sh reads (NUM_GPUS defaults to the job's GPUs on a node), MUSE_ROOT (this checkout; sbatch runs a
+# copy of this script, so submit from the checkout or set it), DRY_RUN=1 (print the srun line and what each node would run).
+PROJECT="${MUSE_ROOT:-${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}}"
+[ -f "$PROJECT/tools/common.sh" ] \
+  || { echo "error: $PROJECT holds no tools/common.sh: submit from the project's root, or set MUSE_ROOT" >&2; exit 2; }
+source "$PROJECT/tools/common.sh"
+USAGE="usage: sbatch tools/slurm_train.sh STAGE muse_1b|muse_3b|CONFIG.yaml [key=value ...]"
+[ $# -ge 2 ] && [[ "$1" =~ ^[0-9]$ ]] || fail "$USAGE"
 DRY="${DRY_RUN:-0}"
 [ -n "${SLURM_JOB_ID:-}" ] || [ "$DRY" = 1 ] || fail "not within a Slurm job: submit this script with sbatch"
-ROOT="${MUSE_ROOT:-${SLURM_SUBMIT_DIR:-.}}"
-[ -f "$ROOT/tools/train_stage.sh" ] || fail "$ROOT holds no tools/train_stage.sh: submit from the project's root, or set MUSE_ROOT"
-ROOT="$(cd "$ROOT" && pwd)"
 
 if [ -n "${SLURM_JOB_ID:-}" ]; then
   HOSTS="$(scontrol show hostnames "$SLURM_JOB_NODELIST")"
@@ -32,7 +30,7 @@ if [ -n "${SLURM_JOB_ID:-}" ]; then
   NUM_GPUS="${NUM_GPUS:-${SLURM_GPUS_ON_NODE:-}}"
 fi
 export NUM_NODES="${NUM_NODES:-1}" MASTER_ADDR="${MASTER_ADDR:-FIRST_NODE}"
-export MASTER_PORT="${MASTER_PORT:-$(( 20000 + ${SLURM_JOB_ID:-0} % 20000 ))}"  # two jobs that share a node do not meet
+export MASTER_PORT="${MASTER_PORT:-$(( 20000 + ${SLURM_JOB_ID:-0} % 20000 ))}"  # two jobs on one node get different ports
 if [ -n "${NUM_GPUS:-}" ]; then export NUM_GPUS; else unset NUM_GPUS; fi
 
 STEP=(srun --kill-on-bad-exit=1 --nodes="$NUM_NODES" --ntasks="$NUM_NODES" --ntasks-per-node=1 bash "$ROOT/tools/slurm_node.sh" "$@")
@@ -42,22 +40,17 @@ if [ "$DRY" = 1 ]; then
   exit 0
 fi
 
-STOPPED=0
+SIGNALS=0
 forward() {
-  STOPPED=$(( STOPPED + 1 ))
+  SIGNALS=$(( SIGNALS + 1 ))
   echo "signal: asking the training processes to save and end" >&2
-  kill -USR1 "$CHILD" 2>/dev/null || true  # srun hands it on to the step
+  kill -USR1 "$CHILD" 2>/dev/null || true  # srun passes it on to the step
 }
 trap forward USR1 TERM
 "${STEP[@]}" & CHILD=$!
-CODE=0; HEARD=-1
-while [ "$HEARD" != "$STOPPED" ]; do  # a trapped signal ends `wait`, not the step: wait again
-  HEARD=$STOPPED; NEXT=0
-  wait "$CHILD" || NEXT=$?
-  [ "$NEXT" -eq 127 ] || CODE=$NEXT
-done
-if [ "$STOPPED" -gt 0 ] && [ "$CODE" -eq 0 ]; then
-  echo "saved; queued again: the same command goes on from the checkpoint" >&2
+wait_for_child
+if [ "$SIGNALS" -gt 0 ] && [ "$CODE" -eq 0 ]; then
+  echo "saved; queued again: the job goes on from the checkpoint" >&2
   scontrol requeue "$SLURM_JOB_ID"
 fi
 exit "$CODE"

@@ -5,8 +5,7 @@
 # ACCELERATE_CONFIG (a YAML of accelerate, such as configs/accelerate/fsdp.yaml), LAUNCHER=accelerate|torchrun (accelerate on GPUs),
 # MIXED_PRECISION (bf16|fp16|no; otherwise the configuration's), DRY_RUN=1 (print the command and end).
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-usage() { echo "error: usage: tools/train_stage$1.sh muse_1b|muse_3b|muse_tiny|CONFIG.yaml [key=value ...]" >&2; exit 2; }
-fail() { echo "error: $1" >&2; exit 2; }
+usage() { fail "usage: tools/train_stage$1.sh muse_1b|muse_3b|muse_tiny|CONFIG.yaml [key=value ...]"; }
 [ $# -ge 1 ] || usage ""
 STAGE="$1"; shift
 [ $# -ge 1 ] || usage "$STAGE"

@@ -1,4 +1,4 @@
-"""Attention pictures: what each block's head-mean attention weighs, from a query cell's point of view."""
+"""Pictures of what each block attends to (mean over heads), from a query cell."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor
 
+from muse.data.dataloader import sample_images
 from muse.errors import ConfigError, DataError
 from muse.inference import find_images, read_image
 from muse.utils.viz_utils import attention_sheet, save_image
@@ -18,12 +19,20 @@ PLACES = ((0.5, 0.5), (0.25, 0.25), (0.25, 0.75), (0.75, 0.25), (0.75, 0.75))
 def pictures_for(
     cfg: DictConfig, mode: str, pattern: str | None, count: int
 ) -> list[tuple[str, Tensor]]:
-    """(name, (3, H, W) in [0, 1]) of what shall be drawn; without a pattern, pictures of the evaluation set."""
+    """What is to be drawn.
+
+    Args:
+        cfg: names the evaluation set.
+        mode: single (one picture) or batch.
+        pattern: file, directory or glob; None: pictures of the evaluation set.
+        count: at most so many.
+
+    Returns:
+        (name, (3, H, W) in [0, 1]) of each picture.
+    """
     if pattern is None:
         if mode == "single":
             raise ConfigError("single needs --image FILE")
-        from muse.data.dataloader import sample_images
-
         return [(f"eval-{index}", image) for index, image in enumerate(sample_images(cfg, count))]
     files = find_images(pattern)
     if mode == "single" and len(files) > 1:
@@ -56,11 +65,21 @@ def draw_attention(
     mode: str,
     place: Sequence[float] | None = None,
 ) -> list[Path]:
-    """Write `NAME_attention.png` (single: one sheet, a column for each query) or `attention.png` (batch: a column a picture)."""
+    """Write `NAME_attention.png` (single) or `attention.png` (batch).
+
+    Args:
+        model: what attends.
+        pictures: (name, picture), from `pictures_for`.
+        folder: the directory.
+        mode: single: a column for each query; batch: a column for each picture.
+        place: (y, x) of the query as fractions; None: the middle, and for single four more.
+
+    Returns:
+        The files.
+    """
     side = model.encoder.config.image_size[0] // model.cell * model.cell
-    images = torch.stack([square(image, side) for _, image in pictures]).to(
-        next(model.parameters()).device
-    )
+    device = next(model.parameters()).device
+    images = torch.stack([square(image, side) for _, image in pictures]).to(device)  # (B,3,S,S)
     encoding = model.encode(images, return_attention=True)
     if mode == "batch":
         cells = [query_cell(place or PLACES[0], encoding.grid)] * len(images)

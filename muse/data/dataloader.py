@@ -168,20 +168,9 @@ def _check_numbers(
 
 # -------------------------------------------------------------------------- out of a configuration
 def build_train_loader(
-    cfg: DictConfig,
-    accelerator: Any | None = None,
-    *,
-    rank: int = 0,
-    world: int = 1,
-    pin_memory: bool = False,
+    cfg: DictConfig, *, rank: int = 0, world: int = 1, pin_memory: bool = False
 ) -> TrainLoader:
-    """The training batches of process `rank` out of `world`; `pin_memory` where they go to a GPU.
-
-    `accelerator`, if given, stands for the other three.
-    """
-    if accelerator is not None:
-        rank, world = accelerator.process_index, accelerator.num_processes
-        pin_memory = accelerator.device.type == "cuda"
+    """The training batches of process `rank` of `world`; `pin_memory` where they go to a GPU."""
     params = cfg.dataset.params
     return train_loader(
         plain(params.train_shards_path_or_url),
@@ -202,7 +191,6 @@ def build_train_loader(
 
 def build_eval_loader(
     cfg: DictConfig,
-    accelerator: Any | None = None,
     source: Any = None,
     fields: tuple[str, ...] = ("images",),
     max_images: int | None = None,
@@ -214,13 +202,10 @@ def build_eval_loader(
 
     Args:
         cfg: a configuration.
-        accelerator: if given, stands for rank and world.
         source: see `open_source`; the configuration's evaluation set when None.
         fields: what a sample must have.
         max_images: only the first so many; the configuration's number when None.
     """
-    if accelerator is not None:
-        rank, world = accelerator.process_index, accelerator.num_processes
     params, preprocessing = cfg.dataset.params, cfg.dataset.preprocessing
     return eval_loader(
         plain(params.eval_shards_path_or_url) if source is None else source,

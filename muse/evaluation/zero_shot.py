@@ -11,7 +11,6 @@ from typing import NamedTuple
 import torch
 from omegaconf import DictConfig
 
-from muse.config import plain
 from muse.data.eval import EvalLoader
 from muse.errors import ConfigError, DataError
 from muse.evaluation.frozen_features import store_key
@@ -225,7 +224,7 @@ def embed_data(model: MUSE_ViT, loader: EvalLoader, device, fields: Sequence[str
 
 def _text_tower(cfg: DictConfig, device: str) -> tuple[TextTeacher, dict]:
     """The configuration's text tower, and the facts that name it."""
-    teacher = build_text_teacher(plain(cfg.teacher.text))
+    teacher = build_text_teacher(cfg.teacher.text)
     if teacher is None:
         raise ConfigError("zero-shot needs a text tower: teacher.text.kind is none")
     if teacher.dim != cfg.model.semantic_dim:

@@ -1,1 +1,1 @@
-"""The embedded default: the whole method, small, on pictures that any machine can get (docs/demo.md)."""
+"""Small experiments on a CPU: the demo (docs/demo.md), the ablations, the gradient study."""

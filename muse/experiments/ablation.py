@@ -1,7 +1,9 @@
-"""The ablations of the paper, small: a table of variants, the stage runs they consist of, and their measurement.
+"""The ablations of the paper, small: the variants, the stage runs of each, and their measurement.
 
-A variant is a row of `VARIANTS`: a sequence of legs (a stage's configuration and what differs). Legs that are equal from the start on
-are trained once: every variant that keeps the paper's first stage shares it. Every run is a directory that a second call finds done.
+A variant is a row of `VARIANTS`: a sequence of legs, each a stage's configuration and what differs
+from it. Variants whose first legs are equal share those runs: every variant that keeps the paper's
+first stage uses one training of it. Every run is a directory; a second call finds it and trains
+nothing.
 """
 
 import functools
@@ -10,25 +12,25 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-import muse
 from muse.analysis.gradients import conflict, gradient_records
-from muse.config import load_config, resolved
+from muse.config import load_config, resolved, shipped_config
 from muse.errors import ConfigError
-from muse.utils.io import write_json
-
-CONFIGS = Path(muse.__file__).parents[1] / "configs" / "muse_tiny"
+from muse.evaluation.suite import Yardstick
+from muse.models.loading import load_model
+from muse.models.muse_vit import MUSE_ViT
+from muse.training.tokenizer_task import train
+from muse.utils.io import atomic_directory, write_json
 
 
 @dataclass(frozen=True)
 class Leg:
-    """One stage of a variant: its file in configs/muse_tiny, which entries of the plan's steps it gets, and what differs."""
+    """One stage of a variant."""
 
-    config: str
-    budget: tuple[int, ...]
+    config: str  # its file in configs/muse_tiny
+    budget: tuple[int, ...]  # places in the plan's `steps` whose sum it trains for
     overrides: tuple[str, ...] = ()
 
 
@@ -38,10 +40,10 @@ CURRICULUM = (TOPOLOGY, SEMANTICS, TUNING)
 
 @dataclass(frozen=True)
 class Variant:
-    """One row: what a reader sees, what it changes in every leg, and its legs. Each variant gets the same number of steps."""
+    """One row of the table. Every variant trains for the same number of steps in all."""
 
     label: str
-    overrides: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()  # of every leg
     legs: tuple[Leg, ...] = CURRICULUM
 
 
@@ -83,32 +85,31 @@ VARIANTS: dict[str, Variant] = {
 
 
 @dataclass(frozen=True)
-class Plan:
-    """How much: steps of the shared stand-in for pretraining, steps of the three stages, batch, pictures, how often to look at
-    gradients."""
+class StudyPlan:
+    """How much of everything."""
 
-    base_steps: int = 200
+    base_steps: int = 200  # of stage 0, which all variants share
     steps: tuple[int, int, int] = (40, 60, 40)
     batch_size: int = 16
     images: int = 3000
     probe_images: int = 600
-    val_images: int | None = None
+    val_images: int | None = None  # None: all
     gradients_every: int = 10
 
 
-PLANS = {
-    "default": Plan(),
-    "fast": Plan(6, (3, 3, 3), 8, 160, 60, 32, 2),
-    "full": Plan(600, (1200, 1200, 1200), 16, 6000, 2000, None, 50),
+STUDY_PLANS = {
+    "default": StudyPlan(),
+    "fast": StudyPlan(6, (3, 3, 3), 8, 160, 60, 32, 2),
+    "full": StudyPlan(600, (1200, 1200, 1200), 16, 6000, 2000, None, 50),
 }
 
 
 @dataclass(frozen=True)
 class StageRun:
-    """One training of one stage: its configuration, and the run it starts from (None: the pretrained encoder alone)."""
+    """One training of one stage."""
 
     cfg: DictConfig
-    before: "StageRun | None"
+    before: "StageRun | None"  # the run it starts from; None: only the encoder is pretrained
 
     @property
     def folder(self) -> Path:
@@ -118,25 +119,25 @@ class StageRun:
 
 @dataclass(frozen=True)
 class Study:
-    """Where the runs lie, on which data, how much of everything, and overrides for all of them."""
+    """Where the runs are, on which data, and how much of everything."""
 
     output: Path
     data: Path
-    plan: Plan
-    overrides: tuple[str, ...] = ()
+    plan: StudyPlan
+    overrides: tuple[str, ...] = ()  # of every run
 
     def base(self) -> DictConfig:
-        """The stand-in for a pretrained encoder (the demo's stage 0), one for the whole study."""
+        """Stage 0 of the demo, which gives the study its one pretrained encoder."""
         cfg = _load("stage0", *self._common(), f"training.max_train_steps={self.plan.base_steps}")
         return _placed(cfg, self.output / "runs" / f"base-{_digest(cfg, None)}")
 
     @property
     def encoder(self) -> Path:
-        """The distilled encoder alone, in InternVL's layout: what a hub id is at full size."""
+        """The distilled encoder in InternVL's layout; at full size a hub id takes its place."""
         return Path(self.base().experiment.output_dir) / "encoder"
 
     def runs(self, name: str, seed: int) -> list[StageRun]:
-        """The stage runs of a variant, in order. Legs that are equal from the start on have one directory."""
+        """The stage runs of a variant, in order. Equal runs of two variants are one directory."""
         if name not in VARIANTS:
             raise ConfigError(f"{name!r} is no variant; there are: {', '.join(VARIANTS)}")
         variant, runs = VARIANTS[name], []
@@ -154,22 +155,15 @@ class Study:
                 *leg.overrides,
                 f"experiment.init_from={before.folder if before else 'null'}",
             )
-            folder = (
-                self.output
-                / "runs"
-                / f"seed{seed}"
-                / f"{place + 1}-{leg.config}-{_digest(cfg, before)}"
-            )
+            name = f"{place + 1}-{leg.config}-{_digest(cfg, before)}"
+            folder = self.output / "runs" / f"seed{seed}" / name
             runs.append(StageRun(_placed(cfg, folder), before))
         return runs
 
     def record(self, name: str, seed: int) -> Path:
-        """Where a variant's measurement is kept; its name changes with what was run."""
-        return (
-            self.output
-            / "measured"
-            / f"{name}-seed{seed}-{self.runs(name, seed)[-1].folder.name.rsplit('-', 1)[-1]}.json"
-        )
+        """The file of a variant's measurement; its name holds a digest of what was run."""
+        digest = self.runs(name, seed)[-1].folder.name.rsplit("-", 1)[-1]
+        return self.output / "measured" / f"{name}-seed{seed}-{digest}.json"
 
     def _common(self) -> list[str]:
         return [
@@ -180,11 +174,9 @@ class Study:
         ]
 
 
-@functools.lru_cache(
-    maxsize=None
-)  # reading a configuration takes a tenth of a second, and a study asks for hundreds
+@functools.cache  # a configuration takes a tenth of a second to read, and a study needs hundreds
 def _load(name: str, *overrides: str) -> DictConfig:
-    return load_config(CONFIGS / f"{name}.yaml", overrides)
+    return load_config(shipped_config(f"muse_tiny/{name}.yaml"), overrides)
 
 
 def _placed(cfg: DictConfig, folder: Path) -> DictConfig:
@@ -203,11 +195,7 @@ def _digest(cfg: DictConfig, before: StageRun | None) -> str:
 
 
 def train_base(study: Study) -> None:
-    """Train the stand-in and save its encoder, unless that is there already."""
-    from muse.models.muse_vit import MUSE_ViT
-    from muse.training.tokenizer_task import train
-    from muse.utils.io import atomic_directory
-
+    """Train stage 0 and save its encoder, unless it exists."""
     if not study.encoder.is_dir():
         model = MUSE_ViT.from_pretrained(train(study.base()))
         with atomic_directory(study.encoder) as partial:
@@ -215,32 +203,22 @@ def train_base(study: Study) -> None:
 
 
 def train_run(run: StageRun) -> None:
-    """Train a stage, unless it is there already; an interrupted run goes on from its checkpoint."""
-    from muse.training.tokenizer_task import train
-
+    """Train a stage, unless it was trained; an interrupted run goes on from its checkpoint."""
     if not (run.folder / "final").is_dir():
         train(run.cfg)
-    for checkpoint in run.folder.glob(
-        "checkpoint-*"
-    ):  # `final` is what the next stage and the measurement read
+    for checkpoint in run.folder.glob("checkpoint-*"):  # later steps read `final` alone
         shutil.rmtree(checkpoint)
 
 
-def measure(study: Study, name: str, seed: int, yardstick: Any) -> None:
-    """Keep the numbers of a variant's last model and of its gradients, unless they are there already."""
-    from muse.models.loading import load_model
-
-    kept, runs = study.record(name, seed), study.runs(name, seed)
-    if kept.is_file():
-        return
+def measure_variant(study: Study, name: str, seed: int, yardstick: Yardstick) -> None:
+    """Write the numbers of a variant's last model and of its gradients to `study.record`."""
+    runs = study.runs(name, seed)
     numbers = yardstick.measure(load_model(runs[-1].folder / "final", runs[-1].cfg.model))
     numbers["gradients"] = conflict(list(gradient_records([run.folder for run in runs])))
-    write_json(
-        kept,
-        {
-            "variant": name,
-            "seed": seed,
-            "runs": [run.folder.name for run in runs],
-            "measured": numbers,
-        },
-    )
+    record = {
+        "variant": name,
+        "seed": seed,
+        "runs": [run.folder.name for run in runs],
+        "measured": numbers,
+    }
+    write_json(study.record(name, seed), record)

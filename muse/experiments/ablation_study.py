@@ -1,4 +1,4 @@
-"""Runs the table of ablations: what depends on what, several processes at once, and the page that comes out."""
+"""Runs the ablations: the order of the work, several processes at once, and the resulting page."""
 
 import functools
 import json
@@ -18,13 +18,15 @@ import muse
 from muse import cli
 from muse.analysis.gradients import PAIRS, gradient_records
 from muse.config import resolved
-from muse.experiments.ablation import VARIANTS, Study, measure, train_base, train_run
+from muse.evaluation.suite import Yardstick, latent_grid
+from muse.experiments.ablation import VARIANTS, Study, measure_variant, train_base, train_run
 from muse.experiments.gradient_figure import draw_gradients
+from muse.teachers.build import shared_text_teacher, shared_topology_teacher
 from muse.utils.io import versions, write_json, write_text
 
 log = logging.getLogger(__name__)
 
-# Column -> how it is read from a measurement, digits. Arrows: which way is better.
+# Column -> (how to read it from a measurement, digits). The arrow says which way is better.
 COLUMNS: dict[str, tuple[Callable[[dict[str, Any]], float | None], int]] = {
     "PSNR, dB ↑": (lambda m: m["psnr"], 2),
     "perceptual ↓": (lambda m: m["perceptual_efficientnet_lite0"], 3),
@@ -45,7 +47,7 @@ def _gradient(measured: dict[str, Any], pair: str, space: str, number: str) -> f
 
 
 class Task(NamedTuple):
-    """A piece of work for one process, and the tasks it needs done."""
+    """Work for one process, and the names of the tasks that must be done before it."""
 
     name: str
     work: Callable[..., None]
@@ -56,54 +58,62 @@ class Task(NamedTuple):
 def run_study(
     study: Study, variants: Sequence[str], seeds: Sequence[int], jobs: int
 ) -> dict[str, Any]:
-    """Do everything that is not there yet, seed by seed, `jobs` processes at once; write `ablation.json`, `ablation.md` and, where both
-    `paper` and `baseline` are among the variants, `gradients.png`."""
+    """Train and measure what has not been done yet, then write `ablation.json` and `ablation.md`.
+
+    With `paper` and `baseline` among the variants, `gradients.png` is drawn too.
+
+    Args:
+        study: directories, data and plan.
+        variants: names of VARIANTS.
+        seeds: every variant is trained with each of them.
+        jobs: processes at once.
+    """
     tasks = plan_tasks(study, variants, seeds)
     log.info("%d trainings and measurements, %d at once", len(tasks), jobs)
-    spawn = multiprocessing.get_context(
-        "spawn"
-    )  # a fork of a process whose threads have run can hang
+    spawn = multiprocessing.get_context("spawn")  # a fork can hang once threads have run
     with ProcessPoolExecutor(1, spawn, _prepare, (1,)) as pool:
-        pool.submit(train_base, study).result()  # with all cores, before the others need it
+        pool.submit(train_base, study).result()  # first, and with all cores: the others need it
     with ProcessPoolExecutor(jobs, spawn, _prepare, (jobs,)) as pool:
         work_through(tasks, pool, jobs)
     results = collect(study, variants, seeds)
     write_json(study.output / "ablation.json", results)
     write_text(study.output / "ablation.md", markdown(results))
     if {"paper", "baseline"} <= set(variants):
-        arms = {
-            arm: [
-                list(gradient_records([run.folder for run in study.runs(name, seed)]))
-                for seed in seeds
-            ]
-            for arm, name in (("baseline", "baseline"), ("muse", "paper"))
-        }
-        draw_gradients(arms, study.output / "gradients.png")
+        arms = {"baseline": "baseline", "muse": "paper"}
+        draw_gradients(
+            {arm: _gradients(study, name, seeds) for arm, name in arms.items()},
+            study.output / "gradients.png",
+        )
     return results
 
 
+def _gradients(study: Study, name: str, seeds: Sequence[int]) -> list[list[dict[str, Any]]]:
+    """One list of gradient records a seed, over all stages of a variant."""
+    return [
+        list(gradient_records([run.folder for run in study.runs(name, seed)])) for seed in seeds
+    ]
+
+
 def plan_tasks(study: Study, variants: Sequence[str], seeds: Sequence[int]) -> list[Task]:
-    """Every training once, whoever shares it, and a measurement for each variant and seed; in the order in which they are wanted."""
+    """In working order: every training once, also where variants share it; a measurement of each
+    variant and seed."""
     tasks: dict[str, Task] = {}
     for seed in seeds:
         runs = {name: study.runs(name, seed) for name in variants}
         for depth in range(max(map(len, runs.values()))):
             for own in runs.values():
                 for run in own[depth : depth + 1]:
+                    task = str(run.folder)
                     after = (str(run.before.folder),) if run.before else ()
-                    tasks.setdefault(
-                        str(run.folder), Task(str(run.folder), train_run, (run,), after)
-                    )
+                    tasks.setdefault(task, Task(task, train_run, (run,), after))
         for name, own in runs.items():
-            task = Task(
-                str(study.record(name, seed)), _measure, (study, name, seed), (str(own[-1].folder),)
-            )
-            tasks[task.name] = task
+            task, after = str(study.record(name, seed)), (str(own[-1].folder),)
+            tasks[task] = Task(task, _measure, (study, name, seed), after)
     return list(tasks.values())
 
 
 def work_through(tasks: Sequence[Task], pool: ProcessPoolExecutor, jobs: int) -> None:
-    """Start each task as soon as what it needs is done, earlier ones first. The first failure ends the study."""
+    """Start each task when what it needs is done, in order; the first failure ends the study."""
     waiting, running, done = list(tasks), {}, set()
     while waiting or running:
         ready = [task for task in waiting if done.issuperset(task.after)][: jobs - len(running)]
@@ -123,7 +133,7 @@ def work_through(tasks: Sequence[Task], pool: ProcessPoolExecutor, jobs: int) ->
 
 
 def _prepare(jobs: int) -> None:
-    """Of a worker process: its share of the cores, and log lines of what matters."""
+    """Set up a worker process: its share of the cores, and only warnings in the log."""
     os.environ["TQDM_DISABLE"] = "1"
     os.environ["MUSE_LOG"] = "WARNING"
     cli.setup_logging()
@@ -132,15 +142,12 @@ def _prepare(jobs: int) -> None:
 
 def _measure(study: Study, name: str, seed: int) -> None:
     if not study.record(name, seed).is_file():
-        measure(study, name, seed, _yardstick(study))
+        measure_variant(study, name, seed, _yardstick(study))
 
 
 @functools.lru_cache(maxsize=1)
-def _yardstick(study: Study) -> Any:
-    """Pictures and teachers of the measurements, which a process makes once. The paper's teachers measure every variant."""
-    from muse.evaluation.suite import Yardstick, latent_grid
-    from muse.teachers.build import shared_text_teacher, shared_topology_teacher
-
+def _yardstick(study: Study) -> Yardstick:
+    """Pictures and teachers of all measurements, loaded once in each process."""
     cfg = study.runs("paper", 0)[-1].cfg
     return Yardstick(
         cfg,
@@ -152,7 +159,7 @@ def _yardstick(study: Study) -> Any:
 
 
 def collect(study: Study, variants: Sequence[str], seeds: Sequence[int]) -> dict[str, Any]:
-    """All measurements, with mean and standard deviation (n - 1) over seeds of every column."""
+    """All measurements; of every column the mean and standard deviation (n - 1) over seeds."""
     rows = {}
     for name in variants:
         measured = {
@@ -194,18 +201,19 @@ def _spread(values: Sequence[float | None]) -> dict[str, Any]:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The table, and what its columns are."""
+    """The table, and what its columns mean."""
     lines = ["| variant | " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * len(COLUMNS)]
     for row in results["variants"].values():
         cells = [_cell(row["columns"][column], digits) for column, (_, digits) in COLUMNS.items()]
         lines.append(f"| {row['label']} | {' | '.join(cells)} |")
     plan, seeds = results["protocol"]["plan"], results["protocol"]["seeds"]
     note = (
-        f"Mean ± standard deviation over {len(seeds)} seeds; {' + '.join(map(str, plan['steps']))} steps of {plan['batch_size']} "
-        f"pictures after one encoder distilled for {plan['base_steps']} steps. Zero-shot, linear probe: macro means; R@5: caption "
-        "retrieval. conflict: mean max(0, −cosine) of the reconstruction's and the semantics' gradients on the blocks; abs. cosine: "
-        "between the gradients of structure and semantics. Over the steps in which both reach a tensor there; none: they never share "
-        "one."
+        f"Mean ± standard deviation over {len(seeds)} seeds; "
+        f"{' + '.join(map(str, plan['steps']))} steps of {plan['batch_size']} pictures after one "
+        f"encoder distilled for {plan['base_steps']} steps. Zero-shot, linear probe: macro means; "
+        "R@5: caption retrieval. conflict: mean max(0, −cosine) of the reconstruction's and the "
+        "semantics' gradients on the blocks; abs. cosine: between the gradients of structure and "
+        "semantics. Over the steps in which both reach a tensor there; none: they never share one."
     )
     return "\n".join(lines) + f"\n\n{note}\n"
 

@@ -1,4 +1,7 @@
-"""The paper's Fig. 3 from measured gradients: (a, b) cosines over training, (c) energy by matrix, (d) |cosine| in the two subspaces."""
+"""The paper's Fig. 3 from measured gradients.
+
+(a, b) cosines over training, (c) energy by matrix, (d) |cosine| in the two subspaces.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,8 +22,12 @@ Records = Sequence[Mapping[str, Any]]
 
 
 def draw_gradients(arms: Mapping[str, Sequence[Records]], path: Path) -> Path:
-    """arms: `baseline` and `muse` -> one sequence of records (see `gradient_records`) a seed. Writes a PNG and gives its path."""
-    from matplotlib.figure import Figure
+    """Draw `baseline` and `muse`, each one sequence of records (`gradient_records`) a seed.
+
+    Returns:
+        `path`, which holds the PNG.
+    """
+    from matplotlib.figure import Figure  # noqa: PLC0415 - heavy, and only drawing needs it
 
     figure = Figure(figsize=(13, 8), layout="constrained")
     axes = figure.subplots(2, 2)
@@ -45,7 +52,10 @@ def draw_gradients(arms: Mapping[str, Sequence[Records]], path: Path) -> Path:
 
 
 def _cosines(axis: Any, seeds: Sequence[Records]) -> None:
-    """One thin line a seed and pair, a thick one through their mean; steps without a shared gradient are gaps, and are named."""
+    """A thin line for each seed and pair, a thick one for the mean of a pair.
+
+    Steps without a shared gradient are gaps, and labelled.
+    """
     axis.axhline(0, color="black", linewidth=0.8)
     never = []
     for pair, (color, label) in PAIR_STYLES.items():
@@ -111,7 +121,7 @@ def _silent(records: Records) -> list[tuple[int, int]]:
 
 
 def _stage_starts(records: Records) -> list[int]:
-    """Steps after which the next record belongs to another stage (or to another run of the same)."""
+    """Steps after which the next record belongs to another run."""
     return [
         before["total_step"]
         for before, after in zip(records, records[1:])
@@ -120,7 +130,7 @@ def _stage_starts(records: Records) -> list[int]:
 
 
 def _energy(axis: Any, seeds: Sequence[Records]) -> None:
-    """(c): where on W_Q, W_K, W_V the two objectives' gradients of the baseline lie."""
+    """(c): how much of each objective's gradient lies on W_Q, W_K and W_V, in the baseline."""
     names = [name for name in MATRICES if name != "W_ITC"]
     for offset, (objective, color) in enumerate(
         (("semantics", "tab:orange"), ("structure", "tab:purple"))
@@ -151,7 +161,7 @@ def _energy(axis: Any, seeds: Sequence[Records]) -> None:
 
 
 def _subspaces(axis: Any, arms: Mapping[str, Sequence[Records]]) -> None:
-    """(d): mean |cosine| on W_QK and on the values, bar by bar; a pair that shares nothing gets words and no bar."""
+    """(d): mean |cosine| on W_QK and on the values; a pair that shares no gradient gets no bar."""
     groups = [(space, pair) for space in ("W_QK", "W_V") for pair in PAIR_STYLES]
     for offset, (arm, hatch) in enumerate((("baseline", ""), ("muse", "//"))):
         found = [conflict(records) for records in arms[arm]]

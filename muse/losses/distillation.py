@@ -1,7 +1,8 @@
 """Stage 0 of the demo: what stands in for a pretrained InternViT where none can be fetched.
 
-The small encoder learns to predict a frozen network's features (cosine) and, through a linear head, its own patch's
-pixels, so that stages 1 and 2 can keep it frozen as the paper does. The heads live here and are thrown away afterwards.
+The small encoder learns to predict a frozen network's features (cosine) and, through a linear head,
+its own patch's pixels, so that stages 1 and 2 can keep it frozen as the paper does. The heads are
+parameters of the term: they train beside the student and are thrown away afterwards.
 """
 
 from typing import Any
@@ -11,7 +12,6 @@ import torch.nn.functional as F
 from omegaconf import DictConfig
 from torch import Tensor, nn
 
-from muse.config import plain
 from muse.losses.term import Term, ask
 from muse.models.muse_vit import MUSE_ViT, StudentOutput
 from muse.teachers.build import build_feature_teacher
@@ -25,21 +25,18 @@ class FeatureDistillation(nn.Module):
         self.head = nn.Conv2d(student_channels, teacher_channels, 1)
 
     def forward(self, tokens: Tensor, features: Tensor) -> Tensor:
-        """tokens (B,C,h,w), features (B,Ct,ht,wt), resized (antialiased bilinear) to (h,w); a float32 scalar in [0,2].
+        """A float32 scalar in [0,2]. No gradient reaches the features.
 
-        No gradient reaches the features.
+        tokens (B,C,h,w); features (B,Ct,ht,wt), resized (antialiased bilinear) to (h,w).
         """
         with torch.autocast(tokens.device.type, enabled=False):
-            features = features.detach().float()
-            if features.shape[-2:] != tokens.shape[-2:]:
+            features, grid = features.detach().float(), tokens.shape[-2:]
+            if features.shape[-2:] != grid:
                 features = F.interpolate(
-                    features,
-                    size=tokens.shape[-2:],
-                    mode="bilinear",
-                    align_corners=False,
-                    antialias=True,
-                )
-            return (1 - F.cosine_similarity(self.head(tokens.float()), features, dim=1)).mean()
+                    features, size=grid, mode="bilinear", align_corners=False, antialias=True
+                )  # (B,Ct,h,w)
+            predicted = self.head(tokens.float())  # (B,Ct,h,w)
+            return (1 - F.cosine_similarity(predicted, features, dim=1)).mean()
 
 
 class PixelHead(nn.Module):
@@ -56,8 +53,11 @@ class PixelHead(nn.Module):
             return F.pixel_shuffle(self.head(tokens.float()), self.patch)
 
     def forward(self, tokens: Tensor, images: Tensor) -> Tensor:
-        """images (B,3,H,W) in [0,1]; a float32 scalar. Raises ValueError when (H,W) is not (h,w) times the patch."""
-        predicted = self.predict(tokens)
+        """A float32 scalar for images (B,3,H,W) in [0,1].
+
+        Raises ValueError when (H,W) is not (h,w) times the patch.
+        """
+        predicted = self.predict(tokens)  # (B,3,H,W)
         if predicted.shape != images.shape:
             raise ValueError(
                 f"pixel head: tokens give pixels {tuple(predicted.shape)}, "
@@ -67,9 +67,9 @@ class PixelHead(nn.Module):
 
 
 class DistillationTerm(Term):
-    """Stand-in for a pretrained encoder where none can be had: a frozen network's features, and the pixels, from its tokens."""
+    """A frozen network's features, and the pixels, from the encoder's tokens."""
 
-    name = "distillation"
+    name = "distillation"  # needs nothing: the encoder's tokens are always there
 
     def __init__(self, weight: float, teacher: nn.Module, pixel_weight: float, student: MUSE_ViT):
         super().__init__(weight)
@@ -89,11 +89,10 @@ class DistillationTerm(Term):
         }
 
 
-def build_distillation_term(cfg: DictConfig, student: MUSE_ViT, grid: tuple[int, int]) -> Term:
+def build_distillation_term(
+    cfg: DictConfig, student: MUSE_ViT, pretrained: bool = True
+) -> DistillationTerm:
+    """The term of `losses.distillation` with the teacher of `teacher.feature`."""
     section = cfg.losses.distillation
-    return DistillationTerm(
-        section.weight,
-        build_feature_teacher(plain(cfg.teacher.feature)),
-        section.pixel_weight,
-        student,
-    )
+    teacher = build_feature_teacher(cfg.teacher.feature, pretrained=pretrained)
+    return DistillationTerm(section.weight, teacher, section.pixel_weight, student)

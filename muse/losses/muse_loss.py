@@ -1,6 +1,7 @@
-"""The composite loss: a table of terms, each with its weight, its teacher and what it needs of the student (MUSE, Sec. Training).
+"""The composite loss: a table of terms and their weighted sum (MUSE, Sec. Training).
 
-A term whose weight is 0 is not built: it costs nothing and needs no weights. A new term is one class and one line of `TERMS`.
+A new term is one file (its function, its `Term`, its builder) and one line of `TERMS`. A term whose
+weight is 0 is not built: it costs nothing and needs no weights.
 """
 
 from collections.abc import Callable
@@ -19,8 +20,10 @@ from muse.losses.term import Needs, Term
 from muse.losses.topology import build_topology_term
 from muse.models.muse_vit import MUSE_ViT, StudentOutput
 
-# name of the section in `losses` -> how its term is built. The adversarial term has an optimizer of its own: see the trainer.
-TERMS: dict[str, Callable[[DictConfig, MUSE_ViT, tuple[int, int]], Term]] = {
+# Name of the section in `losses` -> builder(cfg, student, pretrained); `pretrained=False` makes the
+# networks of a term without weights. The adversarial loss is not here: it trains a second network
+# with an optimizer of its own (muse/training/adversary.py).
+TERMS: dict[str, Callable[[DictConfig, MUSE_ViT, bool], Term]] = {
     "reconstruction": build_reconstruction_term,
     "perceptual": build_perceptual_term,
     "topology": build_topology_term,
@@ -38,16 +41,17 @@ class MuseLoss(nn.Module):
         self.terms = nn.ModuleDict({term.name: term for term in terms})
 
     @classmethod
-    def from_config(cls, cfg: DictConfig, student: MUSE_ViT) -> "MuseLoss":
-        """The active terms of a configuration with their teachers; `grid` is the latent grid at the training crop."""
-        side = cfg.dataset.preprocessing.crop_size // student.cell
-        return cls(
-            [
-                build(cfg, student, (side, side))
-                for name, build in TERMS.items()
-                if cfg.losses[name].weight > 0
-            ]
-        )
+    def from_config(cls, cfg: DictConfig, student: MUSE_ViT, pretrained: bool = True) -> "MuseLoss":
+        """The active terms of a configuration with their teachers.
+
+        Args:
+            cfg: a whole configuration.
+            student: the model that the terms are for.
+            pretrained: False makes teachers and perceptual networks without their weights; no file
+                is asked for beyond an architecture's own description.
+        """
+        active = [name for name in TERMS if cfg.losses[name].weight > 0]
+        return cls([TERMS[name](cfg, student, pretrained) for name in active])
 
     @property
     def needs(self) -> dict[str, bool]:
@@ -59,20 +63,19 @@ class MuseLoss(nn.Module):
         return {**needs, "encoder_only": not any(needs.values())}
 
     def heads(self) -> dict[str, nn.Parameter]:
-        """Parameters of the terms themselves that learn beside the student (none for the paper's terms)."""
-        return {
-            name: parameter
-            for name, parameter in self.named_parameters()
-            if parameter.requires_grad
-        }
+        """Parameters of the terms that learn beside the student (none in the paper's terms)."""
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def weighted(
         self, out: StudentOutput, batch: dict[str, Any]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Each term times its weight, with graph; and every number by name: the unweighted terms, and what they report."""
+        """Each term times its weight, with its graph; and every number for the log, without.
+
+        The numbers are the unweighted terms by name, and what the terms report beside their value.
+        """
         values: dict[str, Tensor] = {}
         numbers: dict[str, Tensor] = {}
-        with torch.autocast(batch["images"].device.type, enabled=False):  # float32 under autocast
+        with torch.autocast(batch["images"].device.type, enabled=False):  # losses in float32
             for name, term in self.terms.items():
                 value, further = term(out, batch)
                 values[name] = term.weight * value

@@ -10,17 +10,21 @@ from muse.models.muse_vit import MUSE_ViT, StudentOutput
 
 
 def pixel_loss(reconstruction: Tensor, target: Tensor, kind: str = "l2") -> Tensor:
-    """Mean over all elements of the squared (`l2`) or absolute (`l1`) difference; a float32 scalar.
+    """Mean over all elements of the squared (`l2`) or absolute (`l1`) difference.
 
-    Both (B,3,H,W), nominal [0,1]; the reconstruction may leave the range. No gradient reaches `target`.
-    Raises ValueError for another kind or for shapes that differ.
+    Args:
+        reconstruction: (B,3,H,W), nominal [0,1]; it may leave the range.
+        target: (B,3,H,W) in [0,1]. No gradient reaches it.
+        kind: `l2` or `l1`.
+
+    Returns a float32 scalar. Raises ValueError for another kind or for shapes that differ.
     """
     if reconstruction.shape != target.shape:
         raise ValueError(
             f"reconstruction {tuple(reconstruction.shape)} and target {tuple(target.shape)} "
             "differ in shape"
         )
-    difference = reconstruction.float() - target.detach().float()
+    difference = reconstruction.float() - target.detach().float()  # (B,3,H,W)
     if kind == "l2":
         return difference.square().mean()
     if kind == "l1":
@@ -29,6 +33,8 @@ def pixel_loss(reconstruction: Tensor, target: Tensor, kind: str = "l2") -> Tens
 
 
 class ReconstructionTerm(Term):
+    """`pixel_loss` of the student's reconstruction."""
+
     name, needs = "reconstruction", Needs(reconstruction=True)
 
     def __init__(self, weight: float, kind: str):
@@ -41,6 +47,9 @@ class ReconstructionTerm(Term):
         return pixel_loss(out.reconstruction, batch["images"], self.kind), {}
 
 
-def build_reconstruction_term(cfg: DictConfig, student: MUSE_ViT, grid: tuple[int, int]) -> Term:
+def build_reconstruction_term(
+    cfg: DictConfig, student: MUSE_ViT, pretrained: bool = True
+) -> ReconstructionTerm:
     """The term of `losses.reconstruction`."""
-    return ReconstructionTerm(cfg.losses.reconstruction.weight, cfg.losses.reconstruction.type)
+    section = cfg.losses.reconstruction
+    return ReconstructionTerm(section.weight, section.type)

@@ -9,7 +9,7 @@ from muse.teachers.cache import CachedTeacher
 
 
 class Needs(NamedTuple):
-    """Which parts of `StudentOutput` a term reads."""
+    """Which parts of `StudentOutput` a term reads; what no term reads is not computed."""
 
     topology: bool = False
     semantics: bool = False
@@ -17,7 +17,11 @@ class Needs(NamedTuple):
 
 
 class Term(nn.Module):
-    """One weighted objective. `forward` gives its unweighted value and further numbers worth a log line."""
+    """One weighted objective.
+
+    `forward` gives its unweighted value, and further numbers for the log. `name` is the term's
+    section of `losses`. A teacher is an attribute of its term and never a part of the student.
+    """
 
     name: str
     needs = Needs()
@@ -33,9 +37,7 @@ class Term(nn.Module):
 
 
 def ask(teacher: nn.Module, batch: dict[str, Any]) -> Any:
-    """The teacher's answer for a batch; one that remembers is told the samples' keys."""
-    return (
-        teacher(batch["images"], keys=batch["keys"])
-        if isinstance(teacher, CachedTeacher)
-        else teacher(batch["images"])
-    )
+    """The teacher's answer to a batch's images; a CachedTeacher looks it up by the sample keys."""
+    if isinstance(teacher, CachedTeacher):
+        return teacher(batch["images"], keys=batch["keys"])
+    return teacher(batch["images"])

@@ -1,9 +1,11 @@
 """Topological alignment L_topo: the student's attention follows the teacher's, block by block.
 
-Paper: 1/(LH) sum over layers and heads of KL(Psi(A_T) || A_S), where Psi resizes the teacher's map, queries and keys,
-to the student's grid. The release: the last block alone, and heads averaged on both sides before the divergence.
+Paper: 1/(LH) sum over layers and heads of KL(Psi(A_T) || A_S), where Psi resizes the teacher's map,
+queries and keys, to the student's grid. The release: the last block alone, and heads averaged on
+both sides before the divergence.
 
-Shapes: L blocks, B images, H heads, N = h*w tokens. Rows (dimension -2) are queries, columns (-1) keys. All in float32.
+Shapes: L blocks, B images, H heads, N = h*w tokens, Nt = ht*wt of the teacher. Rows (dimension -2)
+are queries, columns (-1) keys. All in float32.
 """
 
 import math
@@ -28,12 +30,20 @@ Blocks = TypeVar("Blocks", Tensor, Sequence[Tensor])
 def resize_attention(
     maps: Tensor, from_grid: tuple[int, int], to_grid: tuple[int, int], transpose: bool = False
 ) -> Tensor:
-    """Psi: attention (B,H,Nt,Nt) on a grid (ht,wt) -> (B,H,N,N) on (h,w), float32, rows summing to 1.
+    """Psi: attention on the teacher's grid -> attention on the student's, rows summing to 1.
 
-    Bilinear over the keys, then over the queries, then rows re-normalised. Equal grids return the maps unchanged.
-    `transpose=True` is what the released code computes: it hands back the map with queries and keys exchanged (before
-    the rows are re-normalised), so that the student's queries there learn which queries look *at* them.
-    Raises ValueError when the maps do not fit `from_grid`.
+    Bilinear over the keys, then over the queries, then rows re-normalised. Equal grids return the
+    maps unchanged.
+
+    Args:
+        maps: (B,H,Nt,Nt) on `from_grid`.
+        from_grid: (ht, wt).
+        to_grid: (h, w).
+        transpose: what the released code computes: the map with queries and keys exchanged (before
+            the rows are re-normalised), so that the student's queries learn which queries look *at*
+            them.
+
+    Returns (B,H,N,N) float32. Raises ValueError when the maps do not fit `from_grid`.
     """
     count = from_grid[0] * from_grid[1]
     if maps.ndim != 4 or maps.shape[-2:] != (count, count):
@@ -45,23 +55,23 @@ def resize_attention(
     if tuple(from_grid) == tuple(to_grid) and not transpose:
         return maps
     by_keys = _resize_last(maps, from_grid, to_grid)  # (B,H,Nt,N)
-    keys_queries = _resize_last(
+    exchanged = _resize_last(
         by_keys.transpose(-1, -2), from_grid, to_grid
     )  # (B,H,N keys,N queries)
-    resized = keys_queries if transpose else keys_queries.transpose(-1, -2)
+    resized = exchanged if transpose else exchanged.transpose(-1, -2)  # (B,H,N,N)
     return resized / (resized.sum(dim=-1, keepdim=True) + ROW_EPSILON)
 
 
 def _resize_last(maps: Tensor, from_grid: tuple[int, int], to_grid: tuple[int, int]) -> Tensor:
-    """(B,H,M,ht*wt) -> (B,H,M,h*w): every row is a picture on the grid."""
+    """Resize the last dimension, each row of which is a picture on the grid."""
     batch, heads, rows, _ = maps.shape
-    pictures = maps.reshape(batch * heads, rows, *from_grid)
+    pictures = maps.reshape(batch * heads, rows, *from_grid)  # (B*H,M,ht,wt)
     resized = F.interpolate(pictures, size=tuple(to_grid), mode="bilinear", align_corners=False)
-    return resized.reshape(batch, heads, rows, -1)
+    return resized.reshape(batch, heads, rows, -1)  # (B,H,M,N)
 
 
 def select_blocks(values: Blocks, blocks: str) -> Blocks:
-    """What `losses.*.blocks` means: `all` of a sequence (or of a tensor's first dimension), or a slice: the `last`."""
+    """What `losses.*.blocks` means: `all` blocks, or the `last` (as a slice of length 1)."""
     if blocks == "all":
         return values
     if blocks == "last":
@@ -70,22 +80,27 @@ def select_blocks(values: Blocks, blocks: str) -> Blocks:
 
 
 def attention_kl(target: Tensor, log_student: Tensor) -> Tensor:
-    """KL(target || student) in nats, mean over queries: probabilities and log-probabilities (B,H,N,N) -> (B,H).
+    """KL(target || student) in nats, mean over queries: (B,H,N,N) twice -> (B,H).
 
-    Zeros of the target count nothing. No gradient reaches the target.
+    `target` holds probabilities, `log_student` log-probabilities. Zeros of the target count
+    nothing; no gradient reaches it.
     """
     target = target.detach().float()
-    divergence = torch.special.xlogy(target, target) - target * log_student.float()
-    return divergence.sum(dim=-1).mean(dim=-1)
+    divergence = torch.special.xlogy(target, target) - target * log_student.float()  # (B,H,N,N)
+    return divergence.sum(dim=-1).mean(dim=-1)  # (B,H)
 
 
 def topology_kl(
     log_topology: Sequence[Tensor], targets: Sequence[Tensor], heads: str = "mean"
 ) -> Tensor:
-    """The divergence of every block, (L,) in nats: mean over images, queries and (`per_head`) heads.
+    """The divergence of every block, (L,) in nats: mean over images, queries and heads.
 
-    log_topology: L tensors (B,H,N,N) of log-probabilities. targets: L tensors (B,1 or H,N,N) whose rows sum to 1.
-    `mean` compares the two averages over heads; `per_head` compares head by head, a single target head with all.
+    Args:
+        log_topology: L tensors (B,H,N,N) of the student's log-probabilities.
+        targets: L tensors (B,1 or H,N,N) whose rows sum to 1.
+        heads: `mean` compares the two averages over heads; `per_head` compares head by head, a
+            single target head with all of the student's.
+
     Raises ValueError for another `heads`, another number of targets, or shapes that do not fit.
     """
     if heads not in ("mean", "per_head"):
@@ -94,26 +109,20 @@ def topology_kl(
         raise ValueError(
             f"{len(targets)} topology targets for {len(log_topology)} blocks: as many were expected"
         )
-    return torch.stack(
-        [
-            _block_kl(log_student, target, heads)
-            for log_student, target in zip(log_topology, targets)
-        ]
-    )
+    return torch.stack([_block_kl(*pair, heads) for pair in zip(log_topology, targets)])
 
 
 def _block_kl(log_student: Tensor, target: Tensor, heads: str) -> Tensor:
     student_heads = log_student.shape[1]
-    if (log_student.shape[0], *log_student.shape[2:]) != (target.shape[0], *target.shape[2:]) or (
-        heads == "per_head" and target.shape[1] not in (1, student_heads)
-    ):
+    same_size = target.shape[:1] + target.shape[2:] == log_student.shape[:1] + log_student.shape[2:]
+    if not same_size or (heads == "per_head" and target.shape[1] not in (1, student_heads)):
         raise ValueError(
-            f"topology target {tuple(target.shape)} does not fit attention {tuple(log_student.shape)} "
-            f"(heads={heads})"
+            f"topology target {tuple(target.shape)} does not fit attention "
+            f"{tuple(log_student.shape)} (heads={heads})"
         )
-    log_student = log_student.float()
+    log_student = log_student.float()  # (B,H,N,N)
     if heads == "mean":
-        target = target.float().mean(dim=1, keepdim=True)
+        target = target.float().mean(dim=1, keepdim=True)  # (B,1,N,N)
         log_student = torch.logsumexp(log_student, dim=1, keepdim=True) - math.log(student_heads)
     return attention_kl(target, log_student).mean()
 
@@ -126,26 +135,30 @@ def topology_loss(
 
 
 class TopologyPrior(NamedTuple):
-    """What a student that ignores the image would score, in nats: `position` the mean map, `uniform` equal weights."""
+    """The divergence, in nats, of a student that ignores the image."""
 
-    position: Tensor
-    uniform: Tensor
+    position: Tensor  # from the mean map
+    uniform: Tensor  # from equal weights
 
 
 def positional_prior(targets: Tensor, mean_map: Tensor) -> TopologyPrior:
-    """Baselines of the topology divergence: KL of targets (B,1 or H,N,N) from one fixed map, and from the uniform map.
+    """Baselines of the divergence: KL of targets from one fixed map, and from the uniform map.
 
-    mean_map (N,N), (1,N,N) or (H,N,N): the mean target of the *training* set, heads averaged as in the targets. A model
-    worth the name of a topology lies below `position`, since that one needs no image at all.
+    A student has learned a topology only if it lies below `position`, which needs no image at all.
+
+    Args:
+        targets: (B,1 or H,N,N).
+        mean_map: (N,N), (1,N,N) or (H,N,N): the mean target of the *training* set, heads averaged
+            as in the targets.
     """
-    mean_map = mean_map.float().expand(1, targets.shape[1], *mean_map.shape[-2:])
+    mean_map = mean_map.float().expand(1, targets.shape[1], *mean_map.shape[-2:])  # (1,H,N,N)
     position = attention_kl(targets, mean_map.clamp_min(LOG_EPSILON).log())
     uniform = attention_kl(targets, torch.full_like(mean_map, -math.log(mean_map.shape[-1])))
     return TopologyPrior(position.mean(), uniform.mean())
 
 
 class TopologyTerm(Term):
-    """Structure: 1/(L·H) Σ KL(Ψ(A_T) ‖ A_S); the teacher is an attribute of the term, never of the student."""
+    """Structure: 1/(L·H) Σ KL(Ψ(A_T) ‖ A_S)."""
 
     name, needs = "topology", Needs(topology=True)
 
@@ -156,9 +169,9 @@ class TopologyTerm(Term):
         self.teacher, self.blocks, self.heads, self.transpose = teacher, blocks, heads, transpose
 
     def targets(self, batch: dict[str, Any], grid: tuple[int, int]) -> tuple[Tensor, ...]:
-        """The teacher's maps on the student's grid: L tensors (B, 1 or heads, N, N). Equal maps are resized once."""
+        """The teacher's maps on the student's grid: L tensors (B,1 or H,N,N)."""
         target = ask(self.teacher, batch)
-        resized: dict[int, Tensor] = {}
+        resized: dict[int, Tensor] = {}  # one map may stand for several blocks: resized once
         for maps in target.maps:
             if id(maps) not in resized:
                 resized[id(maps)] = resize_attention(maps, target.grid, grid, self.transpose)
@@ -168,30 +181,28 @@ class TopologyTerm(Term):
         self, out: StudentOutput, batch: dict[str, Any]
     ) -> tuple[Tensor, dict[str, Tensor]]:
         targets = self.targets(batch, out.grid)
-        if self.heads == "per_head" and targets[0].shape[1] not in (
-            1,
-            out.log_topology[0].shape[1],
-        ):
-            raise ConfigError(
-                f"losses.topology.heads=per_head: the teacher has {targets[0].shape[1]} heads, the student "
-                f"{out.log_topology[0].shape[1]}; use heads=mean"
-            )
+        self._check_heads(targets[0].shape[1], out.log_topology[0].shape[1])
         each = topology_kl(
             select_blocks(out.log_topology, self.blocks),
             select_blocks(targets, self.blocks),
             self.heads,
-        )
-        return each.mean(), {
-            f"topology_block{i}": value.detach() for i, value in enumerate(each)
-        } if len(each) > 1 else {}
+        )  # (L,)
+        by_block = {f"topology_block{i}": value.detach() for i, value in enumerate(each)}
+        return each.mean(), by_block if len(each) > 1 else {}
+
+    def _check_heads(self, teacher: int, student: int) -> None:
+        if self.heads == "per_head" and teacher not in (1, student):
+            raise ConfigError(
+                f"losses.topology.heads=per_head: the teacher has {teacher} heads, the student "
+                f"{student}; use heads=mean"
+            )
 
 
-def build_topology_term(cfg: DictConfig, student: MUSE_ViT, grid: tuple[int, int]) -> Term:
+def build_topology_term(
+    cfg: DictConfig, student: MUSE_ViT, pretrained: bool = True
+) -> TopologyTerm:
+    """The term of `losses.topology` with the teacher of `teacher.topology`."""
     section = cfg.losses.topology
-    return TopologyTerm(
-        section.weight,
-        shared_topology_teacher(cfg, grid),
-        section.blocks,
-        section.heads,
-        section.transpose,
-    )
+    side = cfg.dataset.preprocessing.crop_size // student.cell
+    teacher = shared_topology_teacher(cfg, (side, side), pretrained)
+    return TopologyTerm(section.weight, teacher, section.blocks, section.heads, section.transpose)

@@ -72,7 +72,3 @@ def save_tensors(file: Path, state: dict[str, Tensor]) -> None:
     """One safetensors file, as the hub's tools expect it."""
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in state.items()}
     save_file(tensors, file, metadata={"format": "pt"})
-
-
-# The names under which training, tools and tests still import the two functions above.
-read_weights, load_weights = read_state_dict, load_into

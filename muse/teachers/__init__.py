@@ -1,4 +1,4 @@
-"""Frozen teachers, beside the model and never inside it: attention or affinity maps, text embeddings, features."""
+"""Frozen teachers, beside the model and never inside it: maps, text embeddings, features."""
 
 from muse.teachers.base import FrozenTeacher, TopologyTarget
 from muse.teachers.build import build_feature_teacher, build_text_teacher, build_topology_teacher

@@ -1,9 +1,9 @@
-"""Topology teacher anyone can have: the affinity of a pretrained backbone's features, in place of DINOv3's attention.
+"""Topology teacher anyone can have: affinity of a backbone's features, not DINOv3's attention.
 
-A plain affinity softmax is a trivial target, because the diagonal and the position dominate it. Here features are
-centred in each picture (what all its places share says nothing), the cosines of several layers are averaged, places
-are compared by how they relate to the whole picture (`order: 2`), and the diagonal gets its row's largest other
-value.
+A plain affinity softmax is a trivial target, because the diagonal and the position dominate it.
+Here features are centred in each picture (what all its places share says nothing), the cosines of
+several layers are averaged, places are compared by how they relate to the whole picture
+(`order: 2`), and the diagonal gets its row's largest other value.
 """
 
 from collections.abc import Sequence
@@ -13,13 +13,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from muse.errors import ConfigError
 from muse.models.layers import check_images
 from muse.teachers.base import (
-    HEADS,
     FrozenTeacher,
     TopologyTarget,
-    check_choice,
     evenly_spaced_layers,
     log,
 )
@@ -31,32 +28,37 @@ from muse.teachers.features import (
     resize_features,
 )
 
-# Fine to coarse, all from one forward pass at 128 px; near the best of such sets by same-object AUC on the demo's
-# training composites. On 120 composites of held-out objects (looked at while choosing), grids 8x8 / 16x16,
-# temperature .1: AUC .969 / .967 (positional prior .856 / .841), KL from the positional prior .705 / .730 nats, from
-# uniform 1.59 / 1.79. Blocks 4 and 14 at 192 px: AUC .974 / .972 for 1.3 to 2 times the time.
+# Fine to coarse, all from one forward pass at 128 px; near the best of such sets by same-object AUC
+# on the demo's training composites. On 120 composites of held-out objects (looked at while
+# choosing), grids 8x8 / 16x16, temperature .1: AUC .969 / .967 (positional prior .856 / .841), KL
+# from the positional prior .705 / .730 nats, from uniform 1.59 / 1.79. Blocks 4 and 14 at 192 px:
+# AUC .974 / .972 for 1.3 to 2 times the time.
 EFFICIENTNET_LAYERS = tuple({"block": block, "size": 128} for block in (1, 4, 10, 14))
 
 
 def centred_cosine(features: Tensor, grid: tuple[int, int]) -> Tensor:
-    """Cosines (B,N,N) between the places of a grid of N = h*w, of features (B,C,hf,wf) centred in each picture."""
-    tokens = resize_features(features.float(), grid).flatten(2).transpose(1, 2)
+    """Cosines between the N = h*w places of a grid, of features (B,C,hf,wf) centred per picture."""
+    tokens = resize_features(features.float(), grid).flatten(2).transpose(1, 2)  # (B,N,C)
     tokens = F.normalize(tokens - tokens.mean(dim=1, keepdim=True), dim=-1)
-    return tokens @ tokens.transpose(1, 2)
+    return tokens @ tokens.transpose(1, 2)  # (B,N,N)
 
 
 def profile_cosine(cosine: Tensor) -> Tensor:
     """Second-order affinity (...,N,N): cosine between the centred rows of `cosine`.
 
-    Two places are alike if they are like the same places. Parts of one object that differ from each other (a handle, a
-    shadow side) but differ alike from the rest come together, so that a row shows the object and not its neighbourhood.
+    Two places are alike if they are like the same places. Parts of one object that differ from
+    each other (a handle, a shadow side) but differ alike from the rest come together, so that a row
+    shows the object and not its neighbourhood.
     """
     rows = F.normalize(cosine - cosine.mean(dim=-1, keepdim=True), dim=-1)
     return rows @ rows.transpose(-1, -2)
 
 
 def affinity_to_map(cosine: Tensor, temperature: float) -> Tensor:
-    """Row-wise softmax(cosine / temperature) of (...,N,N), each diagonal entry replaced by its row's largest other."""
+    """Row-wise softmax(cosine / temperature) of (...,N,N).
+
+    Each diagonal entry is first replaced by its row's largest other.
+    """
     size = cosine.shape[-1]
     if size == 1:
         return torch.ones_like(cosine)
@@ -68,10 +70,16 @@ def affinity_to_map(cosine: Tensor, temperature: float) -> Tensor:
 class AffinityTeacher(FrozenTeacher):
     """`teacher(images, grid=None)` -> TopologyTarget of `num_maps` maps.
 
-    extractor: `features(images, blocks) -> list of (B,C,h,w)`. grid: the student's token grid, here or per call;
-    without one, the last layer's own. spread: False: the mean over all layers, one tensor standing in every place;
-    True: each layer's own map, evenly spaced onto the student blocks. heads: `mean`, or `per_head`: each layer is a
-    head. order: 1 for the features' own cosines, 2 for `profile_cosine` of them.
+    Args:
+        extractor: `extractor(images, blocks)` -> list of (B,C,h,w).
+        layers: which of its blocks, at which image size.
+        num_maps: how many student blocks there are.
+        temperature: of the softmax over cosines.
+        grid: the student's token grid, here or per call; without one, the last layer's own.
+        spread: False: the mean over all layers, one tensor standing in every place; True: each
+            layer's own map, evenly spaced onto the student blocks.
+        heads: `mean`, or `per_head`: each layer is a head.
+        order: 1 for the features' own cosines, 2 for `profile_cosine` of them.
     """
 
     def __init__(
@@ -87,12 +95,8 @@ class AffinityTeacher(FrozenTeacher):
         order: int = 2,
     ):
         super().__init__()
-        self.extractor, self.layers, self.num_maps, self.grid = (
-            extractor,
-            tuple(layers),
-            num_maps,
-            grid,
-        )
+        self.extractor, self.layers = extractor, tuple(layers)
+        self.num_maps, self.grid = num_maps, grid
         self.temperature, self.spread, self.heads, self.order = temperature, spread, heads, order
         self.freeze()
 
@@ -100,14 +104,14 @@ class AffinityTeacher(FrozenTeacher):
     def forward(self, images: Tensor, grid: tuple[int, int] | None = None) -> TopologyTarget:
         """Maps of images (B,3,H,W) in [0,1]. Raises ValueError outside the pixel contract."""
         check_images(images, wait=False)
-        # One picture at a time is as fast on a CPU, and its map then does not depend on the batch it came in.
+        # One picture at a time is as fast on a CPU, and its map then does not depend on its batch.
         parts = images.split(1) if images.device.type == "cpu" else (images,)
         features = [layer_features(self.extractor, part, self.layers) for part in parts]
         grid = grid or self.grid or tuple(features[0][-1].shape[-2:])
         with torch.autocast(images.device.type, enabled=False):
             cosines = torch.cat(
                 [torch.stack([centred_cosine(f, grid) for f in part], dim=1) for part in features]
-            )
+            )  # (B,layers,N,N)
             return TopologyTarget(self._maps(cosines), tuple(grid))
 
     def _maps(self, cosines: Tensor) -> tuple[Tensor, ...]:
@@ -119,33 +123,31 @@ class AffinityTeacher(FrozenTeacher):
         maps = affinity_to_map(cosines, self.temperature)
         if self.spread:
             each = maps.split(1, dim=1)
-            return tuple(
-                each[layer] for layer in evenly_spaced_layers(len(self.layers), self.num_maps)
-            )
+            chosen = evenly_spaced_layers(len(self.layers), self.num_maps)
+            return tuple(each[layer] for layer in chosen)
         return (maps,) * self.num_maps
 
 
 def build_affinity_teacher(
     options: dict[str, Any], num_maps: int, grid: tuple[int, int] | None
 ) -> AffinityTeacher:
-    """An AffinityTeacher from options `source, config, layers, image_size, temperature, heads, spread, order`."""
+    """An AffinityTeacher from the options of `teacher.topology`, and `pretrained`.
+
+    Args:
+        options: `source, config, layers, image_size, temperature, heads, spread, order`, and
+            `pretrained` (False: the architecture alone).
+        num_maps: how many student blocks there are.
+        grid: the student's token grid.
+    """
     where, source = "teacher.topology", str(options["source"])
     default = EFFICIENTNET_LAYERS if source == "efficientnet_lite0" else None
     layers = read_layers(options["layers"], options["image_size"], default, where)
-    check_choice(options["heads"], HEADS, f"{where}.heads")
-    check_choice(options["order"], (1, 2), f"{where}.order")
-    if not options["temperature"] > 0:
-        raise ConfigError(f"{where}.temperature must be above 0, got {options['temperature']}")
+    blocks = [layer.block for layer in layers]
     extractor = load_extractor(
-        source, dict(options["config"]), [layer.block for layer in layers], where
+        source, dict(options["config"]), blocks, where, options["pretrained"]
     )
-    log.info(
-        "topology teacher: affinity of %s, blocks %s, order %d, temperature %g",
-        source,
-        [layer.block for layer in layers],
-        options["order"],
-        options["temperature"],
-    )
+    words = "topology teacher: affinity of %s, blocks %s, order %d, temperature %g"
+    log.info(words, source, blocks, options["order"], options["temperature"])
     return AffinityTeacher(
         extractor,
         layers,

@@ -1,4 +1,4 @@
-"""What every teacher shares: it is frozen, it takes [0,1] pixels, and it speaks of its options by name."""
+"""What every teacher shares: it is frozen, takes [0,1] pixels, and names its options in errors."""
 
 import logging
 from collections.abc import Sequence
@@ -9,34 +9,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from muse.errors import ConfigError
+from muse.models.layers import IMAGENET_MEAN, IMAGENET_STD
 
 log = logging.getLogger(__name__)
 
-IMAGENET_MEAN = (0.485, 0.456, 0.406)
-IMAGENET_STD = (0.229, 0.224, 0.225)
-HEADS = ("mean", "per_head")
-
 
 class TopologyTarget(NamedTuple):
-    """What a topology teacher says of a batch (paper: A_T).
+    """What a topology teacher says of a batch (paper: A_T)."""
 
-    maps: one tensor for each student block, (B, heads or 1, Nt, Nt) float32, rows sum to 1. The same tensor may stand
-    in several places. grid: (ht, wt) with ht * wt = Nt.
-    """
-
+    # One tensor for each student block, (B, heads or 1, Nt, Nt) float32, rows sum to 1. The same
+    # tensor may stand in several places.
     maps: tuple[Tensor, ...]
-    grid: tuple[int, int]
+    grid: tuple[int, int]  # (ht, wt) with ht * wt = Nt
 
 
 class FrozenTeacher(nn.Module):
-    """A module without gradients that stays in eval mode whatever `train()` is told. Call `freeze()` once built."""
+    """A module without gradients that stays in eval mode. Call `freeze()` once it is built."""
 
     def freeze(self) -> "FrozenTeacher":
         self.requires_grad_(False)
         return self.train(False)
 
     def train(self, mode: bool = True) -> "FrozenTeacher":
-        """Stay in eval mode."""
+        """Stay in eval mode whatever `mode` is."""
         return super().train(False)
 
     @property
@@ -46,7 +41,7 @@ class FrozenTeacher(nn.Module):
 
 
 class Normalise(nn.Module):
-    """[0,1] pixels to the range a network was trained on: (x - mean) / std, once (FIDELITY row 3)."""
+    """[0,1] pixels to a network's own range: (x - mean) / std, once (FIDELITY row 3)."""
 
     def __init__(self, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD):
         super().__init__()
@@ -58,27 +53,40 @@ class Normalise(nn.Module):
 
 
 def resize_images(images: Tensor, size: tuple[int, int] | None) -> Tensor:
-    """Images (B,3,H,W) at `size` (bilinear, anti-aliased: no overshoot out of [0,1]); unchanged where it is None."""
+    """Images (B,3,H,W) at `size`, unchanged where it is None.
+
+    Bilinear and anti-aliased: no value overshoots [0,1].
+    """
     if size is None or tuple(images.shape[-2:]) == tuple(size):
         return images
     return F.interpolate(images.float(), size=tuple(size), mode="bilinear", antialias=True)
 
 
 def evenly_spaced_layers(depth: int, count: int) -> list[int]:
-    """`count` of `depth` layers, evenly spaced, the last one last (FIDELITY row 2): 32, 6 -> 5, 10, 15, 21, 26, 31."""
+    """`count` of `depth` layers, evenly spaced, the last one last (FIDELITY row 2).
+
+    32, 6 -> 5, 10, 15, 21, 26, 31.
+    """
     return [-(-(index + 1) * depth // count) - 1 for index in range(count)]
 
 
 def choose_layers(layers: Sequence[int] | None, depth: int, count: int) -> list[int]:
-    """The teacher layer of each of `count` student blocks: evenly spaced, or as named (one for all, or one each).
+    """The teacher layer of each student block: evenly spaced, or as named.
 
-    Negative indices count from the end. Raises ConfigError on a layer that does not exist or on a wrong number of them.
+    Args:
+        layers: one layer for all blocks, or one for each; negative numbers count from the end.
+            None: evenly spaced.
+        depth: how many layers the teacher has.
+        count: how many student blocks there are.
+
+    Raises ConfigError on a layer that does not exist or on a wrong number of them.
     """
     if layers is None:
         return evenly_spaced_layers(depth, count)
     if not all(isinstance(layer, int) for layer in layers):
         raise ConfigError(
-            f"teacher.topology.layers must be layer numbers for an attention teacher, got {list(layers)}"
+            "teacher.topology.layers must be layer numbers for an attention teacher, "
+            f"got {list(layers)}"
         )
     if len(layers) not in (1, count):
         raise ConfigError(
@@ -93,14 +101,11 @@ def choose_layers(layers: Sequence[int] | None, depth: int, count: int) -> list[
     return chosen * count if len(chosen) == 1 else chosen
 
 
-def check_choice(value: Any, choices: Sequence[Any], where: str) -> None:
-    """Raise ConfigError unless `value` is one of `choices`."""
-    if value not in choices:
-        raise ConfigError(f"{where} must be one of {', '.join(map(str, choices))}, got {value!r}")
-
-
 def image_size_option(value: Any, where: str) -> tuple[int, int] | None:
-    """An image size given as one number or as [height, width]; None stays None. Raises ConfigError on anything else."""
+    """An image size given as one number or as [height, width]; None stays None.
+
+    Raises ConfigError on anything else.
+    """
     if value is None:
         return None
     sides = [value, value] if isinstance(value, int) else value

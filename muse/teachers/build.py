@@ -18,11 +18,11 @@ from muse.config_schema import (
     TopologyTeacherConfig,
 )
 from muse.errors import ConfigError
-from muse.teachers import text
 from muse.teachers.affinity import build_affinity_teacher
 from muse.teachers.base import FrozenTeacher
 from muse.teachers.cache import CachedTeacher
 from muse.teachers.features import build_features
+from muse.teachers.text import TextTeacher, build_text
 from muse.teachers.vit_attention import build_attention_teacher
 
 DEFAULT_CACHE_MB = 2048
@@ -53,7 +53,7 @@ TOPOLOGY_TEACHERS = {
 
 
 def build_topology_teacher(
-    cfg: Any, num_maps: int, grid: tuple[int, int] | None = None
+    cfg: Any, num_maps: int, grid: tuple[int, int] | None = None, pretrained: bool = True
 ) -> FrozenTeacher | None:
     """The teacher of `teacher.topology`; None for `none`.
 
@@ -64,34 +64,42 @@ def build_topology_teacher(
         cfg: a dict or OmegaConf node with keys of `TopologyOptions`.
         num_maps: how many maps, one for each student block that learns.
         grid: the student's token grid (h, w).
+        pretrained: False makes the architecture alone, without weights and without memory.
     """
     kinds = ("none", *TOPOLOGY_TEACHERS)  # the table may hold more than the configuration names
     options = read_section(cfg, TopologyOptions, "teacher.topology", {"kind": kinds})
     if options["kind"] == "none":
         return None
-    return _cached(TOPOLOGY_TEACHERS[options["kind"]](options, num_maps, grid), options["cache"])
+    options["pretrained"] = pretrained
+    teacher = TOPOLOGY_TEACHERS[options["kind"]](options, num_maps, grid)
+    return _cached(teacher, pretrained and options["cache"])
 
 
-def build_text_teacher(cfg: Any) -> text.TextTeacher | None:
-    """The teacher of `teacher.text`; None for `none`. Errors as above."""
+def build_text_teacher(cfg: Any, pretrained: bool = True) -> TextTeacher | None:
+    """The teacher of `teacher.text`; None for `none`. `pretrained` and errors as above."""
     options = read_section(cfg, TextTeacherConfig, "teacher.text")
-    return None if options["kind"] == "none" else text.build(options)
+    if options["kind"] == "none":
+        return None
+    options["pretrained"] = pretrained
+    return build_text(options)
 
 
-def build_feature_teacher(cfg: Any, grid: tuple[int, int] | None = None) -> FrozenTeacher | None:
-    """The teacher of `teacher.feature`; None for `none`. Errors as above."""
+def build_feature_teacher(
+    cfg: Any, grid: tuple[int, int] | None = None, pretrained: bool = True
+) -> FrozenTeacher | None:
+    """The teacher of `teacher.feature`; None for `none`. Arguments and errors as above."""
     options = read_section(cfg, FeatureTeacherConfig, "teacher.feature")
     if options["kind"] == "none":
         return None
-    return _cached(build_features(options, grid), options["cache"])
+    options["pretrained"] = pretrained
+    return _cached(build_features(options, grid), pretrained and options["cache"])
 
 
 def _cached(teacher: FrozenTeacher, cache: bool | int) -> FrozenTeacher:
     if not cache:
         return teacher
-    return CachedTeacher(
-        teacher, max_bytes=(DEFAULT_CACHE_MB if cache is True else int(cache)) << 20
-    )
+    megabytes = DEFAULT_CACHE_MB if cache is True else int(cache)
+    return CachedTeacher(teacher, max_bytes=megabytes << 20)
 
 
 @functools.lru_cache(maxsize=4)
@@ -101,20 +109,36 @@ def _teacher(kind: str, options: str, *arguments: Any) -> nn.Module:
     # generator must not move here, nor decide what is drawn.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        return globals()[f"build_{kind}_teacher"](json.loads(options), *arguments)
+        return _BUILDERS[kind](json.loads(options), *arguments)
 
 
-def shared_topology_teacher(cfg: DictConfig, grid: tuple[int, int]) -> nn.Module:
-    """The topology teacher of a configuration, for a student with this latent grid."""
+_BUILDERS = {"topology": build_topology_teacher, "text": build_text_teacher}
+
+
+def shared_topology_teacher(
+    cfg: DictConfig, grid: tuple[int, int], pretrained: bool = True
+) -> nn.Module:
+    """The topology teacher of a configuration, for a student with this latent grid.
+
+    A teacher without weights (`pretrained=False`) is not shared: it is the caller's own.
+    """
     options = {**plain(cfg.teacher.topology), "heads": cfg.losses.topology.heads}
-    return _teacher(
-        "topology", json.dumps(options, sort_keys=True), cfg.model.num_blocks, tuple(grid)
-    )
+    if not pretrained:
+        return build_topology_teacher(options, cfg.model.num_blocks, grid, pretrained=False)
+    text = json.dumps(options, sort_keys=True)
+    return _teacher("topology", text, cfg.model.num_blocks, tuple(grid))
 
 
-def shared_text_teacher(cfg: DictConfig) -> nn.Module:
-    """The text teacher of a configuration; `ConfigError` when its width is not the model's."""
-    teacher = _teacher("text", json.dumps(plain(cfg.teacher.text), sort_keys=True))
+def shared_text_teacher(cfg: DictConfig, pretrained: bool = True) -> nn.Module:
+    """The text teacher of a configuration; ConfigError when its width is not the model's.
+
+    `pretrained` as above.
+    """
+    options = plain(cfg.teacher.text)
+    if pretrained:
+        teacher = _teacher("text", json.dumps(options, sort_keys=True))
+    else:
+        teacher = build_text_teacher(options, pretrained=False)
     if teacher.dim != cfg.model.semantic_dim:
         raise ConfigError(
             f"model.semantic_dim={cfg.model.semantic_dim} but the text teacher "

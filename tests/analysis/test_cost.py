@@ -1,19 +1,25 @@
-"""The cost of a run: counts against closed formulas, torch's own counter on real tensors, public figures, and a real run's state."""
+"""The cost of a run against closed formulas, torch's own counter, public figures, a real run."""
 
 import json
 import math
 import socket
 
 import pytest
+import timm
 import torch
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
+from torchvision.models import ConvNeXt_Small_Weights, VGG16_Weights
 
 from muse import load_config
-from muse.analysis.cost import FlopCounter, SavedTensors, count_step, run_cost
-from muse.analysis.unloaded import DINOV3, build_parts
+from muse.analysis.cost import run_cost
+from muse.analysis.counters import FlopCounter, SavedTensors
+from muse.analysis.step_count import build_parts, count_step
 from muse.models.layers import SwiGLU
+from muse.teachers.hub import DINOV3
+from muse.training.tokenizer_task import TokenizerTask
+from muse.training.trainer import Trainer
 from scripts import cost
 from tests import helpers
 from tests.helpers import ROOT, one_error, random_images, run_config
@@ -41,7 +47,7 @@ def transformer(tokens, width, hidden, depth, matrices):
     )
 
 
-# ---------------------------------------------------------------------------------------------------- MUSE-1B
+# ------------------------------------------------------------------------------------------ MUSE-1B
 def test_full_size_parameters_by_module(full_size):
     student = full_size["parameters"]["student"]
     block = 5 * 512**2 + 3 * 512 * 1365 + 2 * 512 + 2 * 64
@@ -73,7 +79,7 @@ def test_full_size_forward_by_module_is_the_closed_formula(full_size):
 
 
 def test_full_size_decoder_is_the_sum_over_its_layers(full_size):
-    """Every convolution and linear layer: two operations a weight and a place. Linear attention adds less than 1%."""
+    """Two operations a weight and a place of each layer. Linear attention adds less than 1%."""
     decoder = build_parts(load_config(STAGE3)).student.decoder
     total = 0
 
@@ -94,14 +100,14 @@ def test_full_size_decoder_is_the_sum_over_its_layers(full_size):
 
 
 def test_full_size_backward_is_twice_the_forward(full_size):
-    """Everything learns in stage 3: a gradient for the input and one for the weight of each product."""
+    """Everything learns in stage 3: each product has a gradient for its input and its weight."""
     training = full_size["flops_training"]
     assert training["student forward"] == full_size["flops_forward"]["total"]
     assert training["student backward"] == pytest.approx(2 * training["student forward"], rel=0.01)
 
 
 def test_frozen_and_detached_parts_have_no_backward():
-    """Stage 1: nothing for the encoder and W_ITC, weights alone for W_Q and W_K, values alone through A."""
+    """Stage 1: nothing for encoder and W_ITC, weights alone for W_Q and W_K, values alone by A."""
     step = count_step(
         load_config(ROOT / "configs/muse_tiny/stage1.yaml", ["teacher.topology.kind=random"]),
         batch=1,
@@ -125,9 +131,6 @@ def test_frozen_and_detached_parts_have_no_backward():
 
 
 def test_teachers_and_perceptual_networks_against_public_definitions(full_size):
-    import timm
-    from torchvision.models import ConvNeXt_Small_Weights, VGG16_Weights
-
     beside, training = full_size["parameters"]["beside"], full_size["flops_training"]
     with torch.device("meta"):
         public = timm.create_model(
@@ -146,7 +149,8 @@ def test_teachers_and_perceptual_networks_against_public_definitions(full_size):
         patches + transformer(201, 1280, 5120, 32, 3), rel=0.01
     )
     assert training["text teacher"] == pytest.approx(transformer(77, 768, 3072, 12, 2), rel=0.01)
-    # torchvision states multiply-adds in 10^9; LPIPS stops before VGG's three linear layers. Two pictures forward, one back to its pixels.
+    # torchvision states multiply-adds in 10^9; LPIPS stops before VGG's three linear layers. Two
+    # pictures forward, one back to its pixels.
     classifier = (25088 * 4096 + 4096 * 4096 + 4096 * 1000) / GIGA
     network = (
         2
@@ -162,7 +166,7 @@ def test_teachers_and_perceptual_networks_against_public_definitions(full_size):
 
 
 def test_discriminator_is_run_three_times_and_pulled_back_three_times(full_size):
-    """Generator's term: forward, back to the pixels. Its own: forward and weights' gradients of two pictures (but no pixels')."""
+    """Generator's term: forward, back to the pixels. Its own: two pictures, not to the pixels."""
 
     def conv(side, before, after, kernel):
         return 2 * side**2 * before * after * kernel**2
@@ -181,7 +185,7 @@ def test_discriminator_is_run_three_times_and_pulled_back_three_times(full_size)
     assert full_size["flops_training"]["discriminator"] == pytest.approx(wanted, rel=0.01)
 
 
-# ---------------------------------------------------------------------------------------------------- the counter
+# -------------------------------------------------------------------------------------- the counter
 def test_grouped_convolutions_are_counted_once():
     for layer in (
         nn.Conv2d(16, 32, 3, padding=1, groups=16),
@@ -200,9 +204,6 @@ def test_grouped_convolutions_are_counted_once():
 @pytest.mark.parametrize("stage", ["topology_warmup", "semantic_injection", "synergistic_tuning"])
 def test_a_step_equals_torch_s_counter_over_a_real_step(stage, shapes_data, tmp_path):
     """Real tensors, the real losses with their teachers, torch's own formulas."""
-    from muse.training.tokenizer_task import TokenizerTask
-    from muse.training.trainer import Trainer
-
     cfg = load_config(run_config(tmp_path / "c.yaml", shapes_data, tmp_path / "run", stage))
     one = Trainer(cfg, TokenizerTask(cfg))
     batch = [{"images": random_images(4, 32, 32), "text": list("abcd"), "keys": list("abcd")}]
@@ -213,9 +214,9 @@ def test_a_step_equals_torch_s_counter_over_a_real_step(stage, shapes_data, tmp_
     assert 4 * step["flops_training"]["total"] == pytest.approx(sum(counts.values()), rel=0.01)
 
 
-# ---------------------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------------------------------------- memory
 def test_activations_of_a_block_by_hand():
-    """SwiGLU keeps its input (once, for both linears), both hidden maps, the gate and their product; never a weight."""
+    """SwiGLU keeps its input (once), both hidden maps, the gate and their product; no weight."""
     layer, tokens, hidden = SwiGLU(48), torch.rand(2, 5, 48), 128
     with SavedTensors(layer) as saved:
         out = layer(tokens)
@@ -257,9 +258,6 @@ def test_activations_follow_the_batch_the_precision_and_checkpointing(shapes_dat
 
 
 def test_sizes_are_those_of_a_real_run(shapes_data, tmp_path):
-    from muse.training.tokenizer_task import TokenizerTask
-    from muse.training.trainer import Trainer
-
     cfg = load_config(
         run_config(tmp_path / "c.yaml", shapes_data, tmp_path / "run", "synergistic_tuning")
     )
@@ -294,7 +292,7 @@ def test_sizes_are_those_of_a_real_run(shapes_data, tmp_path):
     )
 
 
-# ---------------------------------------------------------------------------------------------------- hours and the command
+# ---------------------------------------------------------------------------- hours and the command
 def test_hours_of_a_stage_by_hand(shapes_data, tmp_path):
     path = run_config(
         tmp_path / "c.yaml",

@@ -1,4 +1,4 @@
-"""The routing table of docs/fidelity.md, written out by hand here, against the rules and against autograd."""
+"""The routing table of docs/fidelity.md, written by hand, against the rules and autograd."""
 
 import json
 
@@ -18,7 +18,8 @@ from tests.helpers import random_images, tiny_model
 BODY = {"W_V", "norm1", "W_O+MLP"}
 PIXELS = {"encoder", "adapter"}
 NONE: set[str] = set()
-# (routing, isolate_streams): loss -> groups that learn (in the blocks before the last, in the last block, outside the blocks).
+# (routing, isolate_streams): loss -> groups that learn (in the blocks before the last, in the last
+# block, outside the blocks).
 TABLE = {
     ("paper", True): {
         "reconstruction": (BODY, BODY, PIXELS | {"decoder"}),
@@ -72,14 +73,15 @@ def by_hand(routing: str, isolate: bool, num_blocks: int) -> dict[str, dict[str,
 def test_every_loss_reaches_what_the_table_says_and_nothing_else(routing, isolate):
     model = tiny_model(routing=routing, isolate_streams=isolate, num_blocks=3)
     expected = by_hand(routing, isolate, 3)
-    assert routing_table(routing, isolate, num_blocks=3) == expected
+    assert routing_table(routing, num_blocks=3, isolate_streams=isolate) == expected
 
     report = routing_report(model, random_images(3))
     for loss, groups in report["losses"].items():
         assert {group: entry["measured"] for group, entry in groups.items()} == expected[loss], loss
         for group, entry in groups.items():
-            # All or nothing: each tensor of a group learns where the group does, and none of them where it does not. (A key's bias in
-            # the encoder's two layers moves no softmax; its gradient is zero but for rounding.)
+            # All or nothing: each tensor of a group learns where the group does, and none of them
+            # where it does not. (A key's bias in the encoder's two layers moves no softmax; its
+            # gradient is zero but for rounding.)
             learns = expected[loss][group]
             assert (
                 entry["tensors"] - 2 * (group == "encoder") <= entry["reached"]
@@ -103,21 +105,21 @@ def test_dead_block_tensors_on_six_blocks(routing, dead):
     [
         (
             {"shield_attention": False},
-            {"shield": False},
+            {"shield_attention": False},
             "reconstruction",
             "muse_blocks.0.W_QK",
             True,
         ),
         (
             {"join_semantics": False},
-            {"join": False},
+            {"join_semantics": False},
             "reconstruction",
             "muse_blocks.1.W_ITC",
             False,
         ),
         (
             {"routing": "release", "join_semantics": True},
-            {"join": True},
+            {"join_semantics": True},
             "reconstruction",
             "muse_blocks.1.W_ITC",
             False,
@@ -138,7 +140,7 @@ def test_dead_block_tensors_on_six_blocks(routing, dead):
         ),
         (
             {"shield_semantics": False, "join_semantics": False},
-            {"shield_semantics": False, "join": False},
+            {"shield_semantics": False, "join_semantics": False},
             "reconstruction",
             "muse_blocks.0.W_ITC",
             False,
@@ -149,13 +151,16 @@ def test_each_switch_alone(changes, cells, loss, group, reached):
     model = tiny_model(**changes)
     report = routing_report(model, random_images(2))
     assert report["losses"][loss][group]["measured"] is reached and report["agrees"]
-    table = routing_table(model.config.routing, model.config.isolate_streams, num_blocks=2, **cells)
+    cells = {"isolate_streams": model.config.isolate_streams} | cells
+    table = routing_table(model.config.routing, num_blocks=2, **cells)
     assert table[loss][group] is reached
 
 
 @pytest.mark.parametrize(("blocks", "reached"), [("all", True), ("last", False)])
 def test_which_blocks_an_objective_reads(blocks, reached):
-    report = routing_report(tiny_model(), random_images(2), topology=blocks, itc=blocks)
+    report = routing_report(
+        tiny_model(), random_images(2), topology_blocks=blocks, itc_blocks=blocks
+    )
     assert report["losses"]["topology"]["muse_blocks.0.W_QK"]["measured"] is reached
     assert report["losses"]["itc"]["muse_blocks.0.W_ITC"]["measured"] is reached
     assert report["agrees"]

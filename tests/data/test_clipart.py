@@ -1,7 +1,6 @@
 """Drawings with captions, and the five parts of the kind `everything`, on pictures made here."""
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,13 +9,14 @@ from PIL import Image
 from muse.experiments.demo_data import build, clipart, everything, make_demo_data, stamps
 from muse.experiments.demo_data.catalogue import Background, Cutout
 from muse.experiments.demo_data.library import Library
+from muse.experiments.demo_data.stamp_tables import CLASSES
 
 SVG = """<svg><metadata><dc:title>{title}</dc:title><rdf:Bag>{keywords}</rdf:Bag>
 <dc:creator><dc:title>{creator}</dc:title></dc:creator></metadata></svg>"""
 
 
 def draw(roots, name, title="", keywords=(), creator="", size=(64, 60), opaque=False):
-    """One drawing of the two packages: a square in the middle, or a picture without transparency."""
+    """One drawing of the two packages: a square in the middle, or nothing transparent."""
     png = roots["openclipart-png"] / f"usr/share/openclipart/png/{name}.png"
     svg = roots["openclipart-svg"] / f"usr/share/openclipart/svg/{name}.svg"
     for path in (png, svg):
@@ -151,16 +151,8 @@ def test_variants_of_a_drawing_stay_on_one_side():
 
 
 def test_the_folder_has_all_parts_and_its_card_names_them(maker, tmp_path, monkeypatch):
-    monkeypatch.setitem(
-        build.KINDS,
-        "everything",
-        SimpleNamespace(
-            prepare=lambda *_: maker,
-            CLASSES=everything.CLASSES,
-            VERSION=everything.VERSION,
-            EXTRA_SPLITS=everything.EXTRA_SPLITS,
-        ),
-    )
+    kind = build.KINDS["everything"]._replace(prepare=lambda *_: maker)
+    monkeypatch.setitem(build.KINDS, "everything", kind)
     made = make_demo_data(
         "everything", tmp_path / "data", images=16, val_images=4, size=32, workers=1
     )
@@ -173,7 +165,7 @@ def test_the_folder_has_all_parts_and_its_card_names_them(maker, tmp_path, monke
     assert counts == {"train": 16, "val": 4, "seen": 4, "drawn": 4, "seendrawn": 4}
     card = (tmp_path / "data/datacard.md").read_text()
     assert "| drawn | 4 | 1 |" in card and "openclipart-svg" in card
-    assert made["classes"] == list(everything.CLASSES)
+    assert made["classes"] == list(CLASSES)
 
 
 def test_one_picture_of_each_wallpaper(tmp_path):

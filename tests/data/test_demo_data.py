@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 
 from muse.errors import ConfigError, DataError
 from muse.experiments.demo_data import (
+    build,
     captions,
     catalogue,
     compose,
@@ -21,6 +22,7 @@ from muse.experiments.demo_data import (
     library,
     make_demo_data,
     shapes,
+    stamp_tables,
     stamps,
 )
 
@@ -53,19 +55,19 @@ def drawn(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def roots() -> dict[str, Path]:
-    if not (debian.cache_dir() / "debian" / catalogue.STAMPS_PACKAGE).is_dir() and not shutil.which(
-        "apt-get"
-    ):
+    if not (
+        debian.cache_dir() / "debian" / stamp_tables.STAMPS_PACKAGE
+    ).is_dir() and not shutil.which("apt-get"):
         pytest.skip("no Debian package tools on this machine")
     try:
-        return debian.fetch(catalogue.PACKAGES)
+        return debian.fetch(stamp_tables.PACKAGES)
     except DataError as error:
         pytest.skip(f"packages not reachable: {error}")
 
 
 @pytest.fixture(scope="module")
 def cutouts(roots) -> list[catalogue.Cutout]:
-    return catalogue.find_cutouts(roots[catalogue.STAMPS_PACKAGE])
+    return catalogue.find_cutouts(roots[stamp_tables.STAMPS_PACKAGE])
 
 
 # --- shapes
@@ -160,8 +162,6 @@ def test_finished_folder_is_reused_and_other_arguments_are_refused(drawn, tmp_pa
 
 
 def test_failed_run_leaves_nothing(tmp_path, monkeypatch):
-    from muse.experiments.demo_data import build
-
     def full_disk(*_args):
         raise OSError(28, "No space left on device")
 
@@ -193,7 +193,7 @@ def test_foreign_folder_is_never_touched(tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
     with pytest.raises(DataError, match="no folder of demo data"):
         make_demo_data(kind="shapes", output=tmp_path, overwrite=True)
-    with pytest.raises(DataError, match="cannot write"):
+    with pytest.raises(DataError, match="cannot be written"):
         make_demo_data(kind="shapes", output=tmp_path / "thesis.tex" / "data")
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
@@ -278,7 +278,7 @@ def test_failed_download_leaves_no_package(tmp_path, monkeypatch):
     ],
 )
 def test_captions_become_nouns(path, line, phrase):
-    assert captions.clean(path, line) == phrase
+    assert captions.noun_phrase(path, line) == phrase
 
 
 def test_sentences():
@@ -317,14 +317,13 @@ def test_masks_are_where_the_object_is(monkeypatch):
         assert (green & object_here).sum() / (green | object_here).sum() > 0.97
         y, x = np.where(object_here)
         longest = max(np.ptp(x), np.ptp(y)) + 1
-        assert (
-            0.65 * 128 * 0.9 < longest < 0.95 * 128
-        )  # the disc is 86 of the 90 pixels and may be turned
+        # The disc is 86 of the 90 pixels and may be rotated.
+        assert 0.65 * 128 * 0.9 < longest < 0.95 * 128
         assert sample.caption in ("A pea.", "A pea, a kind of food.")
 
 
 def test_halo_is_trimmed_and_thin_parts_stay():
-    """A red disc with a white rim (one pixel) and a thin pole: no whitish pixel remains, the pole does."""
+    """A red disc with a white rim (one pixel) and a thin pole: the rim goes, the pole stays."""
     cut = Image.new("RGBA", (100, 100), (255, 255, 255, 0))
     draw = ImageDraw.Draw(cut)
     draw.ellipse((20, 10, 80, 70), fill=(255, 255, 255, 255))
@@ -355,7 +354,7 @@ def test_stamps_split_by_subject(cutouts):
     assert {item.label for item in val} == set(range(6)) and {item.label for item in train} == set(
         range(6)
     )
-    assert all(catalogue.is_main(item) for item in train + val)
+    assert all(catalogue.is_evaluated(item) for item in train + val)
     held = {subject[item.name] for item in val}
     assert not held & {subject[item.name] for item in train + extra}
     assert not {item.phrase for item in val} & {item.phrase for item in train + extra}
@@ -368,10 +367,10 @@ def test_stamps_split_by_subject(cutouts):
 def test_every_same_subject_name_exists(cutouts):
     stems = {item.name.rsplit("/", 1)[-1] for item in cutouts}
     assert not [
-        name for line in catalogue.SAME_SUBJECT for name in line.split() if name not in stems
+        name for line in stamp_tables.SAME_SUBJECT for name in line.split() if name not in stems
     ]
     known = {item.name for item in cutouts}
-    assert not set(captions.NOUNS) - known - catalogue.SKIPPED
+    assert not set(captions.NOUNS) - known - stamp_tables.SKIPPED
 
 
 def test_all_stamp_captions_are_noun_phrases(cutouts):
@@ -406,12 +405,12 @@ def test_stamps_end_to_end(roots, tmp_path):
     assert (
         manifest["classes"]
         == (folder / "classes.txt").read_text().splitlines()
-        == list(catalogue.CLASSES)
+        == list(stamp_tables.CLASSES)
     )
 
 
 def test_val_is_the_same_for_photo_and_all(roots, monkeypatch):
-    """With grey stand-ins for the pictures: val does not depend on `objects`; the share of extras is as told."""
+    """With plain pictures in place of the real ones; the share of extras is as told."""
 
     def stand_ins(objects, backgrounds, size):
         return library.Library(
@@ -422,7 +421,7 @@ def test_val_is_the_same_for_photo_and_all(roots, monkeypatch):
         )
 
     monkeypatch.setattr(stamps, "load_library", stand_ins)
-    photo, both = (stamps.prepare(32, 0, objects) for objects in ("photo", "all"))
+    photo, both = (stamps.prepare_stamps(32, 0, objects) for objects in ("photo", "all"))
     assert len(both.train.objects) > len(photo.train.objects) == photo.main == both.main
     for index in range(60):
         one, two = photo("val", index), both("val", index)

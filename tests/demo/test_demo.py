@@ -7,10 +7,10 @@ import torch
 from PIL import Image
 
 from muse.errors import DataError
-from muse.experiments import demo, demo_report
+from muse.experiments import demo, demo_pictures, demo_report
 from scripts import demo as demo_script
 
-PLAN = demo.Plan((3, 3, 2, 2), images=64, probe_images=48, val_images=40, limited=False)
+PLAN = demo.DemoPlan((3, 3, 2, 2), images=64, probe_images=48, val_images=40, limited=False)
 SMALL = ["model.num_blocks=2", "training.per_gpu_batch_size=8"]
 
 
@@ -26,7 +26,7 @@ def test_everything_that_is_promised_is_there(run):
     assert Image.open(output / "reconstructions.png").size[0] > 8 * 128
     assert Image.open(output / "attention.png").size[1] > 4 * 128  # query, two blocks, teacher
     page = (output / "report.html").read_text()
-    for name, values, baseline in demo_report.rows(results):
+    for name, values, baseline in demo_report.table_rows(results):
         assert name in page and values[-1] in page and baseline in page
     assert list(results["stages"]) == ["stage0", "stage1", "stage2", "stage3"]
 
@@ -64,7 +64,7 @@ def test_a_second_run_trains_nothing(run, monkeypatch):
 
 
 def test_a_slow_machine_gets_fewer_steps():
-    plan = demo.Plan((100, 200, 100, 50))
+    plan = demo.DemoPlan((100, 200, 100, 50))
     assert plan.fitted(demo.REFERENCE_STEP) == plan
     slow = plan.fitted(2 * demo.REFERENCE_STEP)
     assert slow.steps == (100, 100, 50, 25)
@@ -79,7 +79,7 @@ def test_without_the_packages_it_draws_shapes(tmp_path, monkeypatch, caplog):
             raise DataError("apt-get was not found; use --kind shapes")
 
     monkeypatch.setattr(demo, "make_demo_data", make)
-    assert demo.demo_data(tmp_path, PLAN, "stamps") == (tmp_path / "data-shapes", "shapes")
+    assert demo.demo_data(tmp_path, PLAN.images, "stamps") == (tmp_path / "data-shapes", "shapes")
     assert calls == ["stamps", "shapes"]
 
 
@@ -104,5 +104,5 @@ def test_query_is_the_object_cell_nearest_its_middle():
     cells[[5, 6, 9, 10, 11]] = (
         1  # rows 1-2 of a 4x4 grid, leaning right: centre (1.6, 1.8) is nearest to cell (2, 2)
     )
-    assert demo_report._query(cells, (4, 4)) == 10
-    assert demo_report._query(torch.zeros(16, dtype=torch.long), (4, 4)) == 10
+    assert demo_pictures._query(cells, (4, 4)) == 10
+    assert demo_pictures._query(torch.zeros(16, dtype=torch.long), (4, 4)) == 10

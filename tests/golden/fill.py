@@ -1,4 +1,4 @@
-"""Fill a key list with reproducible weights: the rule that made the golden data (see release_*.json beside this file)."""
+"""Fill a key list with reproducible weights: the rule behind the golden data beside this file."""
 
 import json
 import zlib

@@ -68,7 +68,7 @@ def test_resize_equals_matrices_on_any_grid(from_grid, to_grid):
 
 
 def test_resize_follows_a_moved_point():
-    """All queries look at the lower right corner before, so they do after, on a non-square grid too."""
+    """All queries look at the lower right corner before and after, on a non-square grid too."""
     maps = torch.zeros(1, 1, 24, 24)
     maps[..., -1] = 1
     resized = resize_attention(maps, (4, 6), (2, 3))

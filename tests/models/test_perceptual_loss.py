@@ -1,9 +1,13 @@
+import lpips
 import pytest
 import torch
 import torch.nn.functional as F
+from torchvision.models import convnext_small
+from torchvision.models.vgg import cfgs, make_layers
 
 from muse.errors import CheckpointError, ConfigError
-from muse.losses.perceptual import LPIPS, PARTS, PerceptualLoss, parse_perceptual_name
+from muse.losses.perceptual import PerceptualLoss, parse_perceptual_name
+from muse.losses.perceptual_parts import PARTS, LPIPSDistance
 from muse.teachers.efficientnet_lite import load_efficientnet_lite0
 
 
@@ -16,9 +20,7 @@ def pair(batch: int = 2, side: int = 32) -> tuple[torch.Tensor, torch.Tensor]:
 
 @pytest.fixture(scope="module")
 def vgg_file(tmp_path_factory):
-    """Random weights of VGG-16's convolutions under torchvision's names (the pretrained ones need the network)."""
-    from torchvision.models.vgg import cfgs, make_layers
-
+    """Random weights of VGG-16's convolutions, named as torchvision's, which need the network."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("weights") / "vgg16.pth"
     torch.save(
@@ -114,8 +116,6 @@ def test_the_same_random_network_every_time_and_no_random_number_spent():
     "ignore:.*deprecated:UserWarning"
 )  # the package's own call of torchvision
 def test_lpips_equals_the_lpips_package(vgg_file):
-    import lpips
-
     reference = lpips.LPIPS(net="vgg", pnet_rand=True, verbose=False)
     state = torch.load(vgg_file, weights_only=True)
     for key in reference.net.state_dict():  # sliceK.N.weight: N counts vgg16's features
@@ -123,14 +123,12 @@ def test_lpips_equals_the_lpips_package(vgg_file):
     images, target = pair(side=48)
     with torch.no_grad():
         expected = reference(images, target, normalize=True).flatten()
-    part = LPIPS(vgg_file)
+    part = LPIPSDistance(vgg_file)
     torch.testing.assert_close(part(images, target), expected, atol=1e-6, rtol=1e-5)
     torch.testing.assert_close(part(target, images), expected, atol=1e-6, rtol=1e-5)
 
 
 def test_convnext_equals_torchvision(tmp_path):
-    from torchvision.models import convnext_small
-
     with torch.device("meta"):
         reference = convnext_small()
     generator = torch.Generator().manual_seed(0)
@@ -163,7 +161,7 @@ def test_efficientnet_is_the_chord_between_unit_vectors():
     """|a/|a| - b/|b||^2 = 2 - 2 cos(a, b), mean over positions and blocks."""
     images, target = pair()
     network = load_efficientnet_lite0()
-    layers = zip(network.features(images, (1, 4)), network.features(target, (1, 4)))
+    layers = zip(network(images, (1, 4)), network(target, (1, 4)))
     expected = torch.stack(
         [2 - 2 * F.cosine_similarity(a, b, dim=1).mean(dim=(1, 2)) for a, b in layers]
     ).mean(dim=0)
@@ -171,6 +169,26 @@ def test_efficientnet_is_the_chord_between_unit_vectors():
     torch.testing.assert_close(loss.per_image(images, target), expected, atol=1e-5, rtol=1e-4)
     with pytest.raises(ConfigError, match="losses.perceptual.blocks"):
         PerceptualLoss("efficientnet_lite0", blocks=(16,))
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_without_weights_it_is_the_architecture(name, vgg_file, monkeypatch):
+    monkeypatch.setattr("torchvision.models._api.load_state_dict_from_url", None)
+    before = torch.get_rng_state()
+    with torch.device("meta"):
+        made = PerceptualLoss(name, pretrained=False)
+    assert torch.equal(before, torch.get_rng_state())
+    assert not any(p.requires_grad for p in made.parameters())
+    found = {key: value.shape for key, value in made.state_dict().items()}
+    if name == "convnext_s":  # its weights are 200 MB
+        reference = convnext_small().state_dict()
+        expected = {f"network.{key}": value.shape for key, value in reference.items()}
+        expected |= {key: (1, 3, 1, 1) for key in ("mean", "std")}
+        expected = {f"parts.convnext_s.{key}": shape for key, shape in expected.items()}
+    else:
+        loaded = PerceptualLoss(name, weights={"lpips": vgg_file})
+        expected = {key: value.shape for key, value in loaded.state_dict().items()}
+    assert found == expected
 
 
 # ---- weights that are not there

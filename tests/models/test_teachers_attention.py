@@ -1,13 +1,17 @@
-"""Attention teachers: the maps are the library's own attentions, cut to patches, whatever the source."""
+"""Attention teachers: the library's own attentions, cut to patches, whatever the source."""
 
 import json
 
 import pytest
+import timm
 import torch
+import transformers
+from safetensors.torch import load_file, save_file
 
 from muse.errors import CheckpointError, ConfigError
+from muse.models.layers import IMAGENET_MEAN, IMAGENET_STD
 from muse.teachers import build_topology_teacher
-from muse.teachers.base import IMAGENET_MEAN, IMAGENET_STD, choose_layers, evenly_spaced_layers
+from muse.teachers.base import choose_layers, evenly_spaced_layers
 from muse.teachers.vit_attention import patch_attention
 
 SIZES = {
@@ -158,8 +162,6 @@ def test_stored_normalisation_is_used(tmp_path):
 
 
 def test_incomplete_weights_are_refused(tmp_path):
-    from safetensors.torch import load_file, save_file
-
     dino().network.save_pretrained(tmp_path)
     state = load_file(tmp_path / "model.safetensors")
     name = next(key for key in state if "q_proj" in key)
@@ -170,8 +172,6 @@ def test_incomplete_weights_are_refused(tmp_path):
 
 
 def test_refused_access_is_one_line_with_the_ways_out(monkeypatch):
-    import transformers
-
     def refuse(*args, **kwargs):
         raise OSError("You are trying to access a gated repo.\nMake sure to have access to it.")
 
@@ -215,7 +215,24 @@ def test_mistakes_are_named(tmp_path):
     assert build_topology_teacher({"kind": "none"}, 1) is None
 
 
-# ---------------------------------------------------------------------------------------------------------- timm
+def test_without_weights_the_architecture_is_the_same_and_no_weights_file_is_asked_for(tmp_path):
+    ours = dino()
+    ours.network.save_pretrained(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError):
+        build_topology_teacher({"source": str(tmp_path)}, 2)
+    with torch.device("meta"):
+        made = build_topology_teacher({"source": str(tmp_path)}, 2, pretrained=False)
+    assert {name: tensor.shape for name, tensor in made.state_dict().items()} == {
+        name: tensor.shape for name, tensor in ours.state_dict().items()
+    }
+    assert made.layers == ours.layers and made.num_prefix == ours.num_prefix
+    target = made(pictures().to("meta"))
+    assert target.grid == (4, 3) and target.maps[0].is_meta
+    assert target.maps[0].shape == ours(pictures()).maps[0].shape
+
+
+# --------------------------------------------------------------------------------------------- timm
 TIMM_DINOV3 = {
     "pretrained": False,
     "embed_dim": 32,
@@ -321,8 +338,6 @@ def test_timm_vit_of_one_size_sees_that_size():
 
 
 def test_timm_directory(tmp_path):
-    import timm
-
     torch.manual_seed(4)
     config = {"embed_dim": 24, "depth": 2, "num_heads": 2, "img_size": 32}
     network = timm.create_model("vit_tiny_patch16_224", num_classes=0, **config)

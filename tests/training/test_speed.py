@@ -7,6 +7,7 @@ import torch
 
 from muse.data import dataloader
 from muse.models.ema_model import EMAModel
+from muse.training.tokenizer_task import TokenizerTask
 from tests.helpers import random_images
 
 
@@ -67,7 +68,8 @@ def test_batches_are_pinned_for_gpus_and_prefetched_by_workers(kind, pinned, set
 
     made = {}
     monkeypatch.setattr(dataloader, "train_loader", lambda *args, **options: made.update(options))
-    dataloader.build_train_loader(
-        settings("semantic_injection", {"dataset": {"params": {"num_workers_per_gpu": 3}}}), Place
-    )
+    cfg = settings("semantic_injection", {"dataset": {"params": {"num_workers_per_gpu": 3}}})
+    task = TokenizerTask(cfg)
+    task.accelerator = Place
+    task.train_loader()
     assert made["pin_memory"] is pinned and made["num_workers"] == 3

@@ -9,6 +9,7 @@ from muse.errors import ConfigError, DataError
 from muse.evaluation.metrics.networks import MetricOptions, network_protocol
 from muse.evaluation.metrics.psnr_ssim import ImageMean
 from muse.losses.perceptual import PARTS
+from muse.losses.perceptual_parts import lpips_network
 from muse.utils.weights import read_state_dict, state_sha256
 
 LPIPS_NETS = {"alex": "alexnet", "vgg": "vgg16", "squeeze": "squeezenet1_1"}
@@ -24,7 +25,6 @@ class Lpips(nn.Module):
 
     def __init__(self, net: str = "alex", weights: str | None = None):
         super().__init__()
-        import lpips  # noqa: PLC0415  with torchvision's models: seconds that others need not wait
         import torchvision  # noqa: PLC0415
 
         if net not in LPIPS_NETS:
@@ -43,24 +43,8 @@ class Lpips(nn.Module):
         else:
             state = read_state_dict(weights, f"LPIPS ({LPIPS_NETS[net]})")
         self.name = f"lpips_{net}"
-        self.network = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
-        self._load_backbone(state, weights or LPIPS_NETS[net])
-        self.network.eval().requires_grad_(False)
+        self.network = lpips_network(net, state, weights or LPIPS_NETS[net], f"LPIPS ({net})")
         self.weights_sha256 = state_sha256(self.network)
-
-    def _load_backbone(self, state: dict, source: str) -> None:
-        """lpips cuts torchvision's `features` into slices that keep the layers' numbers."""
-        own = self.network.net.state_dict()
-        renamed = {key: state.get("features." + key.split(".", 1)[1]) for key in own}
-        wrong = [
-            key for key, value in renamed.items() if value is None or value.shape != own[key].shape
-        ]
-        if wrong:
-            raise DataError(
-                f"{source} does not hold the weights of LPIPS's backbone: {len(wrong)} tensors "
-                f"differ ({wrong[0]})"
-            )
-        self.network.net.load_state_dict(renamed)
 
     @torch.no_grad()
     def forward(self, real: torch.Tensor, fake: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Demo data that a CPU can learn from: composited cut-outs (`stamps`) and drawn scenes (`shapes`)."""
+"""Demo pictures for a CPU: cut-outs on photographs (`stamps`) and drawn scenes (`shapes`)."""
 
 from muse.experiments.demo_data.build import make_demo_data
 

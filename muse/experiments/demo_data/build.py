@@ -1,21 +1,32 @@
-"""Make a demo data folder: all of it or nothing, and nothing twice."""
+"""Make a demo data folder: a complete one or none, and none twice."""
 
 import json
 import logging
-import os
-import shutil
 from pathlib import Path
 
-from muse.errors import ConfigError, DataError
-from muse.experiments.demo_data import everything, shapes, shards_writer, stamps
+from muse.errors import CheckpointError, ConfigError, DataError
+from muse.experiments.demo_data import everything, shapes, stamps
 from muse.experiments.demo_data.datacard import write_card
+from muse.experiments.demo_data.sample import Kind
+from muse.experiments.demo_data.shards_writer import plan_shards, write_shards
+from muse.experiments.demo_data.stamp_tables import CLASSES as STAMP_CLASSES
+from muse.utils.io import atomic_directory, write_json
 
 logger = logging.getLogger(__name__)
 
-KINDS = {"stamps": stamps, "everything": everything, "shapes": shapes}
+KINDS = {
+    "stamps": Kind(stamps.VERSION, STAMP_CLASSES, stamps.prepare_stamps),
+    "everything": Kind(
+        everything.VERSION,
+        STAMP_CLASSES,
+        everything.prepare_everything,
+        everything.EXTRA_SPLITS,
+    ),
+    "shapes": Kind(shapes.VERSION, shapes.CLASSES, shapes.prepare_shapes),
+}
 DEFAULT_IMAGES = {"stamps": 3000, "everything": 24000, "shapes": 512}
 OBJECTS = ("photo", "all")
-TRAIN_SHARDS, VAL_SHARDS = 8, 2  # several ranks times workers have one each
+TRAIN_SHARDS, VAL_SHARDS = 8, 2  # at least: every data worker of every process needs a shard
 MAX_PER_SHARD = 1000
 MANIFEST = "manifest.json"
 
@@ -31,45 +42,44 @@ def make_demo_data(
     overwrite: bool = False,
     workers: int | None = None,
 ) -> dict:
-    """Write WebDataset shards of demo pictures to `output`, or reuse what the same arguments wrote there.
+    """Write WebDataset shards of demo pictures to `output`, or reuse what the same arguments wrote.
 
     Args:
-        kind: stamps (cut-outs on photographs, from Debian packages) or shapes (drawn, needs nothing).
+        kind: stamps (cut-outs on photographs, from Debian packages) or shapes (drawn, needs
+            nothing).
+        output: the folder.
         images: training pictures; DEFAULT_IMAGES when None.
+        size: side in pixels.
+        seed: of every random choice.
+        objects: photo, or all to add cartoons and other domains to the training part of stamps.
         val_images: 240 for stamps, an eighth of `images` for shapes when None.
-        size: side in pixels. objects: photo, or all to add cartoons and other domains to the training part of stamps.
-        overwrite: make it anew, also in place of demo data of other arguments. workers: processes, all cores when None.
+        overwrite: make it anew, also in place of demo data of other arguments.
+        workers: processes, all cores when None.
 
     Returns:
         The manifest (arguments, version, classes, counts, shard names).
 
     Raises:
         ConfigError: an argument is out of range, or `output` holds demo data of other arguments.
-        DataError: `output` cannot be written or holds something else, or the packages cannot be had.
+        DataError: `output` cannot be written or holds something else, or the packages cannot be
+            downloaded.
     """
     manifest = _checked(kind, images, size, seed, objects, val_images)
     if not str(output):
         raise ConfigError("no output folder given")
     target = Path(output).expanduser().resolve()
     found = _existing(target)
-    if (
-        found is not None
-        and not overwrite
-        and all(found.get(key) == value for key, value in manifest.items())
-    ):
-        logger.info("%s holds this data already: reused", target)
-        return found
-    if found is not None and not overwrite:
-        changed = ", ".join(
-            f"{key} {found.get(key)} -> {manifest[key]}"
-            for key in manifest
-            if found.get(key) != manifest[key]
-        )
+    if found is None or overwrite:
+        return _build(target, manifest, workers)
+    changed = [key for key in manifest if found.get(key) != manifest[key]]
+    if changed:
+        changes = ", ".join(f"{key} {found.get(key)} -> {manifest[key]}" for key in changed)
         raise ConfigError(
-            f"{target} holds demo data made with other arguments ({changed}); choose another folder "
-            "or add --overwrite"
+            f"{target} holds demo data made with other arguments ({changes}); choose another "
+            "folder or add --overwrite"
         )
-    return _build(target, manifest, workers)
+    logger.info("%s holds this data already: reused", target)
+    return found
 
 
 def _checked(
@@ -94,7 +104,7 @@ def _checked(
             raise ConfigError(f"{name} is {value}; it lies between {low} and {high}")
     return {
         "kind": kind,
-        "version": KINDS[kind].VERSION,
+        "version": KINDS[kind].version,
         "images": images,
         "val_images": val_images,
         "size": size,
@@ -104,7 +114,7 @@ def _checked(
 
 
 def _existing(target: Path) -> dict | None:
-    """The manifest of a finished folder, None where there is nothing. DataError for any other folder or file."""
+    """The manifest of a finished folder, None where nothing is; DataError for anything else."""
     try:
         if not target.exists() or (target.is_dir() and not any(target.iterdir())):
             return None
@@ -113,59 +123,41 @@ def _existing(target: Path) -> dict | None:
         found = None
     if not isinstance(found, dict) or "kind" not in found:
         raise DataError(
-            f"{target} exists and is no folder of demo data (no readable {MANIFEST}); choose another one"
+            f"{target} exists and is no folder of demo data (no readable {MANIFEST}); "
+            "choose another one"
         )
     return found
 
 
 def _build(target: Path, manifest: dict, workers: int | None) -> dict:
-    scratch = target.parent / f".{target.name}.making-{os.getpid()}"
     try:
-        scratch.mkdir(parents=True)
-    except OSError as error:
-        raise DataError(f"cannot write {target} ({error.strerror})") from error
-    try:
-        manifest = _fill(scratch, manifest, workers)
-        _replace(target, scratch)
-    except OSError as error:
-        raise DataError(f"cannot write {target} ({error.strerror or error})") from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+        with atomic_directory(target) as folder:
+            manifest = _fill(folder, manifest, workers)
+    except CheckpointError as error:  # what a folder that cannot be written raises
+        raise DataError(str(error)) from error
     logger.info("wrote %s", target)
     return manifest
 
 
 def _fill(folder: Path, manifest: dict, workers: int | None) -> dict:
     """All files of the data, in `folder`. Returns the full manifest."""
-    source = KINDS[manifest["kind"]]
-    make = source.prepare(manifest["size"], manifest["seed"], manifest["objects"])
-    train_shards = max(TRAIN_SHARDS, -(-manifest["images"] // MAX_PER_SHARD))
-    val_shards = max(VAL_SHARDS, -(-manifest["val_images"] // MAX_PER_SHARD))
-    shards = shards_writer.plan(folder, "train", manifest["images"], train_shards)
-    for split in ("val", *getattr(source, "EXTRA_SPLITS", ())):
-        shards += shards_writer.plan(folder, split, manifest["val_images"], val_shards)
-    records = shards_writer.write(shards, make, workers)
+    kind = KINDS[manifest["kind"]]
+    make = kind.prepare(manifest["size"], manifest["seed"], manifest["objects"])
+    shards = []
+    for split, images, fewest in (
+        ("train", manifest["images"], TRAIN_SHARDS),
+        *((name, manifest["val_images"], VAL_SHARDS) for name in ("val", *kind.extra_splits)),
+    ):
+        count = max(fewest, -(-images // MAX_PER_SHARD))
+        shards += plan_shards(folder, split, images, count)
+    records = write_shards(shards, make, workers)
     manifest = {
         **manifest,
-        "classes": list(source.CLASSES),
+        "classes": list(kind.classes),
         "shards": [shard.path.name for shard in shards],
     }
-    (folder / "classes.txt").write_text("".join(f"{name}\n" for name in source.CLASSES))
+    (folder / "classes.txt").write_text("".join(f"{name}\n" for name in kind.classes))
     (folder / "index.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
     (folder / "datacard.md").write_text(write_card(manifest, records))
-    (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+    write_json(folder / MANIFEST, manifest)
     return manifest
-
-
-def _replace(target: Path, scratch: Path) -> None:
-    """Put the finished folder under its name; the one it replaces is gone only afterwards."""
-    old = target.parent / f".{target.name}.old-{os.getpid()}"
-    if target.exists():
-        target.rename(old)
-    try:
-        scratch.rename(target)
-    except OSError:
-        if old.exists():
-            old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)

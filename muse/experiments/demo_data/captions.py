@@ -2,8 +2,8 @@
 
 import re
 
-# Path below the stamps folder (no extension) -> noun phrase. Captions that are instructions, advertise, explain, or
-# would not tell a reader what is to be seen; also a few wrong articles.
+# Path below the stamps folder (no extension) -> noun phrase. Replaces captions that give orders,
+# advertise, explain or do not say what is shown, and corrects a few wrong articles.
 NOUNS = {
     "animals/birds/gander": "a gray goose",
     "animals/birds/drake": "a drake, a male duck",
@@ -156,8 +156,8 @@ def first_line(text: str) -> str:
     return ""
 
 
-def clean(path: str, line: str) -> str:
-    """A noun phrase without full stop, first letter lower case, from a stamp's path and English caption."""
+def noun_phrase(path: str, line: str) -> str:
+    """From a stamp's path and English caption: no full stop, first letter in lower case."""
     if path in NOUNS:
         return NOUNS[path]
     phrase = re.sub(r"\s*\([^)]*\)", "", line.translate(_QUOTES))
@@ -169,7 +169,13 @@ def clean(path: str, line: str) -> str:
 
 
 def sentence(phrase: str, style: str = "photo", category: str | None = None) -> str:
-    """The caption of one picture. `style` is photo | cartoon | drawing; `category` adds ", a kind of …"."""
+    """The caption of one picture.
+
+    Args:
+        phrase: what is shown, such as "a zebra".
+        style: photo | cartoon | drawing; the last two are named ("a cartoon of a zebra").
+        category: adds ", a kind of …".
+    """
     text = phrase if style == "photo" else f"a {style} of {phrase}"
     if category:
         text = f"{text}, a kind of {category}"

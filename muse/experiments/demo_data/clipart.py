@@ -1,4 +1,4 @@
-"""Drawn objects with captions: pictures of `openclipart-png`, titles and keywords of `openclipart-svg`."""
+"""Drawn objects with captions: pictures of `openclipart-png`, titles of `openclipart-svg`."""
 
 import html
 import logging
@@ -42,22 +42,22 @@ SKIPPED_FOLDERS = ("people/clothing/pantyhose", "transportation/aiga-symbols", "
 _LETTERED = ("transportation/roadsigns", "education", "computer/hardware")
 # Words that say nothing about what is to be seen.
 _EMPTY = set(
-    "a an the of and with for in on by to unsorted clip art clipart png svg image images media public domain "
-    "externalsource openclipart colour color colored icon icons drawing cartoon simple black white logo etc other "
-    "misc picture right font ryanlerch lineart new old sig remix hash contour bw illustration notlit".split()
+    "a an the of and with for in on by to unsorted clip art clipart png svg image images media "
+    "public domain externalsource openclipart colour color colored icon icons drawing cartoon "
+    "simple black white logo etc other misc picture right font ryanlerch lineart new old sig remix "
+    "hash contour bw illustration notlit".split()
 )
-# Words of captions that name no subject of their own: they do not keep a drawing out of the training part.
+# Words of captions that name no subject of their own: for them no drawing is kept out of train.
 _GENERIC = set(
-    "a an the of and way give no two pair bunch closed open large small sign flower tree fish root leave truck car "
-    "race red blue white purple orange green yellow sleeping mountain wild spiny rubber duck uturn turn u".split()
+    "a an the of and way give no two pair bunch closed open large small sign flower tree fish root "
+    "leave truck car race red blue white purple orange green yellow sleeping mountain wild spiny "
+    "rubber duck uturn turn u".split()
 )
-_SMALLEST, _LARGEST = (
-    48,
-    4_000_000,
-)  # pixels: the longer side, the area (a few posters take seconds to decode)
+# Pixels: the longer side, and the area (a few posters take seconds to decode).
+_SMALLEST, _LARGEST = 48, 4_000_000
 
 
-def words(text: str) -> list[str]:
+def split_words(text: str) -> list[str]:
     """Lower-case words without digits and plural endings."""
     found = re.findall(r"[a-z]+", text.lower())
     return [_singular(word) for word in found]
@@ -74,13 +74,16 @@ def subject_words(items: list[Cutout]) -> set[str]:
     named = {
         word
         for item in items
-        for word in (*words(item.phrase), *words(item.name.rsplit("/", 1)[-1]))
+        for word in (*split_words(item.phrase), *split_words(item.name.rsplit("/", 1)[-1]))
     }
     return named - _GENERIC
 
 
 def find_clipart(roots: dict[str, Path], excluded: set[str]) -> list[Cutout]:
-    """Usable drawings, sorted by name; none whose title, keywords or file name hold a word of `excluded`."""
+    """Usable drawings, sorted by name.
+
+    None whose title, keywords or file name hold a word of `excluded`.
+    """
     pictures = roots["openclipart-png"] / "usr/share/openclipart/png"
     notes = roots["openclipart-svg"] / "usr/share/openclipart/svg"
     found, held = [], 0
@@ -91,7 +94,7 @@ def find_clipart(roots: dict[str, Path], excluded: set[str]) -> list[Cutout]:
             continue
         title, keywords, creator = _notes(notes / f"{name}.svg")
         phrase = _phrase(title or path.stem, keywords, creator)
-        said = set(words(" ".join((title, *keywords, path.stem))))
+        said = set(split_words(" ".join((title, *keywords, path.stem))))
         if said & excluded:
             held += 1
         elif phrase and _is_cutout(path):
@@ -120,8 +123,11 @@ def _notes(svg: Path) -> tuple[str, list[str], str]:
 
 
 def _phrase(title: str, keywords: list[str], creator: str) -> str:
-    """ "a brush roller, tool": the title and the first keyword that adds something, without the author's name."""
-    by = set(words(creator)) | _EMPTY
+    """The title, and the first keyword that adds something: "a brush roller, tool".
+
+    The author's name, which many titles hold, is left out.
+    """
+    by = set(split_words(creator)) | _EMPTY
     name = [word for word in re.findall(r"[a-z]{2,}", title.lower()) if _singular(word) not in by]
     foreign = "rollandin" in by  # his titles are Italian, his keywords English
     further = [
@@ -144,7 +150,7 @@ def _phrase(title: str, keywords: list[str], creator: str) -> str:
 
 
 def _is_cutout(path: Path) -> bool:
-    """Whether it is large enough, something is to be seen, and some of its ground is transparent."""
+    """Whether it is large enough, shows something, and has a transparent ground."""
     try:
         with Image.open(path) as picture:
             area = picture.width * picture.height

@@ -1,21 +1,21 @@
-"""One composite: a cut-out at random place, size, angle and light on a random piece of background."""
+"""One composite: a cut-out at a random place, size, angle and light on a random background."""
 
 import numpy
 from PIL import Image, ImageFilter
 
-from muse.experiments.demo_data import captions
+from muse.experiments.demo_data.captions import sentence
 from muse.experiments.demo_data.catalogue import CLASSES, names_category
 from muse.experiments.demo_data.library import Library
 from muse.experiments.demo_data.sample import Sample
 
 SCALE = (0.65, 0.95)  # longest side of the object, in picture sides
-_MIN_EXTENT = 0.55  # geometric mean of its two sides, where SCALE allows: long thin things are drawn longer, not lost
+# Smallest geometric mean of the object's two sides, as far as SCALE allows: long thin objects are
+# drawn longer, so that they stay visible.
+_MIN_EXTENT = 0.55
 ROTATION = 15.0  # degrees, both ways
 PLAIN, BLURRED = 0.2, 0.35  # shares of synthetic and of out-of-focus backgrounds
 CATEGORY_SHARE = 0.5  # of the captions name the category
-_MIN_CONTRAST = (
-    0.22  # RGB distance of object and background below which another background is tried
-)
+_MIN_CONTRAST = 0.22  # RGB distance to the object; below it another background is tried
 _TRIES = 4
 
 
@@ -41,7 +41,7 @@ def composite(library: Library, index: int, size: int, rng: numpy.random.Generat
     return Sample(
         (image.clip(0, 1) * 255).round().astype(numpy.uint8),
         numpy.where(alpha >= 0.5, 1 + item.label, 0).astype(numpy.uint8),
-        captions.sentence(item.phrase, item.style, kind),
+        sentence(item.phrase, item.style, kind),
         item.label,
         {"object": item.name, "background": best_name},
     )
@@ -50,7 +50,7 @@ def composite(library: Library, index: int, size: int, rng: numpy.random.Generat
 def _place(
     cutout: Image.Image, flip: bool, size: int, rng: numpy.random.Generator
 ) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Colour (H,W,3) and alpha (H,W), both float32 in [0,1], of the cut-out laid wholly into the picture."""
+    """Colour (H,W,3) and alpha (H,W), float32 in [0,1], of the cut-out inside the picture."""
     angle = numpy.deg2rad(rng.uniform(-ROTATION, ROTATION))
     share = rng.uniform(*SCALE)
     mirrored = -1.0 if flip and rng.random() < 0.5 else 1.0

@@ -1,4 +1,4 @@
-"""Fetch and unpack Debian packages into a cache folder without root, and never leave half a package there."""
+"""Download and unpack Debian packages into a cache folder, without root; each completely or not."""
 
 import logging
 import os
@@ -22,10 +22,10 @@ def cache_dir() -> Path:
 
 
 def fetch(packages: tuple[str, ...]) -> dict[str, Path]:
-    """Root folder of every unpacked package. A `.deb` laid into `CACHE/debs` by hand is taken before a download.
+    """Root folder of every unpacked package. A `.deb` in `CACHE/debs` is used before a download.
 
     Raises:
-        DataError: Debian's tools are missing, the cache cannot be written, or a package cannot be downloaded.
+        DataError: Debian's tools are missing, the cache cannot be written, or a download failed.
     """
     cache = cache_dir()
     roots = {name: cache / "debian" / name for name in packages}
@@ -56,14 +56,14 @@ def _deb(name: str, cache: Path, scratch: Path) -> Path:
         return own[-1]
     logger.info("downloading the Debian package %s", name)
     if not _download(name, scratch, []):
-        # Empty or stale package lists: fresh ones in our own cache, so neither root nor the system's lists are needed.
+        # The package lists are empty or stale. Fresh ones in our own cache need no root.
         options = _private_lists(cache)
         logger.info("package lists are empty or stale: running apt-get update in %s", cache)
         update = _run(["apt-get", *options, "update"], scratch)
         if update.returncode or not _download(name, scratch, options):
             raise DataError(
-                f"cannot download the Debian package {name}: run `apt-get update` and check the network, "
-                f"or {FALLBACK}"
+                f"cannot download the Debian package {name}: run `apt-get update` and check the "
+                f"network, or {FALLBACK}"
             )
     return next(scratch.glob(f"{name}_*.deb"))
 

@@ -1,23 +1,29 @@
-"""The kind `everything`: photo-like cut-outs, cartoons and drawings of three packages, on the photographs of six.
+"""The kind `everything`: photo-like cut-outs, cartoons and drawings on photographs.
 
-Five parts. `train`; `val` is the `val` of the kind `stamps`, picture for picture (photo-like objects that no training
-picture shows); `seen` are photo-like training objects in new pictures; `drawn` and `seendrawn` are the same two things
-with drawings. Every photograph behind the objects of the last four is one that training never shows.
+Five parts:
+
+- `train`;
+- `val`, the `val` of the kind `stamps`, picture for picture: photo-like objects that no training
+  picture shows;
+- `seen`: photo-like training objects in new pictures;
+- `drawn` and `seendrawn`: the same two with drawings.
+
+Every photograph behind the objects of the last four is one that training never shows.
 """
 
 import hashlib
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy
 
-from muse.experiments.demo_data import catalogue, clipart, debian, stamps
+from muse.experiments.demo_data import clipart, debian, stamps
 from muse.experiments.demo_data.catalogue import Background, Cutout
 from muse.experiments.demo_data.compose import composite
 from muse.experiments.demo_data.library import Library, load_library
 from muse.experiments.demo_data.sample import Sample
 
-CLASSES = catalogue.CLASSES
 VERSION = 1
 EXTRA_SPLITS = ("seen", "drawn", "seendrawn")  # shards beside those of train and val
 PHOTO_PACKAGES = ("plasma-workspace-wallpapers", "mate-backgrounds")
@@ -26,10 +32,10 @@ HELD_DRAWINGS = 0.08
 _SEEDS = {"train": 10, "seen": 11, "drawn": 12, "seendrawn": 13}
 # Wallpapers on which an object of the six classes is to be seen, or a mascot.
 NO_BACKGROUNDS = {"ColorfulCups", "FlyingKonqui", "Elephants", "LadyBird", "OneStandsOut"}
-LICENCES = """- Drawings: Debian packages `openclipart-png` and, for titles and keywords, `openclipart-svg` (public domain
-  dedication; each drawing's author is named in its SVG file).
-- More photographs and rendered pictures: Debian packages `plasma-workspace-wallpapers` (GPL-2+, CC-BY-SA 4.0 among
-  others, see its copyright file) and `mate-backgrounds` (GPL-2+, CC-BY-SA 4.0; authors in its copyright file).
+LICENCES = """- Drawings: Debian packages `openclipart-png` and, for titles and keywords,
+  `openclipart-svg` (public domain dedication; each drawing's SVG file names its author).
+- More photographs and rendered pictures: Debian packages `plasma-workspace-wallpapers` (GPL-2+)
+  and `mate-backgrounds` (GPL-2+, CC-BY-SA 4.0), whose copyright files name the authors.
 """
 
 
@@ -68,9 +74,9 @@ class Everything:
         return int(order.permutation(count)[index % count])
 
 
-def prepare(size: int, seed: int, objects: str = "photo") -> Everything:
+def prepare_everything(size: int, seed: int, objects: str = "photo") -> Everything:
     """Fetch the packages, split, and shrink every layer once; `objects` means nothing here."""
-    base = stamps.prepare(size, seed, "all")
+    base = stamps.prepare_stamps(size, seed, "all")
     drawings = clipart.find_clipart(
         debian.fetch(clipart.PACKAGES), clipart.subject_words(base.val.objects)
     )
@@ -95,7 +101,7 @@ def prepare(size: int, seed: int, objects: str = "photo") -> Everything:
     return Everything(replace(base, train=base.val), parts, base.main, extras, size, seed)
 
 
-def describe(records: list[dict]) -> list[str]:
+def describe_parts(records: list[dict]) -> list[str]:
     """Lines of the data card: what each part shows."""
     lines = ["| part | pictures | objects | photographs |", "|---|---|---|---|"]
     for split in ("train", "val", *EXTRA_SPLITS):
@@ -105,16 +111,17 @@ def describe(records: list[dict]) -> list[str]:
     return [
         *lines,
         "",
-        "`val`: photo-like objects that no training picture shows, the same pictures as `val` of the kind `stamps`. "
-        "`seen`: photo-like training objects, new pictures. `drawn` and `seendrawn`: the same with drawings (`drawn` "
-        "holds out every drawing of a subject). Photographs of these four are never in train; no drawing whose title, "
-        "keywords or file name name a subject of `val` is in train. The split does not depend on the seed.",
-        f"{PHOTO_SHARE:.0%} of the training pictures show photo-like objects of the six folders, {STAMP_SHARE:.0%} "
-        "further stamps and cartoons, the others drawings.",
+        "`val`: photo-like objects that no training picture shows, the same pictures as `val` of "
+        "the kind `stamps`. `seen`: photo-like training objects in new pictures. `drawn` and "
+        "`seendrawn`: the same with drawings (`drawn` holds out every drawing of a subject). "
+        "Photographs of these four are never in train; no drawing whose title, keywords or file "
+        "name name a subject of `val` is in train. The split does not depend on the seed.",
+        f"{PHOTO_SHARE:.0%} of the training pictures show photo-like objects of the six folders, "
+        f"{STAMP_SHARE:.0%} further stamps and cartoons, the others drawings.",
     ]
 
 
-def _on_new_ground(objects: Library, chosen, grounds: Library) -> Library:
+def _on_new_ground(objects: Library, chosen: Iterable[int], grounds: Library) -> Library:
     return Library(
         [objects.objects[i] for i in chosen],
         [objects.cutouts[i] for i in chosen],
@@ -124,8 +131,8 @@ def _on_new_ground(objects: Library, chosen, grounds: Library) -> Library:
 
 
 def _is_held(item: Cutout) -> bool:
-    """Whether a drawing belongs to `drawn`: by the first word of its caption, so that variants stay together."""
-    subject = (clipart.words(item.phrase.split(",")[0]) or [""])[-1]
+    """Whether a drawing belongs to `drawn`: by its subject, so that variants stay together."""
+    subject = (clipart.split_words(item.phrase.split(",")[0]) or [""])[-1]
     digest = hashlib.blake2b(subject.encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big") / 2**32 < HELD_DRAWINGS
 

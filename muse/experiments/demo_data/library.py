@@ -9,7 +9,7 @@ from scipy import ndimage
 from muse.errors import DataError
 from muse.experiments.demo_data.catalogue import Background, Cutout
 
-OBJECT_SIDE = 0.9  # longest side of a working cut-out, in picture sides: between the scales it will be drawn at
+OBJECT_SIDE = 0.9  # longest side of a working cut-out, in picture sides: it is drawn at .65 to .95
 BACKGROUND_SIDE = 3  # shorter side of a working photograph, in picture sides
 _OPAQUE = 0.95
 _DUST = 0.02  # components below this share of the largest one are stray pixels
@@ -38,7 +38,7 @@ def _open(path, mode: str | None = None) -> Image.Image:
 
 
 def load_cutout(item: Cutout, size: int) -> Image.Image:
-    """RGBA picture cropped to the object, longest side OBJECT_SIDE * size, without its light halo."""
+    """RGBA picture cropped to the object, longest side OBJECT_SIDE * size, light halo removed."""
     picture = _open(item.path, "RGBA")
     alpha = _largest_parts(numpy.asarray(picture)[..., 3])
     picture.putalpha(Image.fromarray(alpha))
@@ -60,9 +60,10 @@ def _largest_parts(alpha: numpy.ndarray) -> numpy.ndarray:
 
 
 def _trim(picture: Image.Image) -> Image.Image:
-    """Erode the alpha by a pixel, soften it, and give the rim the colour of the nearest inner pixels.
+    """Erode the alpha by a pixel, soften it, and colour the rim like the nearest inner pixels.
 
-    The rim of a cut-out is mixed with the white it was cut from. Erosion would eat thin parts; they are kept.
+    The rim is mixed with the white that the object was cut from. Erosion would remove thin parts
+    (legs, twigs); they are added back.
     """
     padded = numpy.pad(numpy.asarray(picture, dtype=numpy.float32) / 255, ((2, 2), (2, 2), (0, 0)))
     rgb, alpha = padded[..., :3], padded[..., 3]
@@ -95,7 +96,7 @@ def load_photograph(item: Background, size: int) -> Image.Image:
 
 
 def _open_scaled(item: Background, side: int) -> Image.Image:
-    """RGB picture; a large JPEG is decoded at a reduced scale at which its part has `side` pixels or more."""
+    """RGB picture; a large JPEG is decoded smaller, with at least `side` pixels in its part."""
     try:
         picture = Image.open(item.path)
         part = item.part or (0, 0, 1, 1)

@@ -1,4 +1,4 @@
-"""The kind `shapes`: drawn scenes of coloured shapes, with exact masks; needs nothing but numpy and Pillow."""
+"""The kind `shapes`: drawn scenes with exact masks; needs only numpy and Pillow."""
 
 from dataclasses import dataclass
 
@@ -19,7 +19,7 @@ COLOURS = {
     "purple": (130, 60, 170),
     "white": (240, 240, 240),
 }
-# Background name -> base colour; the texture is drawn by name. The last four are seen in val only.
+# Background name -> base colour; the texture depends on the name. The last four are val's alone.
 BACKGROUNDS = {
     "grey": (128, 128, 128),
     "sand": (205, 180, 130),
@@ -43,7 +43,10 @@ _SPLITS = {"train": 0, "val": 1}
 
 @dataclass(frozen=True)
 class Shapes:
-    """Callable (split, index) -> Sample. Val shows colour + shape pairs and backgrounds that train never does."""
+    """Callable (split, index) -> Sample.
+
+    Val shows pairs of colour and shape, and backgrounds, that train never shows.
+    """
 
     size: int
     seed: int
@@ -59,8 +62,8 @@ class Shapes:
         pairs = _draw_pairs(main, split, ground, rng)
         for number, (colour, shape) in enumerate(pairs):
             alpha = _free_shape(shape, mask > 0, rng)
-            paint = _paint(COLOURS[colour], self.size, rng)
-            image = image * (1 - alpha[..., None]) + paint * alpha[..., None]
+            surface = _surface(COLOURS[colour], self.size, rng)
+            image = image * (1 - alpha[..., None]) + surface * alpha[..., None]
             inside = alpha >= 0.5
             mask[inside], owner[inside] = 1 + CLASSES.index(shape), number
         seen = [
@@ -75,20 +78,20 @@ class Shapes:
         )
 
 
-def prepare(size: int, seed: int, objects: str = "photo") -> Shapes:
-    """The generator of drawn scenes; `objects` means nothing here."""
+def prepare_shapes(size: int, seed: int, objects: str = "photo") -> Shapes:
+    """Makes drawn scenes; `objects` is not used."""
     return Shapes(size, seed)
 
 
 def held_out(colour: str, shape: str) -> bool:
-    """Whether this pair is shown in val only: two of eight colours per shape, two of eight shapes per colour."""
+    """Whether this pair is shown in val only: two of the eight colours of each shape."""
     return (list(COLOURS).index(colour) + CLASSES.index(shape)) % _HELD == 0
 
 
 def _draw_pairs(
     main: str, split: str, ground: str, rng: numpy.random.Generator
 ) -> list[tuple[str, str]]:
-    """One to three (colour, shape) pairs of this split, different from each other, visible on the background."""
+    """One to three different (colour, shape) pairs of this split, visible on the background."""
 
     def allowed(shape: str) -> list[str]:
         base = numpy.array(BACKGROUNDS[ground], float)
@@ -121,7 +124,7 @@ def _ramp(size: int, rng: numpy.random.Generator) -> numpy.ndarray:
 
 
 def _ground(name: str, size: int, rng: numpy.random.Generator) -> numpy.ndarray:
-    """Background (H,W,3) in [0,1]: base colour, a shade, and a grain whose size and direction depend on the name."""
+    """Background (H,W,3) in [0,1]: base colour, shade, and a grain that depends on the name."""
     kind = list(BACKGROUNDS).index(name)
     cells = [max(2, round(size / step)) for step in ((4, 4), (2, 16), (16, 2))[kind % 3]]
     grain = Image.fromarray(rng.normal(0, 1, cells).astype(numpy.float32), "F")
@@ -130,7 +133,7 @@ def _ground(name: str, size: int, rng: numpy.random.Generator) -> numpy.ndarray:
     return (numpy.array(BACKGROUNDS[name]) / 255 * light[..., None]).clip(0, 1)
 
 
-def _paint(colour: tuple[int, int, int], size: int, rng: numpy.random.Generator) -> numpy.ndarray:
+def _surface(colour: tuple[int, int, int], size: int, rng: numpy.random.Generator) -> numpy.ndarray:
     """The surface of a shape (H,W,3) in [0,1]: shaded, plain or striped."""
     light = rng.uniform(0.85, 1.05) + 0.5 * _ramp(size, rng)
     if rng.random() < 0.4:
@@ -139,7 +142,7 @@ def _paint(colour: tuple[int, int, int], size: int, rng: numpy.random.Generator)
 
 
 def _free_shape(name: str, taken: numpy.ndarray, rng: numpy.random.Generator) -> numpy.ndarray:
-    """Alpha (H,W) of a shape where it covers least of what is `taken`; the first, on a free field, is the main one."""
+    """Alpha (H,W) of a shape where it covers least of `taken`; the first one is the main shape."""
     main = not taken.any()
     places = []
     for _ in range(1 if main else _PLACES):

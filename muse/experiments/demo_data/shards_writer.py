@@ -30,7 +30,7 @@ class Shard:
     stop: int
 
 
-def plan(folder: Path, split: str, images: int, shards: int) -> list[Shard]:
+def plan_shards(folder: Path, split: str, images: int, shards: int) -> list[Shard]:
     """`images` samples over `shards` files of nearly equal length."""
     edges = [images * k // shards for k in range(shards + 1)]
     return [
@@ -38,12 +38,17 @@ def plan(folder: Path, split: str, images: int, shards: int) -> list[Shard]:
     ]
 
 
-def write(
+def write_shards(
     shards: list[Shard], make: Callable[[str, int], Sample], workers: int | None = None
 ) -> list[dict]:
     """Write all shards and return one record per picture (key, caption, label, names), in order.
 
-    `make` is called in worker processes; with `fork` it may hold pictures without copying them.
+    `make` is called in worker processes; where they are forked, they share the pictures it holds.
+
+    Args:
+        shards: from `plan_shards`.
+        make: (split, index) -> sample.
+        workers: processes; None: one per core.
     """
     count = min(workers or len(_cores()), len(shards))
     if count <= 1:

@@ -8,10 +8,10 @@ from muse.experiments.demo_data import catalogue, debian
 from muse.experiments.demo_data.compose import composite
 from muse.experiments.demo_data.library import Library, load_library
 from muse.experiments.demo_data.sample import Sample
+from muse.experiments.demo_data.stamp_tables import PACKAGES, STAMPS_PACKAGE
 
-CLASSES = catalogue.CLASSES
-VERSION = 1  # raise when the same arguments give other pictures
-EXTRA_SHARE = 0.3  # of the training pictures show the second domain, with objects="all"
+VERSION = 1
+EXTRA_SHARE = 0.3  # of the training pictures show objects that are not evaluated (objects="all")
 _SPLITS = {"train": 0, "val": 1}
 
 
@@ -46,10 +46,10 @@ class Stamps:
         return int(order[index % count])
 
 
-def prepare(size: int, seed: int, objects: str = "photo") -> Stamps:
-    """Fetch the packages, split, and shrink every layer once. DataError where DEMO data cannot be had."""
-    roots = debian.fetch(catalogue.PACKAGES)
-    items = catalogue.find_cutouts(roots[catalogue.STAMPS_PACKAGE])
+def prepare_stamps(size: int, seed: int, objects: str = "photo") -> Stamps:
+    """Fetch the packages, split, and shrink every layer once; DataError if that is not possible."""
+    roots = debian.fetch(PACKAGES)
+    items = catalogue.find_cutouts(roots[STAMPS_PACKAGE])
     train, val, extra = catalogue.split_objects(items)
     train_photos, val_photos = catalogue.find_backgrounds(roots)
     chosen = train + (extra if objects == "all" else [])

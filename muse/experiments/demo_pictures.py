@@ -1,0 +1,77 @@
+"""The demo's pictures: reconstructions and attention of held-out pictures, and the loss curves."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from muse.evaluation.attention_quality import object_cells, teacher_maps
+from muse.evaluation.suite import Pictures
+from muse.utils.curves import METRICS, draw_curves, read_run
+from muse.utils.viz_utils import attention_sheet, save_image, tile
+
+COLUMNS = 8
+CURVES = ("distillation_cosine", "reconstruction", "perceptual", "topology", "itc")
+
+
+def draw_held_out(output: Path, model: Any, val: Pictures, teacher: Any) -> list[tuple[Path, str]]:
+    """Write `reconstructions.png` and `attention.png`.
+
+    Args:
+        output: the directory.
+        model: what decodes and attends.
+        val: pictures that no stage saw; some of them are drawn.
+        teacher: gives the last row of the attention.
+
+    Returns:
+        (file, caption) of each.
+    """
+    chosen = _different(val.text, 2 * COLUMNS)
+    images = val.images[chosen]
+    top, bottom = images[:COLUMNS], images[COLUMNS:]
+    with torch.inference_mode():
+        recon = model.reconstruct(images)
+        encoding = model.encode(top, return_attention=True)
+        target = teacher_maps(teacher, top, encoding.grid)[-1][:, 0]  # (B,N,N)
+    rows = [list(top), list(recon[:COLUMNS]), list(bottom), list(recon[COLUMNS:])]
+    reconstructions = output / "reconstructions.png"
+    save_image(tile(rows, ["original", "reconstruction"] * 2), reconstructions)
+    cells = object_cells(val.masks[chosen[:COLUMNS]], encoding.grid)  # (B,N)
+    queries = [_query(row, encoding.grid) for row in cells]
+    attention = output / "attention.png"
+    save_image(attention_sheet(top, encoding, queries, target), attention)
+    return [
+        (reconstructions, "Reconstructions of pictures it has never seen"),
+        (attention, "What each block attends to, from the framed cell"),
+    ]
+
+
+def _different(captions: list[str], count: int) -> Tensor:
+    """Indices of `count` pictures, spread over the set, with as few equal captions as possible."""
+    first: dict[str, int] = {}  # caption without its category -> first picture that has it
+    for index, caption in enumerate(captions):
+        first.setdefault(caption.split(",")[0], index)
+    pool = list(first.values())
+    if len(pool) < count:
+        rest = [index for index in range(len(captions)) if index not in set(pool)]
+        pool += rest[: count - len(pool)]
+    places = torch.linspace(0, len(pool) - 1, min(count, len(pool))).round().long()
+    return torch.tensor(pool)[places]
+
+
+def _query(cells: Tensor, grid: tuple[int, int]) -> int:
+    """The object's cell nearest to its own centre; the picture's middle where no object is."""
+    inside = cells.nonzero().flatten()
+    if not len(inside):
+        return (grid[0] // 2) * grid[1] + grid[1] // 2
+    places = torch.stack([inside // grid[1], inside % grid[1]], dim=1).float()
+    return int(inside[(places - places.mean(0)).square().sum(1).argmin()])
+
+
+def draw_curves_of_stages(output: Path, stages: Iterable[str]) -> tuple[Path, str]:
+    """Draw the losses of all stages over optimizer steps; (file, caption)."""
+    folders = [output / stage for stage in stages]
+    runs = [read_run(folder) for folder in folders if (folder / METRICS).is_file()]
+    return draw_curves(runs, output / "curves.png", CURVES), "Losses"
