@@ -62,6 +62,7 @@ def train_loader(
     world: int = 1,
     shuffle_buffer: int = 1000,
     resampled: bool = False,
+    mix: str = "sample",
     cache_in_memory: bool = False,
     max_bad_fraction: float = 0.01,
     pin_memory: bool = False,
@@ -72,11 +73,10 @@ def train_loader(
 
     Args:
         source: see `open_source`; or a list of `{"urls": ..., "weight": w}`, mixed as weighted.
-        fields: what a sample must have; one without it is skipped and counted. A caption that is
-            not asked for may be missing ("").
+        fields: what a sample must have, else it is skipped and counted; other captions may be "".
         zero_label_ignored: masks are numbered as in ADE20K, see `reduce_zero_label`.
-        resampled: each worker draws shards with replacement (many ranks, few or remote shards);
-            resuming is then approximate.
+        resampled: each worker draws shards with replacement; resuming is then approximate.
+        mix: what one draw from the mixture gives: `sample`, or `batch` for batches of one source.
         cache_in_memory: decoded pictures stay in memory, per worker: for small sets.
 
     Raises:
@@ -103,6 +103,7 @@ def train_loader(
         workers=max(1, num_workers),
         shuffle_buffer=shuffle_buffer,
         resampled=resampled,
+        mix=mix,
     )
     return TrainLoader(spec, num_workers, max_bad_fraction, pin_memory)
 
@@ -182,6 +183,7 @@ def build_train_loader(
         world=world,
         shuffle_buffer=params.shuffle_buffer,
         resampled=params.resampled,
+        mix=params.mix,
         cache_in_memory=params.cache_in_memory,
         max_bad_fraction=cfg.dataset.max_bad_fraction,
         fields=("images", "text") if cfg.losses.itc.weight > 0 else ("images",),

@@ -79,7 +79,9 @@ class MUSE_ViT(PretrainedMixin, nn.Module):
         super().__init__()
         self.config: DictConfig = model_config(config)
         cfg = self.config
-        self.encoder = build_encoder(cfg.encoder.source, plain(cfg.encoder.config), load_backbones)
+        self.encoder = build_encoder(
+            cfg.encoder.source, plain(cfg.encoder.config), load_backbones, cfg.encoder.drop_path
+        )
         self.patch_size = self.encoder.config.patch_size[0]
         self.cell = self.patch_size * cfg.unshuffle  # pixels of one latent cell, on the input side
 

@@ -18,6 +18,7 @@ class Opponent(Protocol):
     optimizer: Any  # as accelerate wraps it; each group has an `lr_multiplier`
     parameters: list[nn.Parameter]
     learning_rate: float  # the model's schedule scales it
+    end_lr: float | None  # at the last step; None: the model's
 
     def active(self, step: int) -> bool:
         """Whether it takes part in this optimizer step."""

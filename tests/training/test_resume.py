@@ -38,6 +38,8 @@ CASES = {
     ),
     "one-worker": ("topology_warmup", {"dataset": {"params": {"num_workers_per_gpu": 1}}}),
     "two-workers": ("semantic_injection", {"dataset": {"params": {"num_workers_per_gpu": 2}}}),
+    # Draws from the global generator in every step (docs/fidelity.md row 45).
+    "stochastic-depth": ("topology_warmup", {"model": {"encoder": {"drop_path": 0.5}}}),
     "stage0-heads": (
         "encoder_distillation",
         {
