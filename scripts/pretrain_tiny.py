@@ -1,4 +1,4 @@
-"""Make the packaged model `muse_tiny`: pictures, distilled encoder, three stages, measurements, a 16-bit export."""
+"""Make the packaged model `muse_tiny`: pictures, distilled encoder, three stages, export."""
 
 import os
 import sys
@@ -31,16 +31,21 @@ def main(argv=None) -> int:
     )
     args = cli.parse(parser, argv)
     os.environ.setdefault("ACCELERATE_USE_CPU", "true")
-    from muse.experiments.pretrain_tiny import Plan, line, pretrain
+    # Loads torch and transformers, which `--help` does not need.
+    from muse.experiments.pretrain_tiny import (  # noqa: PLC0415
+        PretrainPlan,
+        pretrain,
+        summary_line,
+    )
 
     given = {
         name: value
         for name in ("images", "val_images", "probe_images", "scale", "processes")
         if (value := getattr(args, name)) is not None
     }
-    results = pretrain(args.output, Plan(**given), args.data, args.overrides)
+    results = pretrain(args.output, PretrainPlan(**given), args.data, args.overrides)
     for split in results["splits"].values():
-        print(f"{split['title']}: {line(split['measured'])}")
+        print(f"{split['title']}: {summary_line(split['measured'])}")
     print(f"model: {args.output / 'package'}; numbers: {args.output / 'metrics.json'}")
     return 0
 

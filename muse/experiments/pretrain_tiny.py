@@ -1,11 +1,13 @@
-"""How the packaged model `muse_tiny` was made: data, an encoder distilled for long, three stages, measurements, export.
+"""How the packaged model `muse_tiny` is made: data, distilled encoder, three stages, measurements.
 
-Every part is skipped where an equal one is there already, and a stage that was interrupted goes on from its checkpoint.
+Every part is skipped where an equal one is there already, and a stage that was interrupted goes on
+from its checkpoint.
 """
 
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -47,28 +49,28 @@ PICTURES = 24  # on the sheet of reconstructions
 
 
 @dataclass(frozen=True)
-class Plan:
+class PretrainPlan:
     """How much of everything.
 
-    images, val_images: pictures made, of the training part and of each other part. probe_images: training pictures that
-    the probes learn from. scale: factor on the steps of every stage. processes: of one thread each; two of them lose
-    less beside other programs on two cores than one of two threads, whose threads wait for each other at every layer.
+    Two processes of one thread lose less beside other programs on two cores than one process of two
+    threads, whose threads wait for each other at every layer.
     """
 
-    images: int = 24000
-    val_images: int | None = None
-    probe_images: int = 2000
-    scale: float = 1.0
-    processes: int = 1
+    images: int = 24000  # of the training part
+    val_images: int | None = None  # of each other part; None: 240
+    probe_images: int = 1500  # training pictures that the probes learn from
+    scale: float = 1.0  # factor on the steps of every stage
+    processes: int = 1  # of one thread each
 
 
 def pretrain(
-    output: Path, plan: Plan, data: Path | None = None, overrides: Sequence[str] = ()
+    output: Path, plan: PretrainPlan, data: Path | None = None, overrides: Sequence[str] = ()
 ) -> dict[str, Any]:
     """Do everything that is not there yet; returns what `metrics.json` holds.
 
     Args:
-        output: run directories `stage0` to `stage3`, `metrics.json`, `reconstructions-*.png` and `package/`.
+        output: run directories `stage0` to `stage3`, `metrics.json`, `reconstructions-*.png` and
+            `package/`.
         plan: how much of everything.
         data: a folder of `make_demo_data.py --kind everything`; made under `output` when None.
         overrides: `key=value` for every stage.
@@ -109,9 +111,9 @@ def _file(stage: str) -> Path:
 
 
 def _stage_overrides(
-    stage: str, output: Path, data: Path, plan: Plan, overrides: Sequence[str]
+    stage: str, output: Path, data: Path, plan: PretrainPlan, overrides: Sequence[str]
 ) -> list[str]:
-    """What one stage's configuration becomes in this run: its directories, its steps, its share of the batch."""
+    """What this run changes in one stage's configuration: directories, steps, batch."""
     training = load_config(_file(stage)).training
     before = output / STAGES[STAGES.index(stage) - 1] if stage != STAGES[0] else "null"
     return [
@@ -126,7 +128,7 @@ def _stage_overrides(
 
 
 def _run(stage: str, overrides: Sequence[str], processes: int) -> float:
-    """Train a stage that is not finished with these settings; the seconds that all its sittings took together."""
+    """Train a stage that is not finished with these settings; the seconds of all its sittings."""
     file = _file(stage)
     cfg = load_config(file, overrides)
     folder = Path(cfg.experiment.output_dir)
@@ -149,19 +151,32 @@ def _run(stage: str, overrides: Sequence[str], processes: int) -> float:
 
 
 def _launch(stage: str, file: Path, overrides: Sequence[str], processes: int) -> None:
-    """A stage in several processes of one thread each. Raises MuseError when it ends with another code than 0."""
+    """A stage in several processes of one thread each.
+
+    A signal to this process is passed on: the stage saves and ends. Raises MuseError when it ends
+    with another code than 0.
+    """
     launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     script = Path(muse.__file__).parents[1] / "scripts" / f"train_{stage}.py"
     command = [sys.executable, *launcher, str(script), "--config", str(file), *overrides]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    code = subprocess.run(command, env=environment, check=False).returncode
+    with subprocess.Popen(command, env=environment) as process:
+        before = {
+            number: signal.signal(number, lambda *_: process.terminate())
+            for number in (signal.SIGTERM, signal.SIGINT)
+        }
+        try:
+            code = process.wait()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
     if code:
         raise MuseError(f"{stage} ended with code {code}; the same command goes on from there")
 
 
-# ------------------------------------------------------------------------------------------------ shipping
+# ---------------------------------------------------------------------------------------- shipping
 def export(final: Path, target: Path, cfg: DictConfig, data: Path) -> dict[str, Any]:
-    """Write `target` (config.json + model.safetensors) in the 16-bit format that costs less PSNR; says what each costs."""
+    """Write `target` in the 16-bit format that costs less PSNR; says what each costs."""
     batches = Pictures.load(cfg, f"{data}/val-*.tar").batches()
     state = read_state_dict(final / "model.safetensors")
     full = load_model(final, cfg.model)
@@ -189,9 +204,9 @@ def _psnr(model: MUSE_ViT, batches: Sequence[dict[str, torch.Tensor]]) -> float:
     return float((-10 * torch.cat(errors).log10()).mean())
 
 
-# ------------------------------------------------------------------------------------------------ measuring
+# --------------------------------------------------------------------------------------- measuring
 def measure(
-    model: MUSE_ViT, cfg: DictConfig, data: Path, plan: Plan, output: Path
+    model: MUSE_ViT, cfg: DictConfig, data: Path, plan: PretrainPlan, output: Path
 ) -> dict[str, Any]:
     """The demo's measurements on every split, and a sheet of reconstructions of each."""
     topology = shared_topology_teacher(cfg, latent_grid(cfg))
@@ -206,7 +221,7 @@ def measure(
         yardstick = Yardstick(section, topology, text, plan.probe_images, plan.val_images)
         numbers = yardstick.measure(model)
         found[split] = {"title": title, "measured": numbers, "baselines": yardstick.baselines}
-        log.info("%s: %s", title, line(numbers))
+        log.info("%s: %s", title, summary_line(numbers))
         images = yardstick.val.images[:PICTURES]
         with torch.no_grad():
             sheet = reconstruction_sheet(images, model.reconstruct(images))
@@ -214,12 +229,13 @@ def measure(
     return found
 
 
-def line(numbers: dict[str, Any]) -> str:
+def summary_line(numbers: dict[str, Any]) -> str:
     """The figures of one split that docs/muse_tiny.md quotes."""
     topology = numbers["topology"]
     return (
-        f"PSNR {numbers['psnr']:.2f} dB, R@5 {numbers['retrieval_r5']:.3f}, zero-shot macro "
-        f"{numbers['zero_shot_macro']:.3f}, probe macro {numbers['linear_probe_macro']:.3f}, foreground IoU "
-        f"{numbers['foreground_iou']:.3f}, topology KL {topology['kl']:.3f} (prior {topology['kl_positional']:.3f}), "
-        f"AUC {topology['auc']:.3f}"
+        f"PSNR {numbers['psnr']:.2f} dB, R@5 {numbers['retrieval_r5']:.3f}, "
+        f"zero-shot macro {numbers['zero_shot_macro']:.3f}, "
+        f"probe macro {numbers['linear_probe_macro']:.3f}, "
+        f"foreground IoU {numbers['foreground_iou']:.3f}, topology KL {topology['kl']:.3f} "
+        f"(prior {topology['kl_positional']:.3f}), AUC {topology['auc']:.3f}"
     )

@@ -1,8 +1,9 @@
 """Pretraining of the small encoder: one pass of a frozen classifier gives three things to learn.
 
-Its feature maps (cosine, place by place), its answer over ImageNet's 1000 classes (Kullback-Leibler divergence, from the
-mean token), and beside them the token's own patch of pixels. The heads live here and are thrown away afterwards. It
-stands where the paper has an InternViT that was trained on pairs of pictures and texts.
+Its feature maps (cosine, place by place), its answer over ImageNet's 1000 classes (Kullback-Leibler
+divergence, from the mean token), and beside them the token's own patch of pixels. The heads live
+here and are thrown away afterwards. It stands where the paper has an InternViT that was trained on
+pairs of pictures and texts.
 """
 
 from typing import Any
@@ -23,7 +24,10 @@ _LAST_BLOCK = 15
 
 
 class ClassDistillation(nn.Module):
-    """KL(teacher || student) over the classes, in nats; the student predicts what the frozen classifier reads."""
+    """KL(teacher || student) over the classes, in nats.
+
+    The student predicts what the frozen classifier reads.
+    """
 
     def __init__(self, student_channels: int, classifier: nn.Linear):
         super().__init__()

@@ -1,4 +1,4 @@
-"""The packaged model itself: its size, its 16 bits, and that it decodes and names real pictures."""
+"""The packaged model itself: its size, its 16 bits, and that it decodes real pictures."""
 
 import pytest
 import torch
@@ -7,8 +7,8 @@ from safetensors import safe_open
 
 from muse import MUSE_ViT
 from muse.config import load_config, shipped_config
-from muse.models.loading import load_model, weights_file
 from muse.models.internvit import build_encoder
+from muse.models.loading import load_model, weights_file
 
 NAME, MEGABYTES = "muse_tiny", 12
 

@@ -1,10 +1,10 @@
-"""Packaged models: found by name in every place that takes a checkpoint, kept in 16 bits, used in float32."""
+"""Packaged models: found by name wherever a checkpoint is, 16 bits on disk, float32 in use."""
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from muse import MUSE_ViT, CheckpointError
+from muse import CheckpointError, MUSE_ViT
 from muse.config import load_config, model_config, shipped_config
 from muse.models.internvit import build_encoder
 from muse.models.loading import initial_model, load_model, weights_file
