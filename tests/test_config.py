@@ -257,6 +257,7 @@ def test_keys_with_choices():
             ("least", 0),
             "losses.reconstruction.weight losses.perceptual.weight losses.topology.weight "
             "losses.itc.weight losses.adversarial.weight losses.distillation.weight "
+            "losses.recognition.weight "
             "dataset.params.num_workers_per_gpu optimizer.params.learning_rate "
             "lr_scheduler.params.warmup_steps dataset.max_bad_fraction training.max_skipped_steps "
             "training.max_grad_norm experiment.keep_last experiment.save_every "
