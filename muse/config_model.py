@@ -58,6 +58,13 @@ class EncoderConfig(SourceConfig):
     config: dict[str, Any] = key(
         {}, "fields of transformers' InternVLVisionConfig; empty: read from the source"
     )
+    drop_path: float = key(
+        0.0,
+        "stochastic depth: rate at the last layer, linear from 0 at the first; in training, also "
+        "while the encoder is frozen (InternVL3: 0.1)",
+        least=0,
+        below=1,
+    )
 
 
 @dataclass

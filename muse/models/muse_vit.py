@@ -81,7 +81,11 @@ class MUSE_ViT(PretrainedMixin, nn.Module):
         cfg = self.config
         recompute_all = cfg.gradient_checkpointing == "all"
         self.encoder = build_encoder(
-            cfg.encoder.source, plain(cfg.encoder.config), load_backbones, recompute_all
+            cfg.encoder.source,
+            plain(cfg.encoder.config),
+            load_backbones,
+            drop_path=cfg.encoder.drop_path,
+            recompute=recompute_all,
         )
         self.patch_size = self.encoder.config.patch_size[0]
         self.cell = self.patch_size * cfg.unshuffle  # pixels of one latent cell, on the input side

@@ -153,13 +153,17 @@ class TokenizerTask(TrainingTask):
 
     # ------------------------------------------------------------------------------- saving
     def continues(self, saved: dict[str, Any]) -> bool:
-        """The same model in the same stage; what is kept and what recomputed may differ."""
+        """The same architecture and routing in the same stage; the rest may differ.
+
+        Sources, what is recomputed and the gradient's scale change no output.
+        """
         try:
             models = [resolved(model_config(saved["model"])), resolved(self.cfg.model)]
         except ConfigError:  # keys that are not known here
             return False
         for model in models:
-            del model["gradient_checkpointing"]
+            del model["gradient_checkpointing"], model["grad_scale"]
+            del model["encoder"]["source"], model["decoder"]["source"]
         return models[0] == models[1] and saved["training"]["stage"] == self.cfg.training.stage
 
     def state_dict(self) -> dict[str, Any]:

@@ -38,6 +38,8 @@ CASES = {
     ),
     "one-worker": ("topology_warmup", {"dataset": {"params": {"num_workers_per_gpu": 1}}}),
     "two-workers": ("semantic_injection", {"dataset": {"params": {"num_workers_per_gpu": 2}}}),
+    # Draws from the global generator in every step (docs/fidelity.md row 45).
+    "stochastic-depth": ("topology_warmup", {"model": {"encoder": {"drop_path": 0.5}}}),
     "stage0-heads": (
         "encoder_distillation",
         {
@@ -162,6 +164,20 @@ def test_resume_can_be_refused_and_another_model_is(run, settings):
     assert (done / "metrics.jsonl").read_text() == before
     train(settings("topology_warmup", {"experiment": {"resume": False}}, output="new"))
     assert records(done) == records(done.parent / "new")
+
+
+def test_a_checkpoint_from_before_a_key_of_the_model_goes_on(run, settings):
+    """`model.encoder.drop_path` came later: its absence is its default."""
+    done = run("topology_warmup", FOUR_STEPS, output="done")
+    shutil.rmtree(done / "final")
+    shutil.rmtree(done / "checkpoint-4")
+    state = done / "checkpoint-2/state.json"
+    text = state.read_text()
+    assert text.count('["drop_path", 0.0]') == 1
+    state.write_text(text.replace(', ["drop_path", 0.0]', ""))
+    assert "drop_path" not in state.read_text()
+    train(settings("topology_warmup", FOUR_STEPS, output="done"))
+    assert (done / "final/model.safetensors").is_file()
 
 
 def test_moments_are_never_given_to_other_tensors(run, settings):

@@ -1,0 +1,90 @@
+"""Two sets of pictures against each other: a folder, tar shards, or an npz (arr_0; mu, sigma).
+
+The values go to OUTPUT_DIR/metrics.json.
+"""
+
+import math
+import os
+import sys
+
+from muse import __version__, cli
+from muse.errors import ConfigError, DataError, MuseError
+from muse.evaluation.image_comparison import ComparisonOptions, check_metrics, compare_image_sets
+from muse.evaluation.image_sets import open_image_set
+from muse.evaluation.protocols import describe, find_protocol, protocol_names, with_cut
+from muse.utils.io import versions, writable_directory, write_json
+
+COMMAND = "evaluate_images"
+
+
+def flags():
+    """The parser of this command's flags."""
+    parser = cli.plain_parser(__doc__)
+
+    def add(name: str, **options) -> None:
+        spellings = dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}"))
+        parser.add_argument(*spellings, **options)
+
+    add("real", required=True, metavar="SOURCE", help="the reference")
+    add("fake", required=True, metavar="SOURCE", help="what is measured")
+    add(
+        "metrics",
+        help="comma-separated: fid, is, sfid, precision, recall, fd_<network>, and of pairs psnr, "
+        "ssim, lpips_alex, lpips_vgg; default: the protocol's",
+    )
+    add("protocol", default="native", help=f"one of {', '.join(protocol_names(COMMAND))}")
+    add("resize", type=int, help="shorter edge in pixels; wins over the protocol")
+    add("crop", type=int, help="side of the square in pixels; wins over the protocol")
+    add("output_dir", default="outputs/evaluate_images", help="where metrics.json goes")
+    add("device", help="cuda, mps or cpu; the first that exists when not given")
+    add("batch_size", type=int, default=64, help="pictures at a time; changes no result")
+    add("num_workers", type=int, default=0, help="loader processes")
+    add("inception_weights", help="torch-fidelity's Inception file")
+    add("feature_weights", help="file with the weights of the network of fd_")
+    add("lpips_weights", help="torchvision's file of the LPIPS backbone")
+    return parser
+
+
+@cli.entry
+def main(argv=None) -> int:
+    args = cli.parse(flags(), argv)
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("evaluate_images.py runs in one process")
+    for name, least in (("batch_size", 1), ("num_workers", 0)):
+        if getattr(args, name) < least:
+            raise ConfigError(f"--{name} must be at least {least}, not {getattr(args, name)}")
+    recipe = with_cut(find_protocol(args.protocol, COMMAND), None, args.resize, args.crop)
+    metrics = args.metrics.split(",") if args.metrics is not None else recipe.metrics
+    options = ComparisonOptions(
+        cli.device(args.device),
+        args.batch_size,
+        args.num_workers,
+        args.inception_weights,
+        args.feature_weights,
+        args.lpips_weights,
+    )
+    real, fake = (open_image_set(source, recipe.crop) for source in (args.real, args.fake))
+    names = check_metrics([name.strip() for name in metrics if name.strip()], real, fake)
+    output = writable_directory(args.output_dir)
+    try:
+        values, facts = compare_image_sets(real, fake, names, recipe, options)
+    except MuseError:
+        raise
+    except ValueError as error:  # too few pictures, NaN: a fact of the data
+        raise DataError(f"{args.fake}: {error}") from error
+    for name, value in values.items():
+        print(f"{name:>24} {value:.4f}")
+    record = {name: value if math.isfinite(value) else None for name, value in values.items()}
+    facts |= {
+        "protocol": describe(args.protocol, COMMAND, recipe),
+        "device": options.device,
+        "muse": __version__,
+        "versions": versions(),
+    }
+    write_json(output / "metrics.json", {**record, "protocol": facts})
+    print(output / "metrics.json")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
