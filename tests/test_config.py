@@ -224,11 +224,13 @@ def test_keys_with_choices():
     assert {
         "model.routing",
         "model.gradient_checkpointing",
+        "teacher.precision",
         "teacher.topology.kind",
         "teacher.topology.order",
         "teacher.text.kind",
         "teacher.feature.kind",
         "losses.reconstruction.type",
+        "losses.perceptual.precision",
         "losses.topology.blocks",
         "losses.topology.heads",
         "losses.itc.blocks",

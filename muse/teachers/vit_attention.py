@@ -102,6 +102,14 @@ class AttentionTeacher(FrozenTeacher):
         self._method = method
         self.freeze()
 
+    def set_precision(self, precision: str) -> "AttentionTeacher":
+        """In bf16 the weights of linear layers are kept as autocast would make them each time."""
+        if precision == "bf16":
+            for module in self.network.modules():
+                if isinstance(module, nn.Linear):
+                    module.to(torch.bfloat16)
+        return super().set_precision(precision)
+
     def input_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """The size (H, W) at which the network sees an image of `size`: whole patches."""
         wanted = self.image_size or size
@@ -122,7 +130,8 @@ class AttentionTeacher(FrozenTeacher):
             for layer, module in self._sources.items()
         ]
         try:
-            getattr(self.network, self._method)(pixels)
+            with self.inside_precision():
+                getattr(self.network, self._method)(pixels)
         finally:
             for hook in hooks:
                 hook.remove()
