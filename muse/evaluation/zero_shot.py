@@ -23,6 +23,7 @@ from muse.evaluation.measurement import (
     one_line_errors,
 )
 from muse.evaluation.metrics.accuracy_iou import Accuracy, check_labels, hit_probability
+from muse.evaluation.retrieval import retrieval
 from muse.models.muse_vit import MUSE_ViT
 from muse.teachers import build_text_teacher, class_embeddings
 from muse.teachers.prompts import Template, imagenet_templates, prompts
@@ -89,64 +90,6 @@ def zero_shot(
         "classes_present": int(present.sum()),
         "images": len(labels),
     }
-
-
-def retrieval(
-    image_embeds: torch.Tensor,
-    text_embeds: torch.Tensor,
-    captions: Sequence[str],
-    group: int = 32,
-    groups: int = 1000,
-    seed: int = 0,
-) -> dict[str, float]:
-    """R@1 and R@5 among few candidates, image → text and text → image, averaged over random groups.
-
-    Every group holds `group` distinct captions, each with one of its images at random. Chance is
-    1/group and 5/group.
-
-    Args:
-        image_embeds: (N, E), L2-normalised.
-        text_embeds: (N, E), in pairs with the images.
-        captions: N.
-        group: candidates; fewer distinct captions make the group smaller.
-        groups: how many are drawn.
-        seed: of the draw.
-    """
-    if not len(image_embeds) == len(text_embeds) == len(captions):
-        raise ValueError("images, texts and captions differ in number")
-    distinct = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
-    if len(distinct) < 2:
-        raise ValueError(f"retrieval needs at least two distinct captions, got {len(distinct)}")
-    caption_of = torch.tensor([distinct[caption] for caption in captions])
-    group = min(group, len(distinct))
-    members = _draw_groups(
-        caption_of, len(distinct), group, groups, torch.Generator().manual_seed(seed)
-    )
-    similarity = image_embeds.float() @ text_embeds.float().T
-    scores = similarity[members[:, :, None], members[:, None, :]]  # (groups, images, texts)
-    targets = torch.arange(group).repeat(groups)
-    result: dict[str, float] = {
-        "group": group,
-        "groups": groups,
-        "captions": len(distinct),
-        "images": len(captions),
-    }
-    for name, matrix in (("image_to_text", scores), ("text_to_image", scores.transpose(1, 2))):
-        for k in (1, 5):
-            result[f"{name}_r{k}"] = float(hit_probability(matrix.flatten(0, 1), targets, k).mean())
-    return result | {"chance_r1": 1 / group, "chance_r5": min(5 / group, 1.0)}
-
-
-def _draw_groups(
-    caption_of: torch.Tensor, distinct: int, group: int, groups: int, generator: torch.Generator
-) -> torch.Tensor:
-    """(groups, group) sample indices with distinct captions in each row."""
-    chosen = torch.rand(groups, distinct, generator=generator).argsort(1)[:, :group]
-    order = caption_of.argsort(stable=True)  # samples of one caption lie together
-    counts = torch.bincount(caption_of, minlength=distinct)
-    starts = counts.cumsum(0) - counts
-    within = (torch.rand(groups, group, generator=generator) * counts[chosen]).long()
-    return order[starts[chosen] + within]
 
 
 def class_names(loader: EvalLoader, file: str | None = None) -> tuple[list[str], str]:
@@ -236,6 +179,12 @@ def _text_tower(cfg: DictConfig, device: str) -> tuple[TextTeacher, dict]:
     return teacher.to(device), facts | {"weights_sha256": state_sha256(teacher)}
 
 
+def check_candidates(count: int) -> None:
+    """ConfigError unless retrieval among `count` captions is none (0) or a choice."""
+    if count < 0 or count == 1:
+        raise ConfigError(f"--retrieval must be 0 (none) or at least 2 candidates, not {count}")
+
+
 def run_zero_shot(
     setup: Setup,
     classnames: str | None = None,
@@ -250,10 +199,7 @@ def run_zero_shot(
         templates: file of templates; None is open_clip's 80.
         candidates: also caption retrieval among so many; 0 is none.
     """
-    if candidates < 0 or candidates == 1:
-        raise ConfigError(
-            f"--retrieval must be 0 (none) or at least 2 candidates, not {candidates}"
-        )
+    check_candidates(candidates)
     fields = ("images", "labels") + (("text",) if candidates else ())
     loader = eval_data(setup, "val", fields)
     names, names_from = class_names(loader, classnames)
