@@ -7,7 +7,7 @@ import sys
 
 from muse import cli
 from muse.evaluation import command
-from muse.evaluation.zero_shot import run_zero_shot
+from muse.evaluation.zero_shot import check_candidates, run_zero_shot
 
 
 @cli.entry
@@ -34,12 +34,14 @@ def main(argv=None) -> int:
         help="also caption retrieval among K (the data needs captions)",
     )
     args = cli.parse(parser, argv)
+    check_candidates(args.retrieval)
     setup = command.set_up(args, cli.load_cfg(args))
     measured = run_zero_shot(setup, args.classnames, args.templates, args.retrieval)
     if measured is not None:
+        path = command.write_metrics(setup, measured)
         for name, value in measured.values.items():
             print(f"{name:>20} {value:.4f}" if isinstance(value, float) else f"{name:>20} {value}")
-        print(command.write_metrics(setup, measured))
+        print(path)
     return 0
 
 

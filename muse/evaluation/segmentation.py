@@ -1,6 +1,6 @@
 """Segmentation probe: BatchNorm and a 1×1 convolution on frozen features, mIoU over all pixels."""
 
-import math
+import functools
 from dataclasses import dataclass
 
 import numpy
@@ -19,6 +19,7 @@ from muse.evaluation.measurement import (
     one_line_errors,
 )
 from muse.evaluation.metrics.accuracy_iou import ConfusionMatrix, IoU
+from muse.evaluation.probe_heads import cosine_schedule
 from muse.evaluation.probed_network import probed_network
 from muse.utils.distributed import leave_processes
 from muse.utils.viz_utils import segmentation_sheet
@@ -112,9 +113,7 @@ def train_segmentation_probe(
         torch.manual_seed(seed)
         probe = SegmentationProbe(features.shape[1], num_classes).to(device)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=learning_rate, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps))
-    )
+    schedule = cosine_schedule(optimizer, steps)
     generator = torch.Generator().manual_seed(seed)
     probe.train()
     for _ in range(steps):
@@ -232,10 +231,11 @@ class SegmentRecipe:
             )
         return classes
 
-    def facts(self) -> dict:
+    def facts(self, num_classes: int) -> dict:
         """For the protocol."""
         return {
             "labels": self.labels,
+            "num_classes": num_classes,
             "steps": self.steps,
             "probe_batch_size": self.batch_size,
             "learning_rate": self.learning_rate,
@@ -276,9 +276,9 @@ def run_segment_probe(
             setup.device,
         )
         result = evaluate_segmentation(probe, val.features, val.targets)
-    sheet = _sheet(setup, recipe, probe, val, num_pictures) if num_pictures else None
-    facts = probe_facts(network, recipe.facts(), train, val)
-    return Measured(result.as_dict(), facts, sheet)
+    sheet = functools.partial(_sheet, setup, recipe, probe, val, num_pictures)
+    facts = probe_facts(network, recipe.facts(probe.classify.out_channels), train, val)
+    return Measured(result.as_dict(), facts, sheet if num_pictures else None)
 
 
 def _sheet(
