@@ -19,8 +19,20 @@ logger = logging.getLogger(__name__)
 
 IMAGE_EXTENSIONS = ("jpg", "jpeg", "png", "webp", "bmp", "tif", "tiff", "gif", "ppm")
 MASK_EXTENSION = "seg.png"
-CAPTION_KEYS = ("caption", "text")  # of a `.json` member, the first that is there
-SAMPLE_EXTENSIONS = frozenset((*IMAGE_EXTENSIONS, MASK_EXTENSION, "txt", "json", "cls"))
+TEXT_EXTENSIONS = ("txt", "text", "caption")  # members that hold a caption as it is
+CAPTION_EXTENSIONS = (*TEXT_EXTENSIONS, "json")  # the first that is not empty counts
+CAPTION_KEYS = ("caption", "text")  # of a `.json` member, the first that is not empty
+PAIR = ("input", "output")  # of an edit: members such as `input.jpg` and `output.jpg`
+SAMPLE_EXTENSIONS = frozenset(
+    (
+        *IMAGE_EXTENSIONS,
+        *(f"{side}.{extension}" for side in PAIR for extension in IMAGE_EXTENSIONS),
+        MASK_EXTENSION,
+        *CAPTION_EXTENSIONS,
+        "cls",
+        "safetensors",  # latents
+    )
+)
 MAX_PIXELS = 89_478_485  # Pillow's own bound: above it a file is taken for a decompression bomb
 MAX_ASPECT = 50.0  # a 1 x 10000 strip resized by its shorter edge would fill the memory
 # Pillow only tries these; its other readers start programs (EPS) or are rarely hardened.
@@ -140,36 +152,43 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def image_bytes(members: Mapping[str, bytes]) -> bytes:
-    """The picture among a sample's members. Raises BadSample missing_image."""
+def image_bytes(members: Mapping[str, bytes], side: str | None = None) -> bytes:
+    """The picture among a sample's members, or one of a PAIR. Raises BadSample missing_image."""
     for extension in IMAGE_EXTENSIONS:
-        if extension in members:
-            return members[extension]
+        name = f"{side}.{extension}" if side else extension
+        if name in members:
+            return members[name]
     raise BadSample("missing_image", f"members: {', '.join(sorted(members)) or 'none'}")
 
 
 def decode_captions(members: Mapping[str, bytes]) -> tuple[str, ...]:
     """A sample's captions, stripped, at least one.
 
-    `.txt` holds one; else the first of CAPTION_KEYS in `.json` does, a string or a list of them.
+    The first of CAPTION_EXTENSIONS that is not empty counts; `.json` may hold a list. No sample is
+    trained on an empty caption: where all are empty, it is a fault.
     Raises BadSample missing_caption, caption_not_utf8 or bad_json.
     """
     try:
-        found: object = members["txt"].decode("utf-8-sig") if "txt" in members else None
-        if found is None and "json" in members:
-            record = json.loads(members["json"].decode("utf-8-sig"))
-            if not isinstance(record, dict):
-                raise BadSample("bad_json", "not an object")
-            found = next((record[key] for key in CAPTION_KEYS if record.get(key)), None)
+        for extension in TEXT_EXTENSIONS:
+            if text := members.get(extension, b"").decode("utf-8-sig").strip():
+                return (text,)
+        record = json.loads(members["json"].decode("utf-8-sig")) if "json" in members else {}
     except UnicodeDecodeError as error:
         raise BadSample("caption_not_utf8") from error
     except (json.JSONDecodeError, RecursionError) as error:
         raise BadSample("bad_json", str(error)) from error
-    texts = [found] if isinstance(found, str) else found if isinstance(found, list) else []
-    captions = tuple(text.strip() for text in texts if isinstance(text, str) and text.strip())
-    if not captions:
-        raise BadSample("missing_caption")
-    return captions
+    if not isinstance(record, dict):
+        raise BadSample("bad_json", "not an object")
+    for key in CAPTION_KEYS:
+        if captions := _texts(record.get(key)):
+            return captions
+    raise BadSample("missing_caption")
+
+
+def _texts(value: object) -> tuple[str, ...]:
+    """The texts of a string or a list, stripped, without empty ones; () for anything else."""
+    texts = [value] if isinstance(value, str) else value if isinstance(value, list) else []
+    return tuple(text.strip() for text in texts if isinstance(text, str) and text.strip())
 
 
 def decode_label(members: Mapping[str, bytes]) -> int:

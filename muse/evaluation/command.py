@@ -7,21 +7,22 @@ from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from omegaconf import DictConfig
 
 from muse import cli
 from muse.evaluation.measurement import Measured, Setup, check_number
 from muse.models.muse_vit import FEATURES
+from muse.utils.distributed import join_processes
 from muse.utils.io import writable_directory, write_json
 from muse.utils.viz_utils import save_image
 
 METRICS_FILE = "metrics.json"
 
 
-def add_flag(parser: argparse.ArgumentParser, name: str, **options) -> None:
-    """A flag of several words, written with `_` or `-`; options are argparse's."""
-    parser.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), **options)
+def add_flag(parser: argparse.ArgumentParser, *names: str, **options) -> None:
+    """A flag under one or more names, their words joined by `_` or `-`; options are argparse's."""
+    spelled = [f"--{one}" for name in names for one in (name, name.replace("_", "-"))]
+    parser.add_argument(*dict.fromkeys(spelled), **options)
 
 
 def add_data_flags(parser: argparse.ArgumentParser, output_dir: str, train: bool = False) -> None:
@@ -43,6 +44,7 @@ def add_data_flags(parser: argparse.ArgumentParser, output_dir: str, train: bool
         type=int,
         help="only so many of each set, drawn evenly from all of it by training.seed",
     )
+    cli.refuse(parser, cli.ONE_PROCESS, *cli.LAUNCHER_FLAGS)
 
 
 def add_feature_flags(parser: argparse.ArgumentParser, feature: str) -> None:
@@ -80,13 +82,7 @@ def set_up(args: argparse.Namespace, cfg: DictConfig) -> Setup:
     clear_metrics(setup.output_dir)
     # trained weights make denormal activations, which a CPU computes three times slower
     torch.set_flush_denormal(True)
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
-        return setup
-    if setup.device == "cuda":
-        setup = replace(setup, device=f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
-        torch.cuda.set_device(setup.device)
-    dist.init_process_group("nccl" if setup.device.startswith("cuda") else "gloo")
-    return setup
+    return replace(setup, device=join_processes(setup.device))
 
 
 def clear_metrics(output_dir: str | Path) -> Path:

@@ -182,6 +182,48 @@ def test_mixture_ratios_over_ten_thousand_samples(tmp_path, workers):
         assert abs(share - weight) < 0.02 * weight, (name, share)
 
 
+@pytest.mark.parametrize("workers, stop", [(0, 5), (2, 7)])
+def test_batches_of_one_source_in_proportion_and_resumed_exactly(tmp_path, workers, stop):
+    """`mix=batch`, row 46 of docs/fidelity.md: every batch has one source, drawn by the weights."""
+    folders = {"a": 0.2, "b": 0.6, "c": 0.2}
+    mixture = [
+        {"urls": write_shards(tmp_path / name, 2, 5, first=100 * i), "weight": weight}
+        for i, (name, weight) in enumerate(folders.items())
+    ]
+    options = dict(batch_size=4, num_workers=workers, mix="batch", shuffle_buffer=6, **SIZE)
+    unbroken = train_loader(mixture, **options)
+    batches = take(unbroken, 200)
+    sources = [{int(name) // 100 for name in batch["keys"]} for batch in batches]
+    assert all(
+        len(found) == 1 and len(batch["keys"]) == 4 for found, batch in zip(sources, batches)
+    )
+    counts = [sources.count({i}) for i in range(3)]
+    assert [abs(count / 200 - share) < 0.02 for count, share in zip(counts, (0.2, 0.6, 0.2))] == [
+        True
+    ] * 3
+    loader = train_loader(mixture, **options)
+    head = take(loader, stop)
+    resumed = train_loader(mixture, **options)
+    resumed.load_state_dict(json.loads(json.dumps(loader.state_dict())))
+    assert same(head + take(resumed, 200 - stop), batches)
+    assert resumed.state_dict() == unbroken.state_dict()
+
+
+def test_a_position_from_before_there_was_a_choice_of_mix_is_exact(tmp_path, caplog):
+    urls = write_shards(tmp_path, 2, 6)
+    whole = take(train_loader(urls, batch_size=3, **SIZE), 6)
+    loader = train_loader(urls, batch_size=3, **SIZE)
+    head = take(loader, 2)
+    state = loader.state_dict()
+    del state["layout"]["mix"]
+    resumed = train_loader(urls, batch_size=3, **SIZE)
+    resumed.load_state_dict(state)
+    assert same(head + take(resumed, 4), whole) and not caplog.text
+    other = train_loader(urls, batch_size=3, mix="batch", **SIZE)
+    other.load_state_dict(state)
+    assert "mix sample -> batch" in caplog.text
+
+
 def test_mixture_faults(tmp_path):
     urls = write_shards(tmp_path, 1, 2)
     for weight in (-1, "much", float("nan"), True):

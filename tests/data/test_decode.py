@@ -134,6 +134,19 @@ def test_captions():
     assert kind_of(decode_captions, {"json": b"[1]"}) == "bad_json"
 
 
+def test_captions_in_the_release_s_order_and_an_empty_one_falls_to_the_next():
+    """Row 51 of docs/fidelity.md."""
+    members = {"txt": b"1", "text": b"2", "caption": b"3", "json": b'{"caption": "4", "text": "5"}'}
+    for expected in "1234":
+        assert decode_captions(members) == (expected,)
+        members[list(members)[int(expected) - 1]] = b" \n" if expected != "4" else b"{}"
+    assert kind_of(decode_captions, members) == "missing_caption"
+    members["json"] = b'{"caption": "", "text": [" ", "5"]}'
+    assert decode_captions(members) == ("5",)
+    assert decode_captions({"txt": b"\xef\xbb\xbf ", "caption": b"3"}) == ("3",)
+    assert kind_of(decode_captions, {"txt": b"", "text": b"\xff\xfe"}) == "caption_not_utf8"
+
+
 def test_labels_and_members():
     assert decode_label({"cls": b" 12\n"}) == 12
     assert kind_of(decode_label, {}) == "missing_label"

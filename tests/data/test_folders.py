@@ -3,8 +3,9 @@ import pytest
 import torch
 from PIL import Image
 
-from muse.data.dataloader import eval_loader, open_source, train_loader
+from muse.data.dataloader import eval_loader, train_loader
 from muse.data.folders import FolderSource
+from muse.data.sources import open_source
 from muse.data.tar import TarSource
 from muse.errors import ConfigError, DataError
 from tests.data.helpers import encode, picture, write_shards
@@ -47,10 +48,14 @@ def test_flat_folder_with_captions(tmp_path):
     expected = torch.from_numpy(np.array(picture(1))[:, 2:18].copy()).permute(2, 0, 1) / 255
     assert torch.equal(batch["images"][0], expected)
     put(tmp_path / "3.png", encode(picture(3)))
+    put(tmp_path / "3.txt", b" ")
     (batch,) = eval_loader(tmp_path, batch_size=4, **SIZE)  # captions not asked for
     assert batch["text"] == ["one", "two", ""]
     with pytest.raises(DataError, match="missing_caption 1 .3.png."):
         list(eval_loader(tmp_path, batch_size=4, fields=("images", "text"), **SIZE))
+    put(tmp_path / "3.caption", b"three")  # an empty .txt falls to the next
+    (batch,) = eval_loader(tmp_path, batch_size=4, fields=("images", "text"), **SIZE)
+    assert batch["text"] == ["one", "two", "three"]
 
 
 @pytest.mark.parametrize(
