@@ -47,7 +47,7 @@ def train_loader(
 
     Args:
         source: see `open_source`; or a list of `{"urls": ..., "weight": w}`, mixed as weighted.
-        fields: what a sample must have, else it is skipped and counted; other captions may be "".
+        fields: what a sample must have, else it is skipped; other captions may be "".
         zero_label_ignored: masks are numbered as in ADE20K, see `reduce_zero_label`.
         resampled: each worker draws shards with replacement; resuming is then approximate.
         mix: what one draw from the mixture gives: `sample`, or `batch` for batches of one source.
@@ -63,8 +63,7 @@ def train_loader(
     sources = [open_source(spec) for spec in specs]
     for one in () if resampled else sources:
         check_enough(len(one.shards), world, num_workers, one.name)
-    if cache_in_memory:
-        sources = [InMemory(one) for one in sources]
+    sources = [InMemory(one) for one in sources] if cache_in_memory else sources
     transform = Transform(resize_shorter_edge, crop_size, random_crop, random_flip)
     spec = StreamSpec(
         sources=tuple(sources),
