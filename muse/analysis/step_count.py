@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from muse.analysis.counters import FlopCounter, SavedTensors
 from muse.config import plain
+from muse.config_checks import check_training_crop
 from muse.losses.adversarial import (
     build_discriminator,
     hinge_discriminator_loss,
@@ -81,6 +82,7 @@ def count_step(cfg: DictConfig, batch: int) -> dict[str, Any]:
 
     `batch` is the number of images.
     """
+    check_training_crop(cfg)
     parts = build_parts(cfg)
     patterns = cfg.training.trainable
     if patterns is None:

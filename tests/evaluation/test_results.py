@@ -5,12 +5,15 @@ import json
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from PIL import Image
 
+from muse import load_config
 from muse.data.dataloader import eval_loader
 from muse.data.eval import spread_sample
 from muse.evaluation import evaluator, segmentation
 from muse.evaluation.metrics.psnr_ssim import psnr
+from muse.models.loading import load_model
 from muse.models.muse_vit import MUSE_ViT
 from scripts import evaluate, evaluate_images, linear_probe, segment_probe, zero_shot
 from tests.helpers import ROOT, one_error
@@ -227,6 +230,42 @@ def test_folders_of_pictures_and_masks_are_one_flag(run, tmp_path):
     pair = ["--train_url", f"{tmp_path}/pair", "--val_url", f"{tmp_path}/pair"]
     assert run("segment_probe", *pair) == 0
     assert read(tmp_path / "out")["iou_by_class"] == got["iou_by_class"]
+
+
+# ------------------------------------------------------------------- crops that are no whole cells
+CROP = ["dataset.preprocessing.crop_size=36", "dataset.preprocessing.resize_shorter_edge=36"]
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_crop_need_not_be_whole_cells(name, run, tmp_path):
+    """36 pixels, cells of 8."""
+    assert run(name, *CROP) == 0
+    protocol = read(tmp_path / "out")["protocol"]
+    crop = (protocol if "crop" in protocol else protocol["val"])["crop"]
+    assert crop == {"resize_shorter_edge": 36, "center_crop": 36}
+
+
+def test_segmentation_of_padded_pictures_is_measured_on_the_pictures(run, flags, tmp_path):
+    """Against the same probe by hand: features of 40 pixels, masks of 36."""
+    assert run("segment_probe", *CROP, "--num_classes", "9") == 0
+    got = read(tmp_path / "out")
+    assert got["protocol"]["network"]["cell"] == 8
+    config = load_config(flags[1])
+    model = load_model(flags[3], config.model)
+    sets = []
+    for part in ("train", "eval"):
+        source = config.dataset.params[f"{part}_shards_path_or_url"]
+        size = {"resize_shorter_edge": 36, "crop_size": 36}
+        loader = eval_loader(source, batch_size=64, fields=("images", "masks"), **size)
+        (batch,) = loader
+        padded = F.pad(batch["images"], (0, 4, 0, 4), mode="replicate")
+        with torch.no_grad():
+            sets += [model.features(padded, "block"), batch["masks"]]
+    seed = config.training.seed
+    probe = segmentation.train_segmentation_probe(*sets[:2], 9, steps=2, seed=seed, cell=8)
+    want = segmentation.evaluate_segmentation(probe, *sets[2:], cell=8)
+    assert got["pixel_accuracy"] == pytest.approx(want.pixel_accuracy, abs=2e-3)
+    assert got["miou"] == pytest.approx(want.mean, abs=2e-3)
 
 
 # ---------------------------------------------------------------------------- a mixture to train on
