@@ -17,8 +17,9 @@ def main(argv=None) -> int:
     command.add_flag(
         parser,
         "classnames",
-        help="file, one name a line in the order of the labels; default: classes.txt beside the "
-        "shards, the class folders' names, else open_clip's ImageNet names",
+        help="file, one name a line in the order of the labels, or `imagenet`; default: "
+        "classes.txt beside the data, the class folders' names (WordNet ids have theirs), else "
+        "ImageNet's, if the labels are all of them",
     )
     command.add_flag(
         parser,

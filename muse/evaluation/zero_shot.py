@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +11,8 @@ import torch
 from omegaconf import DictConfig
 
 from muse.data.eval import EvalLoader
-from muse.errors import ConfigError, DataError
+from muse.errors import ConfigError
+from muse.evaluation.class_names import class_names, read_lines
 from muse.evaluation.frozen_features import store_key
 from muse.evaluation.measurement import (
     Measured,
@@ -32,25 +32,6 @@ from muse.utils.distributed import all_objects, all_rows, is_main_process, leave
 from muse.utils.weights import state_sha256
 
 logger = logging.getLogger(__name__)
-
-
-def imagenet_names() -> list[str]:
-    """open_clip's names of the 1000 classes, the field's default."""
-    from open_clip import IMAGENET_CLASSNAMES  # noqa: PLC0415  takes seconds, and few runs need it
-
-    return list(IMAGENET_CLASSNAMES)
-
-
-def read_lines(path: str | Path, what: str) -> list[str]:
-    """The non-empty lines of a UTF-8 text file; DataError when it is missing or without any."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{what} file {path} cannot be read: {error}") from error
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not lines:
-        raise DataError(f"{what} file {path} has no lines")
-    return lines
 
 
 def zero_shot(
@@ -90,24 +71,6 @@ def zero_shot(
         "classes_present": int(present.sum()),
         "images": len(labels),
     }
-
-
-def class_names(loader: EvalLoader, file: str | None = None) -> tuple[list[str], str]:
-    """The classes' names and where they are from.
-
-    That is the file; `classes.txt` beside local data; the class folders; open_clip's ImageNet list.
-    """
-    if file:
-        return read_lines(file, "class name"), file
-    source = loader.stream.source
-    folder = Path(source.root) if hasattr(source, "root") else Path(source.shards[0]).parent
-    beside = folder / "classes.txt"
-    if beside.is_file():
-        return read_lines(beside, "class name"), str(beside)
-    folders = list(loader.classes)
-    if folders and not all(re.fullmatch(r"n\d{8}", name) for name in folders):
-        return [name.replace("_", " ") for name in folders], "class folders"
-    return imagenet_names(), "open_clip's ImageNet names"
 
 
 def text_weights(
@@ -195,16 +158,17 @@ def run_zero_shot(
 
     Args:
         setup: what is measured, on which data.
-        classnames: file of names in the order of the labels; None as in `class_names`.
+        classnames: file of names in the order of the labels, or `imagenet`; see `class_names`.
         templates: file of templates; None is open_clip's 80.
         candidates: also caption retrieval among so many; 0 is none.
     """
     check_candidates(candidates)
     fields = ("images", "labels") + (("text",) if candidates else ())
     loader = eval_data(setup, "val", fields)
-    names, names_from = class_names(loader, classnames)
+    classes = class_names(loader, classnames)
+    names = classes.names
     if is_main_process():
-        logger.info("%d class names: %s", len(names), names_from)
+        logger.info("%d class names: %s", len(names), classes.source)
     phrases = read_lines(templates, "template") if templates else imagenet_templates()
     model = setup.load_model()
     teacher, tower = _text_tower(setup.cfg, setup.device)
@@ -213,6 +177,7 @@ def run_zero_shot(
         images, labels, captions = embed_data(model, loader, setup.device, fields)
         data = data_facts(setup, loader)
         check_count(loader, data, len(images))
+        classes.check(labels.tolist())
         if not leave_processes():
             return None
         values = zero_shot(images, labels, weights)
@@ -223,7 +188,8 @@ def run_zero_shot(
             values |= {f"retrieval_{name}": value for name, value in found.items()}
     text = json.dumps([prompts("{}", phrases), names])
     prompt_facts = {
-        "classnames": names_from,
+        "classnames": classes.source,
+        "classes": len(names),
         "templates": len(phrases),
         "sha256": hashlib.sha256(text.encode()).hexdigest(),
     }

@@ -13,12 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from muse.errors import ConfigError, DataError
 from muse.evaluation import retrieval as retrieval_module
+from muse.evaluation.class_names import read_class_names, read_lines
 from muse.evaluation.held_out import split_training_set
 from muse.evaluation.linear_probe import pixel_features, train_linear_probe
 from muse.evaluation.metrics.accuracy_iou import accuracy, hit_probability
 from muse.evaluation.probe_heads import LinearProbe, probe_optimizer, probe_step
 from muse.evaluation.retrieval import retrieval
-from muse.evaluation.zero_shot import read_lines, zero_shot
+from muse.evaluation.zero_shot import zero_shot
 from muse.teachers.prompts import class_embeddings, prompts
 
 
@@ -252,3 +253,20 @@ def test_line_files(tmp_path):
     assert read_lines(tmp_path / "names.txt", "class name") == ["zebra", "cow"]
     with pytest.raises(DataError, match="missing.txt"):
         read_lines(tmp_path / "missing.txt", "class name")
+
+
+def test_a_blank_line_never_shifts_a_label(tmp_path):
+    file = tmp_path / "classes.txt"
+    file.write_text(
+        "zebra\n cow \n\n  \n", encoding="utf-8"
+    )  # below the last name it means nothing
+    assert read_class_names(file) == ["zebra", "cow"]
+    file.write_text("\ufeffzebra\r\n\r\ncow\r\n", encoding="utf-8")
+    with pytest.raises(DataError, match="line 2 is blank, but a label is the place of a line"):
+        read_class_names(file)
+    file.write_text("\nzebra\n", encoding="utf-8")
+    with pytest.raises(DataError, match="line 1 is blank"):
+        read_class_names(file)
+    file.write_text("\n\n", encoding="utf-8")
+    with pytest.raises(DataError, match="has no lines"):
+        read_class_names(file)
