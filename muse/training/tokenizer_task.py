@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from muse.analysis.gradients import gradient_report, objectives, take_gradients
 from muse.config import model_config, resolved
+from muse.config_checks import check_training_crop
 from muse.data.dataloader import build_eval_loader, build_train_loader, sample_images
 from muse.data.train import TrainLoader
 from muse.errors import ConfigError
@@ -43,6 +44,7 @@ class TokenizerTask(TrainingTask):
     # ------------------------------------------------------------------------------- building
     def build(self, accelerator: Any) -> MUSE_ViT:
         """The student with the tensors of its stage to learn, and its loss with the teachers."""
+        check_training_crop(self.cfg)
         training, self.accelerator = self.cfg.training, accelerator
         self.model = initial_model(self.cfg)
         patterns = training.trainable
