@@ -20,6 +20,8 @@ from muse.config import load_config, resolved, unset_variable
 from muse.errors import ConfigError, MuseError
 from muse.utils.io import file_sha256, versions
 
+logger = logging.getLogger(__name__)
+
 
 def entry(main: Callable[..., int | None]) -> Callable[..., int]:
     """Decorate `main(argv=None)`: a user's mistake becomes one line on stderr and exit code 2."""
@@ -84,8 +86,16 @@ def plain_parser(description: str) -> argparse.ArgumentParser:
     return _Parser(description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
 
 
-def parser(description: str, checkpoint: bool = False) -> argparse.ArgumentParser:
-    """A parser with the flags that every command takes."""
+def parser(
+    description: str, checkpoint: bool = False, recipe: bool = False
+) -> argparse.ArgumentParser:
+    """A parser with the flags that every command takes.
+
+    Args:
+        description: the command's own.
+        checkpoint: add --checkpoint.
+        recipe: add --recipe, for a command that trains.
+    """
     made = plain_parser(description)
     made.add_argument(
         "--config", required=True, help="YAML configuration, such as configs/muse_tiny/stage3.yaml"
@@ -97,6 +107,13 @@ def parser(description: str, checkpoint: bool = False) -> argparse.ArgumentParse
             help="save_pretrained directory, training checkpoint-N, .safetensors, "
             "or the authors' .bin",
         )
+    if recipe:
+        made.add_argument(
+            "--recipe",
+            default=None,
+            help="paper or release: all keys of configs/recipes/NAME.yaml, between the "
+            "configuration and the overrides",
+        )
     made.add_argument(
         "--device", default=None, help="cuda, mps or cpu; the first that exists when not given"
     )
@@ -104,19 +121,63 @@ def parser(description: str, checkpoint: bool = False) -> argparse.ArgumentParse
     return made
 
 
+# Words of the release's scripts, and the flag that each one is here.
+BARE_WORDS = {"config": "--config", "checkpoint_path": "--checkpoint", "img_path": "--image_path"}
+
+
 def parse(made: argparse.ArgumentParser, argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Parse. `config=C` (the release's form) means `--config C`; overrides may stand anywhere."""
     words = list(sys.argv[1:] if argv is None else argv)
-    words = [
-        f"--config={word.removeprefix('config=')}" if word.startswith("config=") else word
-        for word in words
-    ]
+    known = {option for action in made._actions for option in action.option_strings}
+    for index, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if equals and BARE_WORDS.get(name) in known:
+            words[index] = f"{BARE_WORDS[name]}={value}"
     return made.parse_intermixed_args(words)
 
 
+# Flags of the release's launchers, which the launchers of tools/ take too.
+LAUNCHER_FLAGS = ("--num-gpus", "--num_gpus", "--master-port", "--master_port")
+ONE_PROCESS = (
+    "this script is one process; a launcher of tools/ starts several (NUM_GPUS=N, MASTER_PORT=P), "
+    "or torchrun"
+)
+
+
+def refuse(made: argparse.ArgumentParser, reason: str, *flags: str) -> None:
+    """Flags of the release that have no meaning in this command: naming one is a `ConfigError`."""
+
+    class Refused(argparse.Action):
+        def __call__(self, parser, namespace, values, option_string=None):
+            raise ConfigError(f"{option_string}: {reason}")
+
+    made.add_argument(
+        *flags, action=Refused, nargs="?", default=argparse.SUPPRESS, help=argparse.SUPPRESS
+    )
+
+
 def load_cfg(args: argparse.Namespace) -> DictConfig:
-    """The configuration that the flags name."""
+    """The configuration that the flags name.
+
+    The authors' weights run under their own routing: where the checkpoint holds them and no
+    override names `model.routing`, `args.overrides` gets it, and so does the protocol.
+    """
+    cfg = load_config(args.config, args.overrides, getattr(args, "recipe", None))
+    named = any(word.startswith(("model.routing=", "model=")) for word in args.overrides)
+    if getattr(args, "checkpoint", None) is None or named or _runs_release(cfg.model):
+        return cfg
+    from muse.models.loading import holds_release_weights  # noqa: PLC0415 (imports torch)
+
+    if not holds_release_weights(args.checkpoint):
+        return cfg
+    logger.info("%s: the authors' weights, so model.routing=release", args.checkpoint)
+    # A user's own override comes later and wins.
+    args.overrides = ["model.routing=release", "model.join_semantics=null", *args.overrides]
     return load_config(args.config, args.overrides)
+
+
+def _runs_release(model: DictConfig) -> bool:
+    return model.routing == "release" and not model.join_semantics
 
 
 def device(name: str | None) -> str:

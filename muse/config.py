@@ -21,36 +21,48 @@ from omegaconf.errors import (
     ValidationError,
 )
 
+from muse.config_checks import check_model, check_together
 from muse.config_fields import check_keys, nearest, restore_words, walk
 from muse.config_model import ROUTING_CELLS, STREAM_KEYS, ModelConfig
 from muse.config_schema import Config
 from muse.errors import ConfigError
+from muse.stages import STAGES
 
 # The configurations that come with muse: in an installed package, in a clone.
 SHIPPED = (Path(__file__).parent / "configs", Path(__file__).parents[1] / "configs")
 
 
 # ----------------------------------------------------------------------------------------- loading
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
+def load_config(
+    path: str | Path, overrides: Sequence[str] = (), recipe: str | None = None
+) -> DictConfig:
     """Read a YAML file and its `base:` files, apply `key=value` overrides, validate, freeze.
 
-    Where there is no file `path`, it may name a configuration that comes with muse, such as
-    `muse_tiny/stage3`. Raises `ConfigError` on a missing file, an unknown key (naming the nearest
-    known one), a wrong type, or keys that exclude each other. Values with `${oc.env:NAME}` are
-    resolved on use.
+    Values with `${oc.env:NAME}` are resolved on use.
+
+    Args:
+        path: where there is no such file, it may name a configuration that comes with muse, such as
+            `muse_tiny/stage3`.
+        overrides: `key=value`; they win.
+        recipe: a file of `configs/recipes`, such as `release`, laid between the two.
+
+    Raises:
+        ConfigError: on a missing file, an unknown key (naming the nearest known one), a wrong type,
+            or keys that exclude each other.
     """
     path = Path(path).expanduser()
     file = path if path.is_file() else _shipped(path) or path
-    config = _merge(Config, [*_file_layers(file), _overrides(overrides)])
+    layers = [*_file_layers(file), _overrides(overrides)]
+    if recipe is not None:
+        stage = _merge(Config, layers).training.stage
+        layers[-1:-1] = _recipe_layers(recipe, stage)
+    config = _merge(Config, layers)
     check_keys(config, Config)
     fill_routing(config.model)
     cells = ROUTING_CELLS[config.model.routing]
     config.losses.topology.blocks = config.losses.topology.blocks or cells["topology"]
     config.losses.itc.blocks = config.losses.itc.blocks or cells["itc"]
-    _check_model(config.model)
-    _check_latent(config.model)
-    _check_losses(config)
-    _check_crop(config)
+    check_together(config)
     OmegaConf.set_readonly(config, True)
     return config
 
@@ -88,7 +100,7 @@ def model_config(values: Any) -> DictConfig:
     config = _merge(ModelConfig, [values], prefix="model.")
     check_keys(config, ModelConfig, "model.")
     fill_routing(config)
-    _check_model(config)
+    check_model(config)
     OmegaConf.set_readonly(config, True)
     return config
 
@@ -194,6 +206,22 @@ def _file_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[DictConfig]:
     return [*layers, content]
 
 
+def _recipe_layers(name: str, stage: str) -> list[DictConfig]:
+    """The keys of `configs/recipes/NAME.yaml`, then those that it holds under `stages.STAGE`."""
+    file = _shipped(Path("recipes") / name)
+    if file is None:
+        known = sorted({path.stem for root in SHIPPED for path in root.glob("recipes/*.yaml")})
+        raise ConfigError(f"{name}: no such recipe; there are {', '.join(known)}")
+    layers = []
+    for layer in _file_layers(file):
+        of_stages = layer.pop("stages", None) or {}
+        for one in of_stages:
+            if one not in STAGES:
+                raise ConfigError(f"{file}: unknown stage {one}{nearest(one, STAGES)}")
+        layers += [layer, of_stages.get(stage) or OmegaConf.create()]
+    return layers
+
+
 def _overrides(overrides: Sequence[str]) -> DictConfig:
     for item in overrides:
         if "=" not in item:
@@ -238,58 +266,3 @@ def _check_sections(schema: type, layer: DictConfig, prefix: str) -> None:
                 f"got {given!r}"
             )
         _check_sections(field.type, given, f"{prefix}{field.name}.")
-
-
-# ----------------------------------------------------------------------------------- keys together
-def _check_model(model: DictConfig) -> None:
-    if model.dim % model.num_heads or (model.dim // model.num_heads) % 2:
-        raise ConfigError(
-            f"model.dim={model.dim} must be model.num_heads={model.num_heads} times an even head "
-            "width"
-        )
-    if model.routing == "shared" and model.join_semantics:
-        raise ConfigError(
-            "model.join_semantics=true is impossible with model.routing=shared: there S is the "
-            "value stream"
-        )
-
-
-def _check_latent(model: DictConfig) -> None:
-    # Not part of `_check_model`: a saved model with a `decoder_adapter` has two widths and the
-    # source `random`.
-    channels = model.decoder.config.get("latent_channels")
-    if channels is not None and channels != model.latent_dim and model.decoder.source == "random":
-        raise ConfigError(
-            f"model.latent_dim={model.latent_dim} but "
-            f"model.decoder.config.latent_channels={channels}"
-        )
-
-
-def _check_losses(config: DictConfig) -> None:
-    for term, teacher in (("topology", "topology"), ("itc", "text"), ("distillation", "feature")):
-        if config.losses[term].weight > 0 and config.teacher[teacher].kind == "none":
-            raise ConfigError(
-                f"losses.{term}.weight={config.losses[term].weight} needs a teacher, but "
-                f"teacher.{teacher}.kind is none"
-            )
-    if not any(config.losses[term].weight > 0 for term in config.losses):
-        raise ConfigError("every loss has weight 0: nothing would be learned")
-
-
-def _check_crop(config: DictConfig) -> None:
-    crop, resize = (
-        config.dataset.preprocessing.crop_size,
-        config.dataset.preprocessing.resize_shorter_edge,
-    )
-    if crop > resize:
-        raise ConfigError(
-            f"dataset.preprocessing.crop_size={crop} is larger than resize_shorter_edge={resize}"
-        )
-    patch = config.model.encoder.config.get("patch_size", 14)
-    patch = patch if isinstance(patch, int) else patch[0]
-    cell = patch * config.model.unshuffle
-    if crop % cell:
-        raise ConfigError(
-            f"dataset.preprocessing.crop_size={crop} is not a multiple of {cell} "
-            f"(encoder patch {patch} x model.unshuffle {config.model.unshuffle})"
-        )

@@ -26,6 +26,8 @@ def key(
     choices: Collection[Any] | None = None,
     least: float | None = None,
     above: float | None = None,
+    below: float | None = None,
+    was: dict[str, str] | None = None,
 ) -> Any:
     """A field of a section.
 
@@ -35,8 +37,11 @@ def key(
         choices: the only values it may have; a table that grows later may stand here.
         least: the smallest number it may be; infinity is refused with it.
         above: the number it must be larger than; infinity is refused with it.
+        below: the number it must be smaller than.
+        was: values of older files, as text, and the choice that each of them means today.
     """
-    about = {"sentence": sentence, "choices": choices, "least": least, "above": above}
+    about = {"sentence": sentence, "choices": choices, "was": was}
+    about |= {"least": least, "above": above, "below": below}
     if isinstance(default, dict | list):  # a copy for every instance
         return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=about)
     return dataclasses.field(default=default, metadata=about)
@@ -62,12 +67,17 @@ def walk(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Fiel
 
 
 def restore_words(config: DictConfig, schema: type) -> None:
-    """Give a key whose choices are words the word back that YAML has read as a boolean."""
+    """Give a key whose choices are words the word back that YAML has read as a boolean.
+
+    A value that a key had in older files becomes the choice that it means today.
+    """
     for name, field in walk(schema):
         choices = field.metadata.get("choices")
         if not choices:
             continue
-        words = BOOLEAN_WORDS.get(str(OmegaConf.select(config, name)), ())
+        value = str(OmegaConf.select(config, name))
+        today = (field.metadata.get("was") or {}).get(value)
+        words = (today,) if today else BOOLEAN_WORDS.get(value, ())
         meant = [word for word in words if word in choices]
         if len(meant) == 1:
             OmegaConf.update(config, name, meant[0])
@@ -86,8 +96,8 @@ def check_keys(
     """
     for name, field in walk(schema):
         allowed = (choices or {}).get(name, field.metadata.get("choices"))
-        least, above = field.metadata.get("least"), field.metadata.get("above")
-        if allowed is None and least is None and above is None:
+        least, above, below = (field.metadata.get(kind) for kind in ("least", "above", "below"))
+        if allowed is None and least is None and above is None and below is None:
             continue  # not looked at: it may need an environment variable that is not set
         value = OmegaConf.select(config, name)
         if value is None:
@@ -100,6 +110,8 @@ def check_keys(
             raise ConfigError(f"{prefix}{name} must be {bound}, got {value}")
         if above is not None and not (value > above and math.isfinite(value)):
             raise ConfigError(f"{prefix}{name} must be above {above}, got {value}")
+        if below is not None and not value < below:
+            raise ConfigError(f"{prefix}{name} must be below {below}, got {value}")
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

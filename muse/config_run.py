@@ -26,6 +26,12 @@ class DatasetParamsConfig:
         "draw shards with replacement: for remote shards on many processes; a resume is then "
         "approximate",
     )
+    mix: str = key(
+        "sample",
+        "what a draw from the mixture gives; batch: whole batches of one source, which decides "
+        "the negatives of the contrast",
+        choices=("sample", "batch"),
+    )
     cache_in_memory: bool = key(False, "keep decoded pictures (small sets, num_workers_per_gpu 0)")
     eval_batch_size: int = key(32, "changes no result", least=1)
     max_eval_images: int | None = key(None, "null: all")
@@ -63,6 +69,10 @@ class OptimizerParamsConfig:
 class OptimizerConfig:
     name: str = key("adamw", choices=("adamw",))
     params: OptimizerParamsConfig = section(OptimizerParamsConfig)
+    no_decay: list[str] = key(
+        [],
+        "regular expressions of parameter names that are not decayed, beside vectors and scalars",
+    )
     lr_multipliers: dict[str, float] = key(
         {}, r'regular expression in parameter names: factor, such as {"^encoder\\.": 0.5}'
     )
@@ -72,6 +82,9 @@ class OptimizerConfig:
 class SchedulerParamsConfig:
     warmup_steps: int = key(2000, "optimizer steps", least=0)
     end_lr: float = key(1e-5, "rate at the last step")
+    discriminator_end_lr: float | None = key(
+        None, "the discriminator's rate at the last step; null: end_lr"
+    )
     hold_fraction: float = key(
         0.0, "share of the steps after the warm-up that stay at the full rate before the cosine"
     )

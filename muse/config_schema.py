@@ -128,7 +128,8 @@ class TopologyLossConfig:
     )
     transpose: bool = key(
         False,
-        "true: the release's resize, which leaves the teacher's queries and keys exchanged",
+        "true: the release's resize, which leaves the teacher's queries and keys exchanged where "
+        "the grids differ",
     )
 
 
@@ -152,6 +153,11 @@ class AdversarialLossConfig:
     start: int = key(0, "optimizer step at which the discriminator begins")
     lecam_weight: float = key(0.001, "of the LeCam regulariser, in the discriminator's loss")
     lecam_decay: float = key(0.999, "of the moving means of the logits that LeCam compares with")
+    precision: str = key(
+        "mixed",
+        "mixed: the discriminator follows training.mixed_precision; float32: as the release's",
+        choices=("mixed", "float32"),
+    )
     base_channels: int = key(128, "PatchGAN width")
     num_stages: int = key(3, "PatchGAN halvings")
 
@@ -166,6 +172,11 @@ class DistillationLossConfig:
 
 @dataclass
 class LossesConfig:
+    clamp_reconstruction: bool = key(
+        False,
+        "the pixel, perceptual and adversarial terms see reconstructions clamped to [0,1], so that "
+        "no gradient comes from outside (as the release)",
+    )
     reconstruction: ReconstructionLossConfig = section(ReconstructionLossConfig)
     perceptual: PerceptualLossConfig = section(PerceptualLossConfig)
     topology: TopologyLossConfig = section(TopologyLossConfig)

@@ -10,7 +10,9 @@ from muse.utils.io import writable_directory
 def main(argv: list[str] | None = None) -> int:
     """Parse, reconstruct, print a line for each picture."""
     parser = cli.parser(__doc__, checkpoint=True)
-    parser.add_argument("--image_path", required=True, help="picture file, directory or glob")
+    parser.add_argument(
+        "--image_path", "--image", required=True, help="picture file, directory or glob"
+    )
     parser.add_argument("--output_dir", required=True)
     parser.add_argument(
         "--max_side", type=int, default=2048, help="larger pictures are shrunk to this side, pixels"

@@ -18,7 +18,7 @@ def main(argv=None) -> int:
     command.add_flag(
         parser, "num_classes", type=int, help="default: the largest training label + 1"
     )
-    command.add_flag(parser, "epochs", type=int, default=100)
+    command.add_flag(parser, "epochs", "lp_epochs", type=int, default=100)
     command.add_flag(
         parser,
         "probe_batch_size",
@@ -27,12 +27,13 @@ def main(argv=None) -> int:
     )
     command.add_flag(
         parser,
-        "learning_rates",
+        *("learning_rates", "lp_lr", "lr"),
         type=float,
         nargs="+",
         default=list(LEARNING_RATES),
         help="for a batch of 256; all are trained at once",
     )
+    cli.refuse(parser, "zero-shot is scripts/zero_shot.py; this is the linear probe", "--mode")
     args = cli.parse(parser, argv)
     recipe = ProbeRecipe(
         args.num_classes, args.epochs, args.probe_batch_size, tuple(args.learning_rates)

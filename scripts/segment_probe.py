@@ -37,8 +37,9 @@ def main(argv=None) -> int:
     )
     command.add_flag(parser, "steps", type=int, default=2000)
     command.add_flag(parser, "probe_batch_size", type=int, default=32)
-    command.add_flag(parser, "learning_rate", type=float, default=3e-3)
+    command.add_flag(parser, "learning_rate", "lr", type=float, default=3e-3)
     command.add_flag(parser, "num_pictures", type=int, default=6)
+    cli.refuse(parser, "this probe counts optimizer steps; use --steps", "--epochs")
     args = cli.parse(parser, argv)
     baseline = "encoder" if args.mode == "baseline" else args.baseline
     recipe = SegmentRecipe(

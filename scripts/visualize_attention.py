@@ -1,4 +1,4 @@
-"""Draw what the blocks attend to, a row a block: one picture (`single`) or many (`batch`)."""
+"""Draw what the blocks attend to: of one picture (`single`) or of many (`batch`)."""
 
 import sys
 from pathlib import Path
@@ -12,7 +12,15 @@ def main(argv=None) -> int:
     parser = cli.parser(__doc__, checkpoint=True)
     parser.add_argument("--mode", choices=("single", "batch"), default="single")
     parser.add_argument(
+        "--style",
+        choices=("query", "release"),
+        default="query",
+        help="query: a row a block, what the query's cell attends to; release: as the authors' "
+        "figures, where three heads of the last block look",
+    )
+    parser.add_argument(
         "--image",
+        "--image_path",
         default=None,
         help="picture file (single), or directory or glob (batch); batch without one takes "
         "the configuration's evaluation pictures",
@@ -27,7 +35,12 @@ def main(argv=None) -> int:
         help="where the query is, as fractions of height and width; default: the middle, and for "
         "single four more places",
     )
-    parser.add_argument("--num_images", type=int, default=8, help="batch: how many pictures")
+    parser.add_argument(
+        *("--num_images", "--max_images", "--max-images"),
+        type=int,
+        default=8,
+        help="batch: how many pictures",
+    )
     args = cli.parse(parser, argv)
     cfg = cli.load_cfg(args)
 
@@ -37,7 +50,7 @@ def main(argv=None) -> int:
     folder = writable_directory(args.output)
     model = cli.open_model(args, cfg)
     for path in attention_pictures.draw_attention(
-        model, pictures, Path(folder), args.mode, args.query
+        model, pictures, Path(folder), args.mode, args.query, args.style
     ):
         print(path)
     return 0

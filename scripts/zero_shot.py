@@ -33,6 +33,8 @@ def main(argv=None) -> int:
         metavar="K",
         help="also caption retrieval among K (the data needs captions)",
     )
+    probe = "nothing is trained here; the linear probe is scripts/linear_probe.py"
+    cli.refuse(parser, probe, *("--mode", "--lp_lr", "--lp_epochs", "--lr", "--epochs"))
     args = cli.parse(parser, argv)
     setup = command.set_up(args, cli.load_cfg(args))
     measured = run_zero_shot(setup, args.classnames, args.templates, args.retrieval)

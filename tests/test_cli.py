@@ -16,10 +16,19 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from muse import cli, load_config
+from muse import MUSE_ViT, cli, load_config
 from muse.errors import MuseError
+from muse.models.release_weights import to_release, write_release_file
 from muse.utils.io import atomic_file, write_json
-from scripts import inference, train_stage1, train_stage2, train_stage3, visualize_attention
+from scripts import (
+    inference,
+    linear_probe,
+    segment_probe,
+    train_stage1,
+    train_stage2,
+    train_stage3,
+    visualize_attention,
+)
 from tests.data.helpers import picture, write_tar
 from tests.helpers import ROOT, one_error, run_config
 
@@ -396,6 +405,105 @@ def test_all_samples_unreadable_stops_the_run(tmp_path, shapes_data, capsys):
     assert not (tmp_path / "run/final").exists()
 
 
+# ------------------------------------------------------------------------- flags of the release
+REFUSED = [
+    ("linear_probe", "--mode zero_shot", "--mode: zero-shot is scripts/zero_shot.py"),
+    ("linear_probe", "--num-gpus 8", "--num-gpus: this script is one process; a launcher"),
+    ("zero_shot", "--mode both", "--mode: nothing is trained here; the linear probe is"),
+    ("zero_shot", "--lp_lr 0.1", "--lp_lr: nothing is trained here"),
+    ("zero_shot", "--lp_epochs=90", "--lp_epochs: nothing is trained here"),
+    ("segment_probe", "--epochs 10", "--epochs: this probe counts optimizer steps; use --steps"),
+    ("segment_probe", "--master-port 29500", "--master-port: this script is one process"),
+    ("evaluate", "--num_gpus 8", "--num_gpus: this script is one process"),
+    ("train_stage1", "--epochs 3", "--epochs: training counts optimizer steps; use training.max"),
+    ("train_stage1", "--lr 1e-4", "--lr: use optimizer.params.learning_rate=X"),
+    ("train_stage2", "--master_port 1", "--master_port: this script is one process"),
+    ("train_stage1", "checkpoint_path=k", "unknown key checkpoint_path"),
+    ("zero_shot", "img_path=i.png", "unknown key img_path"),
+]
+
+
+@pytest.mark.parametrize(("script", "words", "message"), REFUSED)
+def test_flags_of_the_release_without_a_meaning_here_are_refused_by_name(
+    script, words, message, flags, capsys
+):
+    given = flags[:2] if script.startswith("train") else flags
+    main = importlib.import_module(f"scripts.{script}").main
+    assert message in one_error(capsys, main([*given, *words.split()]))
+
+
+def test_flags_of_the_release_with_a_meaning_here(monkeypatch, flags, photo, tmp_path):
+    """`--lp_lr`, `--lp_epochs`, `--lr`, `--max-images` and the bare words reach what they name."""
+    seen = {}
+
+    def spy(name, module):
+        monkeypatch.setattr(module, name, lambda *args: seen.update({name: args}))
+
+    spy("run_linear_probe", linear_probe)
+    spy("run_segment_probe", segment_probe)
+    output = ["--output_dir", str(tmp_path / "out"), "--max-images", "3"]
+    words = ["--lp_lr", "0.25", "--lp-epochs", "7", *output]
+    assert linear_probe.main([*flags, *words]) == 0
+    setup, recipe = seen["run_linear_probe"][:2]
+    assert (recipe.learning_rates, recipe.epochs, setup.max_images) == ((0.25,), 7, 3)
+    assert segment_probe.main([*flags, "--mode", "muse", "--lr", "0.01", *output]) == 0
+    assert seen["run_segment_probe"][1].learning_rate == 0.01
+    bare = [f"config={flags[1]}", f"checkpoint_path={flags[3]}", f"img_path={photo}"]
+    assert inference.main([*bare, "--device", "cpu", "--output_dir", str(tmp_path / "a")]) == 0
+    assert (tmp_path / "a/photo.png").is_file()
+
+
+# -------------------------------------------------------------------------------- the authors' file
+@pytest.fixture
+def authors_file(trained_run, tmp_path):
+    """(configuration under the paper's routing, a file in the authors' layout)."""
+    folder = tmp_path / "authors"
+    folder.mkdir()
+    model = MUSE_ViT.from_pretrained(trained_run[1] / "final")
+    write_release_file(folder / "pytorch_model.bin", to_release(model.state_dict()))
+    return str(trained_run[0]), str(folder / "pytorch_model.bin")
+
+
+def test_a_command_runs_the_authors_file_under_their_routing_and_records_it(
+    authors_file, photo, tmp_path, caplog
+):
+    config, file = authors_file
+    words = ["--config", config, "--checkpoint", file, "--device", "cpu"]
+    args = cli.parse(cli.parser("x", checkpoint=True), [*words, "training.seed=3"])
+    cfg = cli.load_cfg(args)
+    assert load_config(config).model.routing == "paper"
+    assert cfg.model.routing == "release" and cfg.model.join_semantics is False
+    assert cfg.training.seed == 3
+    assert cli.protocol(args, cfg)["config"]["model"]["routing"] == "release"
+    assert f"{file}: the authors' weights, so model.routing=release" in caplog.text
+    picture_words = ["--image_path", photo, "--output_dir"]
+    assert inference.main([*words, *picture_words, str(tmp_path / "a")]) == 0
+    given = [*words, "model.routing=release", *picture_words, str(tmp_path / "b")]
+    assert inference.main(given) == 0
+    assert (tmp_path / "a/photo.png").read_bytes() == (tmp_path / "b/photo.png").read_bytes()
+
+
+@pytest.mark.parametrize("override", ["model.routing=paper", "model.join_semantics=true"])
+def test_a_command_refuses_the_authors_file_under_a_routing_of_the_user_s(
+    override, authors_file, photo, tmp_path, capsys
+):
+    config, file = authors_file
+    words = ["--config", config, "--checkpoint", file, "--device", "cpu", override]
+    words += ["--image_path", photo, "--output_dir", str(tmp_path / "out")]
+    line = one_error(capsys, inference.main(words))
+    assert f"the authors' weights give other outputs with {override}; pass model." in line
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_training_from_the_authors_file_under_the_papers_routing_is_refused(
+    authors_file, tmp_path, capsys
+):
+    config, file = authors_file
+    words = ["--config", config, "--device", "cpu", f"experiment.init_from={file}"]
+    line = one_error(capsys, train_stage2.main([*words, f"experiment.output_dir={tmp_path}/run"]))
+    assert "pass model.routing=release" in line and "tools/convert_checkpoint.py" in line
+
+
 # ------------------------------------------------------------------------------- attention pictures
 def test_attention_of_one_picture_and_of_many(flags, photo, tmp_path, capsys):
     assert (
@@ -419,6 +527,20 @@ def test_attention_of_one_picture_and_of_many(flags, photo, tmp_path, capsys):
     )
 
 
+def test_attention_in_the_style_of_the_release(flags, photo, tmp_path):
+    """Three heads would be three rows; the tiny model has two."""
+    words = [*flags, "--style", "release", "--output"]
+    assert visualize_attention.main([*words, str(tmp_path), f"img_path={photo}"]) == 0
+    side, rows = 32, 3  # the picture and two heads
+    assert Image.open(tmp_path / "photo_attention.png").size == (
+        110 + side + 4 + 4,
+        rows * (side + 4) + 4,
+    )
+    batch = [*words, str(tmp_path / "many"), "--mode", "batch", "--max-images", "3"]
+    assert visualize_attention.main(batch) == 0
+    assert Image.open(tmp_path / "many/attention.png").size[0] == 110 + 3 * (side + 4) + 4
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -426,6 +548,10 @@ def test_attention_of_one_picture_and_of_many(flags, photo, tmp_path, capsys):
         (["--image", "{folder}/none.png"], "no such picture"),
         (["--image", "{photo}", "--query", "0.5", "1.5"], "fractions between 0 and 1, got 1.5"),
         (["--image", "{photo}", "--query", "a", "b"], "--query"),
+        (
+            ["--image", "{photo}", "--style", "release", "--query", "0.5", "0.5"],
+            "--query is for --style query",
+        ),
     ],
 )
 def test_attention_mistakes(words, message, flags, photo, tmp_path, capsys):
@@ -525,9 +651,7 @@ def test_help_needs_no_torch():
 @pytest.mark.parametrize(
     "launcher",
     [
-        "train_stage1.sh",
-        "train_stage2.sh",
-        "train_stage3.sh",
+        "train_stage.sh",
         "visualize_attention.sh",
         "evaluate.sh",
         "segment_probe.sh",

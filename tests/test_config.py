@@ -35,8 +35,9 @@ DEFAULT = ROOT / "configs/default.yaml"
 FILES = sorted(
     file
     for file in (ROOT / "configs").rglob("*.yaml")
-    if file.parent.name not in ("accelerate", "generation")
-)  # those are accelerate's own
+    # accelerate's own; laid over others; of another schema
+    if file.parent.name not in ("accelerate", "recipes", "generation")
+)
 
 
 CHOICES = {name: f.metadata["choices"] for name, f in walk(Config) if f.metadata.get("choices")}
@@ -142,9 +143,8 @@ def test_stages_say_what_fidelity_says(size):
         three.optimizer.lr_multipliers == {"^encoder\\.": 0.5}
         and three.losses.adversarial.start == 0
     )
-    assert {cfg.training.max_train_steps for cfg in (one, two, three)} == {
-        75000 if size == "muse_3b" else 50000
-    }
+    steps = [75_000, 75_000, 50_000] if size == "muse_3b" else [50_000] * 3
+    assert [cfg.training.max_train_steps for cfg in (one, two, three)] == steps
     assert (
         [source.weight for source in one.dataset.params.train_shards_path_or_url] == [0.2, 0.6, 0.2]
         if not isinstance(one.dataset.params.train_shards_path_or_url[0], str)
@@ -223,6 +223,7 @@ def test_keys_with_choices():
     """The table that the choices were, before they stood at their fields."""
     assert {
         "model.routing",
+        "model.gradient_checkpointing",
         "teacher.topology.kind",
         "teacher.topology.order",
         "teacher.text.kind",
@@ -232,6 +233,8 @@ def test_keys_with_choices():
         "losses.topology.heads",
         "losses.itc.blocks",
         "losses.itc.objective",
+        "losses.adversarial.precision",
+        "dataset.params.mix",
         "optimizer.name",
         "lr_scheduler.scheduler",
         "training.stage",
@@ -257,18 +260,20 @@ def test_keys_with_choices():
             "dataset.params.num_workers_per_gpu optimizer.params.learning_rate "
             "lr_scheduler.params.warmup_steps dataset.max_bad_fraction training.max_skipped_steps "
             "training.max_grad_norm experiment.keep_last experiment.save_every "
-            "experiment.eval_every experiment.generate_every teacher.text.cache",
+            "experiment.eval_every experiment.generate_every teacher.text.cache "
+            "model.encoder.drop_path",
         ),
         (("above", 0), "teacher.topology.temperature"),
+        (("below", 1), "model.encoder.drop_path"),
     ],
-    ids=["positive", "zero or more", "above zero"],
+    ids=["positive", "zero or more", "above zero", "below one"],
 )
 def test_every_range_is_checked(bound, names, empty):
     kind, limit = bound
     found = {name for name, f in walk(Config) if f.metadata.get(kind) == limit}
     assert found == set(names.split())
-    wrong = limit if kind == "above" else limit - 1
-    words = {("least", 1): "positive", ("least", 0): "zero or more", ("above", 0): "above 0"}[bound]
+    wrong = limit - 1 if kind == "least" else limit
+    words = {("least", 1): "positive", ("least", 0): "zero or more"}.get(bound, f"{kind} {limit}")
     for name in found:
         with pytest.raises(ConfigError, match=f"{name} must be {words}, got {wrong}"):
             load_config(empty, [f"{name}={wrong}"])
@@ -306,6 +311,20 @@ def test_each_boolean_word_is_restored_where_it_is_a_choice():
         restore_words(config, Switches)
         assert [config.light, config.answer, config.formal] == words
         assert config.both == config.free == str(value)  # two could be meant, or none
+
+
+def test_a_key_that_was_a_boolean_still_reads_as_one(empty, tmp_path):
+    """`model.gradient_checkpointing` of older files and checkpoints."""
+    for value, mode in (("true", "blocks"), ("false", "none"), ("all", "all")):
+        word = f"gradient_checkpointing: {value}"
+        file = write(tmp_path, f"{value}.yaml", f"model: {{{word}}}")
+        assert load_config(file).model.gradient_checkpointing == mode
+        override = load_config(empty, [f"model.{word.replace(': ', '=')}"])
+        assert override.model.gradient_checkpointing == mode
+    for value, mode in ((True, "blocks"), (False, "none")):
+        assert model_config({"gradient_checkpointing": value}).gradient_checkpointing == mode
+    with pytest.raises(ConfigError, match="gradient_checkpointing must be one of none, blocks"):
+        load_config(empty, ["model.gradient_checkpointing=some"])
 
 
 @pytest.mark.parametrize(
@@ -483,7 +502,9 @@ def test_contract_keys_of_the_model_section():
         "decoder": {"source": "mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers", "config": {}},
     }
     assert contract.keys() <= fields
-    assert {name: plain(cfg[name]) for name in contract} == contract
+    listed = {name: plain(cfg[name]) for name in contract}
+    assert listed["encoder"].pop("drop_path") == 0.0  # came later
+    assert listed == contract
 
 
 def test_stream_keys_are_cells_of_every_routing_and_keys_of_the_model():

@@ -156,6 +156,52 @@ def test_every_stage_has_its_launcher(machine):
         ]
 
 
+def test_a_training_launcher_without_a_variant_means_muse_1b(machine):
+    recipe = ["--recipe", "release", "training.seed=3"]
+    assert dry_run(machine) == [[SCRIPT, "--config", STAGE1]]
+    assert dry_run(machine, *recipe) == [[SCRIPT, "--config", STAGE1, *recipe]]
+    assert dry_run(machine, "training.seed=3") == [[SCRIPT, "--config", STAGE1, "training.seed=3"]]
+    (tiny,) = dry_run(machine, "muse_tiny", *recipe)
+    assert tiny[1:] == ["--config", str(ROOT / "configs/muse_tiny/stage1.yaml"), *recipe]
+    assert "usage: tools/train_stage1.sh" in refusal(machine, "muse_9b")
+
+
+def test_a_configuration_s_name_may_hold_an_equals_sign(machine, tmp_path):
+    own = tmp_path / "run=1.yaml"
+    own.write_text("{}")
+    assert dry_run(machine, str(own), "a=b") == [[SCRIPT, "--config", str(own), "a=b"]]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--num-gpus", "4", "--master-port", "4321"],
+        ["--num_gpus=4", "--master_port=4321"],
+    ],
+)
+def test_flags_of_the_authors_launchers_win_over_the_environment(words, machine):
+    (line,) = dry_run(machine, *words, "muse_1b", "a=b", FAKE_GPUS="8", NUM_GPUS="2")
+    assert line[line.index("--num_processes") + 1] == "4"
+    assert line[line.index("--main_process_port") + 1] == "4321"
+    assert line[-4:] == [SCRIPT, "--config", STAGE1, "a=b"]
+    probe = ["muse", *words, "--config", "c.yaml", "--train-url", "a b/{0..3}.tar"]
+    (line,) = dry_run(machine, *probe, script="segment_probe.sh")
+    meet = ["--master_addr", "127.0.0.1", "--master_port", "4321", "--nproc_per_node", "4"]
+    script = [str(ROOT / "scripts/segment_probe.py"), "--mode", "muse", "--config", "c.yaml"]
+    assert line == [*TORCHRUN, *meet, *script, "--train-url", "a b/{0..3}.tar"]
+    evaluate = [str(ROOT / "scripts/evaluate.py"), "--config", "c.yaml", "--checkpoint", "k"]
+    evaluate += ["--output_dir", "outputs/evaluate"]
+    (line,) = dry_run(machine, "c.yaml", "k", *words, script="evaluate.sh")
+    assert line == [*TORCHRUN, *meet, *evaluate]
+    (line,) = dry_run(machine, "c.yaml", "k", "--num-gpus", "4", script="evaluate.sh")
+    assert line == [*TORCHRUN, "--standalone", "--nproc_per_node", "4", *evaluate]
+
+
+def test_flags_of_the_authors_launchers_that_are_no_numbers(machine):
+    assert "--num-gpus needs a number, got 'all'" in refusal(machine, "--num-gpus", "all")
+    assert "--master-port needs a number" in refusal(machine, "muse_1b", "--master-port")
+
+
 def test_settings_of_the_environment_come_before_the_user_s_overrides(machine):
     (line,) = dry_run(
         machine,

@@ -15,10 +15,32 @@ launch() {
   exec "$@"
 }
 
-# Run a Python file with its arguments in NUM_GPUS processes (default: 1) on this machine.
+# Read the flags that the authors' launchers take: --num-gpus N and --master-port P win over NUM_GPUS and MASTER_PORT. The other
+# words stay in WORDS.
+take_flags() {
+  WORDS=()
+  while [ $# -gt 0 ]; do
+    local word="$1" name value
+    shift
+    name="${word%%=*}"
+    case "${name//_/-}" in
+      --num-gpus|--master-port)
+        if [[ "$word" = *=* ]]; then value="${word#*=}"
+        else [ $# -ge 1 ] || fail "$word needs a number"; value="$1"; shift; fi
+        [[ "$value" =~ ^[0-9]+$ ]] || fail "$name needs a number, got '$value'"
+        if [ "${name//_/-}" = --num-gpus ]; then NUM_GPUS="$value"; else MASTER_PORT="$value"; fi ;;
+      *) WORDS+=("$word") ;;
+    esac
+  done
+}
+
+# Run a Python file with its arguments in NUM_GPUS processes (default: 1) on this machine, which meet at MASTER_PORT (default: any).
 launch_processes() {
+  [[ "${NUM_GPUS:-1}" =~ ^[0-9]+$ ]] || fail "NUM_GPUS must be a whole number, got '$NUM_GPUS'"
   if [ "${NUM_GPUS:-1}" -gt 1 ]; then
-    launch "$PYTHON" -m torch.distributed.run --standalone --nproc_per_node "$NUM_GPUS" "$@"
+    local meet=(--standalone)
+    [ -z "${MASTER_PORT:-}" ] || meet=(--master_addr 127.0.0.1 --master_port "$MASTER_PORT")
+    launch "$PYTHON" -m torch.distributed.run "${meet[@]}" --nproc_per_node "$NUM_GPUS" "$@"
   fi
   launch "$PYTHON" "$@"
 }

@@ -9,7 +9,7 @@
 #SBATCH --open-mode=append
 #SBATCH --requeue
 #SBATCH --signal=B:USR1@120
-# One stage under Slurm: sbatch [--nodes N ...] tools/slurm_train.sh STAGE muse_1b|muse_3b|CONFIG.yaml [key=value ...]
+# One stage under Slurm: sbatch [--nodes N ...] tools/slurm_train.sh STAGE [muse_1b|muse_3b|CONFIG.yaml] [key=value ...]
 # srun starts one launcher on each node (slurm_node.sh, which runs train_stage.sh). Two minutes before the time limit, or when the job is
 # preempted, the training processes get SIGUSR1: they save after the running step, the job is queued again, and goes on from there.
 # From the environment: what train_stage.sh reads (NUM_GPUS defaults to the job's GPUs on a node), MUSE_ROOT (this checkout; sbatch runs a
@@ -18,8 +18,8 @@ PROJECT="${MUSE_ROOT:-${SLURM_SUBMIT_DIR:-$(dirname "${BASH_SOURCE[0]}")/..}}"
 [ -f "$PROJECT/tools/common.sh" ] \
   || { echo "error: $PROJECT holds no tools/common.sh: submit from the project's root, or set MUSE_ROOT" >&2; exit 2; }
 source "$PROJECT/tools/common.sh"
-USAGE="usage: sbatch tools/slurm_train.sh STAGE muse_1b|muse_3b|CONFIG.yaml [key=value ...]"
-[ $# -ge 2 ] && [[ "$1" =~ ^[0-9]$ ]] || fail "$USAGE"
+USAGE="usage: sbatch tools/slurm_train.sh STAGE [muse_1b|muse_3b|CONFIG.yaml] [--recipe paper|release] [key=value ...]"
+[ $# -ge 1 ] && [[ "$1" =~ ^[0-9]$ ]] || fail "$USAGE"
 DRY="${DRY_RUN:-0}"
 [ -n "${SLURM_JOB_ID:-}" ] || [ "$DRY" = 1 ] || fail "not within a Slurm job: submit this script with sbatch"
 

@@ -1,18 +1,26 @@
 #!/usr/bin/env bash
-# One stage: tools/train_stage.sh STAGE muse_1b|muse_3b|muse_tiny|CONFIG.yaml [key=value ...]
+# One stage: tools/train_stage.sh STAGE [muse_1b|muse_3b|muse_tiny|CONFIG.yaml] [--recipe paper|release] [key=value ...]
+# Without a variant it is muse_1b. --num-gpus N and --master-port P are as NUM_GPUS and MASTER_PORT.
 # From the environment: NUM_GPUS (processes on this machine; CPU processes where there is no GPU), BATCH_SIZE (per process), NUM_WORKERS;
 # on several machines, started once on each, NUM_NODES, NODE_RANK (0 on the first), MASTER_ADDR, MASTER_PORT;
 # ACCELERATE_CONFIG (a YAML of accelerate, such as configs/accelerate/fsdp.yaml), LAUNCHER=accelerate|torchrun (accelerate on GPUs),
 # MIXED_PRECISION (bf16|fp16|no; otherwise the configuration's), DRY_RUN=1 (print the command and end).
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-usage() { fail "usage: tools/train_stage$1.sh muse_1b|muse_3b|muse_tiny|CONFIG.yaml [key=value ...]"; }
+usage() { fail "usage: tools/train_stage$1.sh [muse_1b|muse_3b|muse_tiny|CONFIG.yaml] [--recipe paper|release] [key=value ...]"; }
 [ $# -ge 1 ] || usage ""
 STAGE="$1"; shift
 case "$STAGE" in [0-9]) TRAIN="scripts/train_stage$STAGE.py" ;; *) TRAIN="scripts/train_$STAGE.py" ;; esac  # generator
-[ $# -ge 1 ] || usage "$STAGE"
-VARIANT="$1"; shift
+take_flags "$@"
+set -- ${WORDS[@]+"${WORDS[@]}"}
+VARIANT=muse_1b
+case "${1:-}" in
+  -h|--help) VARIANT="$1" ;;
+  ""|-*) ;;
+  *=*) if [ -f "$1" ]; then VARIANT="$1"; shift; fi ;;  # an override, or a file with such a name
+  *) VARIANT="$1"; shift ;;
+esac
 case "$VARIANT" in
-  -h|--help) exec "$PYTHON" "$ROOT/scripts/train_stage$STAGE.py" --help ;;
+  -h|--help) exec "$PYTHON" "$ROOT/$TRAIN" --help ;;
   *.yaml) CONFIG="$VARIANT" ;;
   *) CONFIG="$ROOT/configs/$VARIANT/stage$STAGE.yaml"; [ -f "$CONFIG" ] || usage "$STAGE" ;;
 esac

@@ -1,3 +1,3 @@
 #!/usr/bin/env bash
-# Stage 2: tools/train_stage2.sh muse_1b|muse_3b|muse_tiny [key=value ...]; see train_stage.sh for what the environment sets.
+# Stage 2: tools/train_stage2.sh [muse_1b|muse_3b|muse_tiny] [--recipe paper|release] [key=value ...]; see train_stage.sh for what the environment sets.
 exec bash "$(dirname "${BASH_SOURCE[0]}")/train_stage.sh" 2 "$@"

@@ -2,7 +2,7 @@
 
 root/cat/1.jpg, root/dog/7.jpg       class folders: the label is the place of the folder's name in
                                      alphabetical order
-root/1.jpg, root/1.txt               flat: captions (.txt or .json of the same name) if there are
+root/1.jpg, root/1.txt               flat: captions (.txt, .json ... of the same name) if there are
 root/images/1.jpg, root/masks/1.png  segmentation (`annotations` or `labels` for `masks` too), or
                                      two folders given apart
 """
@@ -10,7 +10,7 @@ root/images/1.jpg, root/masks/1.png  segmentation (`annotations` or `labels` for
 import os
 from collections.abc import Iterator
 
-from muse.data.decode import IMAGE_EXTENSIONS, MASK_EXTENSION
+from muse.data.decode import CAPTION_EXTENSIONS, IMAGE_EXTENSIONS, MASK_EXTENSION
 from muse.data.masks import pair_masks, paired_folders
 from muse.data.records import Record, Span
 from muse.data.shards import SHARD_SUFFIXES
@@ -60,6 +60,7 @@ class FolderSource:
             raise DataError(f"no such image folder: {root}")
         pair = None if masks is not None else paired_folders(root)
         self.root, mask_folder = pair if pair else (root, masks and os.fspath(masks))
+        self.mask_folder = mask_folder  # None: masks, if any, lie beside the pictures
         self.name = root
         self.shards = tuple(sorted(_walk_images(self.root)))
         if not self.shards:
@@ -84,7 +85,7 @@ class FolderSource:
         path = os.path.join(self.root, shard)
         stem, extension = os.path.splitext(path)
         members: dict[str, bytes | Span] = {extension[1:].lower(): Span(path, 0, -1)}
-        for name in ("txt", "json"):
+        for name in CAPTION_EXTENSIONS:
             if os.path.exists(f"{stem}.{name}"):
                 members[name] = Span(f"{stem}.{name}", 0, -1)
         if self.classes:

@@ -1,7 +1,7 @@
 """Training data: endless, shuffled, mixed, and resumable to the sample.
 
 Every random choice comes from a generator seeded by (seed, epoch, rank, worker, source, key), so a
-position is a few integers: how many samples were drawn from the mixture, and for each source the
+position is a few integers: how many draws from the mixture there were, and for each source the
 epoch and how far into it. Going to a position walks through the epoch's records once without
 loading them (the tar headers of local shards; remote shards have to be read).
 """
@@ -10,12 +10,14 @@ import copy
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import NamedTuple
 
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.filters import shuffle
 
-from muse.data.decode import BadInARow, BadSample, BadSamples, kinds_of
+from muse.data.decode import BadSample
+from muse.data.faults import BadInARow, BadSamples, kinds_of
 from muse.data.mixture import pick_source
 from muse.data.records import InMemory, Record, Source
 from muse.data.samples import Prepared, SampleMaker, torch_loader
@@ -51,10 +53,11 @@ class StreamSpec:
     workers: int = 1
     shuffle_buffer: int = 1000
     resampled: bool = False
+    mix: str = "sample"  # what a draw from the mixture gives: a sample, or a whole batch
 
 
 def start_position(sources: int, drawn: int = 0, epoch: int = 0) -> dict:
-    """A worker's place: samples drawn from the mixture, and [epoch, records read] by source."""
+    """A worker's place: draws from the mixture, and [epoch, records read] by source."""
     return {"drawn": drawn, "sources": [[epoch, 0] for _ in range(sources)]}
 
 
@@ -73,19 +76,22 @@ class WorkerStream:
         streams = [self._samples(i) for i in range(len(self.spec.sources))]
         try:
             while True:
-                batch = self.spec.maker.collate(
-                    [self._draw(streams) for _ in range(self.spec.batch_size)]
-                )
-                yield batch, self._report()
+                yield self.spec.maker.collate(self._draw_batch(streams)), self._report()
         except MuseError as error:
             # In-band: an exception that crosses a process boundary arrives as a page of traceback.
             yield None, self._report(str(error))
 
-    def _draw(self, streams: Sequence[Iterator[Prepared]]) -> Prepared:
-        spec, drawn = self.spec, self.position["drawn"]
-        source = pick_source(spec.weights, drawn, (spec.seed, spec.rank, self.worker))
-        self.position["drawn"] += 1
-        return next(streams[source])
+    def _draw_batch(self, streams: Sequence[Iterator[Prepared]]) -> list[Prepared]:
+        """Samples of a source drawn for each of them, or of one source drawn for the batch."""
+        spec = self.spec
+        per_draw = spec.batch_size if spec.mix == "batch" else 1
+        batch: list[Prepared] = []
+        while len(batch) < spec.batch_size:
+            start = (spec.seed, spec.rank, self.worker)
+            source = pick_source(spec.weights, self.position["drawn"], start)
+            self.position["drawn"] += 1
+            batch += islice(streams[source], per_draw)
+        return batch
 
     def _report(self, error: str | None = None) -> Report:
         retries = sum(getattr(source, "retries", 0) for source in self.spec.sources)
@@ -227,6 +233,7 @@ class TrainLoader:
             "workers": spec.workers,
             "shuffle_buffer": spec.shuffle_buffer,
             "resampled": spec.resampled,
+            "mix": spec.mix,
             "shards": [len(source.shards) for source in spec.sources],
             "weights": list(spec.weights),
         }
@@ -253,12 +260,14 @@ class TrainLoader:
     def load_state_dict(self, state: Mapping) -> None:
         """Go on from `state`.
 
-        Exact (the same batches, bit for bit) where seed, rank, world, workers, buffer, weights and
-        shards are what they were. Otherwise, and for resampled shards, approximate: the sources'
-        next epoch begins, with a warning. The batch size may change.
+        Exact (the same batches, bit for bit) where seed, rank, world, workers, buffer, weights, mix
+        and shards are what they were. Otherwise, and for resampled shards, approximate: the next
+        epoch of the sources begins, with a warning. The batch size may change.
         """
         try:
-            layout, positions = dict(state["layout"]), [_as_position(p) for p in state["positions"]]
+            # Positions written before there was a choice have no `mix`.
+            layout = {"mix": "sample", **state["layout"]}
+            positions = [_as_position(p) for p in state["positions"]]
             batches = int(state["batches"])
             self.bad.load_state_dict(state["bad"])
         except (KeyError, TypeError, ValueError) as error:

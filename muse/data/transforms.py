@@ -75,9 +75,11 @@ class Transform:
         return to_pixels(image), None if mask is None else torch.from_numpy(numpy.array(mask))
 
     def _target(self, width: int, height: int) -> tuple[int, int]:
-        shorter = min(width, height)
+        """torchvision's size: the longer side is cut down to whole pixels, not rounded."""
+        shorter, longer = min(width, height), max(width, height)
         edge = self.resize_shorter_edge or max(shorter, self.crop_size or 0)
-        return max(1, round(width * edge / shorter)), max(1, round(height * edge / shorter))
+        scaled = int(edge * longer / shorter)
+        return (edge, scaled) if width <= height else (scaled, edge)
 
     def crop(
         self, pixels: Tensor, mask: Tensor | None = None, rng: random.Random | None = None
@@ -94,7 +96,8 @@ class Transform:
             if rng is not None and self.random_crop:
                 top, left = rng.randint(0, spare_h), rng.randint(0, spare_w)
             else:
-                top, left = spare_h // 2, spare_w // 2
+                # torchvision's middle: half a pixel goes to the even number.
+                top, left = round(spare_h / 2), round(spare_w / 2)
             pixels = pixels[:, top : top + side, left : left + side]
             mask = None if mask is None else mask[top : top + side, left : left + side]
         if rng is not None and self.random_flip and rng.random() < 0.5:

@@ -14,9 +14,10 @@ from muse.utils.distributed import join_processes
 from muse.utils.io import writable_directory, write_json
 
 
-def add_flag(parser: argparse.ArgumentParser, name: str, **options) -> None:
-    """A flag of several words, written with `_` or `-`; options are argparse's."""
-    parser.add_argument(*dict.fromkeys((f"--{name}", f"--{name.replace('_', '-')}")), **options)
+def add_flag(parser: argparse.ArgumentParser, *names: str, **options) -> None:
+    """A flag under one or more names, their words joined by `_` or `-`; options are argparse's."""
+    spelled = [f"--{one}" for name in names for one in (name, name.replace("_", "-"))]
+    parser.add_argument(*dict.fromkeys(spelled), **options)
 
 
 def add_data_flags(parser: argparse.ArgumentParser, output_dir: str, train: bool = False) -> None:
@@ -33,6 +34,7 @@ def add_data_flags(parser: argparse.ArgumentParser, output_dir: str, train: bool
     add_flag(parser, "batch_size", type=int, help="images at a time; changes no result")
     add_flag(parser, "num_workers", type=int, default=0, help="loader processes")
     add_flag(parser, "max_images", type=int, help="only the first so many of each set")
+    cli.refuse(parser, cli.ONE_PROCESS, *cli.LAUNCHER_FLAGS)
 
 
 def add_feature_flags(parser: argparse.ArgumentParser, feature: str) -> None:

@@ -213,6 +213,9 @@ class GeneratorTask(TrainingTask):
         mine, theirs = resolved(self.cfg).get("generator"), saved.get("generator")
         return theirs is not None and all(mine[key] == theirs[key] for key in keys)
 
-    def write_beside(self, folder: Path) -> None:
-        """The statistics, without which nobody could use the weights."""
+    def write_model(
+        self, folder: Path, model: nn.Module, weights: dict[str, Tensor], final: bool
+    ) -> None:
+        """The weights and the statistics, without which nobody could use them."""
+        super().write_model(folder, model, weights, final)
         self.statistics.save(folder / STATISTICS)

@@ -101,4 +101,9 @@ def build_discriminator(cfg: DictConfig) -> PatchDiscriminator:
     """The discriminator of `losses.adversarial`."""
     section = cfg.losses.adversarial
     width = section.base_channels
-    return PatchDiscriminator(width=width, stages=section.num_stages, groups=math.gcd(32, width))
+    return PatchDiscriminator(
+        width=width,
+        stages=section.num_stages,
+        groups=math.gcd(32, width),
+        full_precision=section.precision == "float32",
+    )

@@ -32,10 +32,17 @@ TERMS: dict[str, Callable[[DictConfig, MUSE_ViT, bool], Term]] = {
 
 
 class MuseLoss(nn.Module):
-    """Σ weight · term over the terms whose weight is above 0."""
+    """Σ weight · term over the terms whose weight is above 0.
 
-    def __init__(self, terms: list[Term]):
+    Args:
+        terms: the active ones.
+        clamp_reconstruction: the terms see reconstructions clamped to [0,1]; outside of it no
+            gradient comes back (docs/fidelity.md row 44).
+    """
+
+    def __init__(self, terms: list[Term], clamp_reconstruction: bool = False):
         super().__init__()
+        self.clamp_reconstruction = clamp_reconstruction
         self.terms = nn.ModuleDict({term.name: term for term in terms})
 
     @classmethod
@@ -49,7 +56,8 @@ class MuseLoss(nn.Module):
                 is asked for beyond an architecture's own description.
         """
         active = [name for name in TERMS if cfg.losses[name].weight > 0]
-        return cls([TERMS[name](cfg, student, pretrained) for name in active])
+        terms = [TERMS[name](cfg, student, pretrained) for name in active]
+        return cls(terms, cfg.losses.clamp_reconstruction)
 
     @property
     def needs(self) -> dict[str, bool]:
@@ -71,6 +79,8 @@ class MuseLoss(nn.Module):
 
         The numbers are the unweighted terms by name, and what the terms report beside their value.
         """
+        if self.clamp_reconstruction and out.reconstruction is not None:
+            out = out._replace(reconstruction=out.reconstruction.clamp(0, 1))
         values: dict[str, Tensor] = {}
         numbers: dict[str, Tensor] = {}
         with torch.autocast(batch["images"].device.type, enabled=False):  # losses in float32

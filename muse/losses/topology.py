@@ -33,7 +33,7 @@ def resize_attention(
     """Psi: attention on the teacher's grid -> attention on the student's, rows summing to 1.
 
     Bilinear over the keys, then over the queries, then rows re-normalised. Equal grids return the
-    maps unchanged.
+    maps unchanged, in the release too.
 
     Args:
         maps: (B,H,Nt,Nt) on `from_grid`.
@@ -52,7 +52,7 @@ def resize_attention(
             f"(B,H,{count},{count}) was expected"
         )
     maps = maps.float()
-    if tuple(from_grid) == tuple(to_grid) and not transpose:
+    if tuple(from_grid) == tuple(to_grid):
         return maps
     by_keys = _resize_last(maps, from_grid, to_grid)  # (B,H,Nt,N)
     exchanged = _resize_last(

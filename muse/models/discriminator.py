@@ -39,6 +39,7 @@ class PatchDiscriminator(nn.Module):
         groups: of each GroupNorm; the release: 32.
         pool: side of the logit map; the release: 16.
         slope: of every LeakyReLU.
+        full_precision: float32 also within autocast.
     """
 
     def __init__(
@@ -48,8 +49,10 @@ class PatchDiscriminator(nn.Module):
         groups: int = 32,
         pool: int = 16,
         slope: float = 0.1,
+        full_precision: bool = False,
     ):
         super().__init__()
+        self.full_precision = full_precision
         if stages < 1 or width % groups:
             raise ValueError(
                 f"discriminator: width {width} must be a multiple of groups {groups}, "
@@ -78,6 +81,12 @@ class PatchDiscriminator(nn.Module):
         """Images (B,3,H,W) in [0,1], used as they are -> logits (B,1,pool,pool), high where the
         patch looks real.
         """
+        if self.full_precision:
+            with torch.autocast(images.device.type, enabled=False):
+                return self._logits(images.float())
+        return self._logits(images)
+
+    def _logits(self, images: Tensor) -> Tensor:
         x = self.block_in(images)
         for block in self.blocks:
             x = block(x)

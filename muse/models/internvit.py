@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from muse.errors import ConfigError
+from muse.models.layers import DropPath
 from muse.utils.weights import TensorFiles, load_into, locate, read_config, refuse_unknown
 
 # One tensor's name in the original layout (left) and in transformers' (right), piece by piece; read
@@ -79,13 +80,21 @@ def original_internvit(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 # ----------------------------------------------------------------------------------------- building
-def build_encoder(source: str, config: dict[str, Any], load_weights: bool = True) -> nn.Module:
+def build_encoder(
+    source: str,
+    config: dict[str, Any],
+    load_weights: bool = True,
+    drop_path: float = 0.0,
+    recompute: bool = False,
+) -> nn.Module:
     """InternViT without a final norm (FIDELITY, "The method").
 
     Args:
         source: hub id, local directory in either InternVL layout, or `random`.
         config: fields of `InternVLVisionConfig`; empty for those of the source.
         load_weights: read the source's weights; False leaves them random.
+        drop_path: rate of stochastic depth at the last layer (docs/fidelity.md row 45).
+        recompute: where it learns, each layer is computed again in the backward pass.
     """
     from transformers import InternVLVisionModel  # noqa: PLC0415 (takes seconds to import)
 
@@ -97,7 +106,29 @@ def build_encoder(source: str, config: dict[str, Any], load_weights: bool = True
         encoder = InternVLVisionModel(vision_config)
     if directory and load_weights:
         load_into(encoder, _vision_tensors(directory, encoder), source, "model.encoder")
+    _add_drop_path(encoder, drop_path)
+    if recompute:
+        newer = getattr(encoder, "activation_checkpointing_enable", None)  # transformers 5
+        (newer or encoder.gradient_checkpointing_enable)({"use_reentrant": False})
     return encoder.eval()
+
+
+def _add_drop_path(encoder: nn.Module, last_rate: float) -> None:
+    """Stochastic depth as InternViT has it and transformers' class has not.
+
+    Both residual branches of a layer get its rate, which rises linearly from 0 at the first layer.
+    It takes the place of the dropouts at the branches' ends: they have no tensors, so no name in a
+    state dict changes, and scaling a branch by `lambda` before or after is the same.
+    """
+    layers = encoder.encoder.layer
+    for index, layer in enumerate(layers):
+        rate = last_rate * index / max(1, len(layers) - 1)
+        if rate > 0:
+            attention = layer.attention
+            attention.projection_dropout = nn.Sequential(
+                attention.projection_dropout, DropPath(rate)
+            )
+            layer.dropout = nn.Sequential(layer.dropout, DropPath(rate))
 
 
 def encoder_fields(encoder: nn.Module) -> dict[str, Any]:

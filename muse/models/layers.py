@@ -38,6 +38,26 @@ def check_images(images: Tensor, what: str = "images", wait: bool = True) -> Non
         raise ValueError(f"{what} must be RGB in [0, 1], got values in [{low:.4g}, {high:.4g}]")
 
 
+class DropPath(nn.Module):
+    """Stochastic depth: in training each sample loses a residual branch with probability `rate`.
+
+    Where it stays, the branch is divided by `1 - rate`, so that its expectation is unchanged.
+    """
+
+    def __init__(self, rate: float):
+        super().__init__()
+        self.rate = rate
+
+    def forward(self, branch: Tensor) -> Tensor:
+        if not self.training or self.rate == 0:
+            return branch
+        keep = branch.new_empty((len(branch),) + (1,) * (branch.ndim - 1))  # (B, 1, ...)
+        return branch * keep.bernoulli_(1 - self.rate).div_(1 - self.rate)
+
+    def extra_repr(self) -> str:
+        return f"rate={self.rate:.3f}"
+
+
 def pixel_unshuffle(
     tokens: Tensor, grid: tuple[int, int], side: int
 ) -> tuple[Tensor, tuple[int, int]]:

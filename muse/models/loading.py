@@ -13,12 +13,14 @@ from muse.config import model_config, plain
 from muse.errors import CheckpointError
 from muse.models.muse_vit import MUSE_ViT
 from muse.models.pretrained import CONFIG_FILE, WEIGHTS_FILE, read_model_config
-from muse.models.release_weights import load_release_checkpoint
+from muse.models.release_weights import is_release_file, load_release_checkpoint
 from muse.utils.weights import load_into, read_state_dict
 
 log = logging.getLogger(__name__)
 
 EMA_FILE = "ema.safetensors"
+# What the authors' training leaves in a directory, running means first.
+RELEASE_FILES = ("ema_model/pytorch_model.bin", "pytorch_model.bin")
 SIZES = ("dim", "num_heads", "num_blocks", "unshuffle", "latent_dim", "semantic_dim")
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
 
@@ -49,7 +51,7 @@ def weights_file(checkpoint: str | Path) -> Path:
         return path
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such checkpoint")
-    for name in (EMA_FILE, WEIGHTS_FILE):
+    for name in (EMA_FILE, WEIGHTS_FILE, *RELEASE_FILES):
         if (path / name).is_file():
             return path / name
     raise CheckpointError(
@@ -57,12 +59,17 @@ def weights_file(checkpoint: str | Path) -> Path:
     )
 
 
+def holds_release_weights(checkpoint: str | Path) -> bool:
+    """Whether `load_model` would read the authors' weights."""
+    return is_release_file(weights_file(checkpoint))
+
+
 def load_model(checkpoint: str | Path, config: Any, device: str | torch.device = "cpu") -> MUSE_ViT:
     """A model in eval mode from any form of checkpoint.
 
     Args:
         checkpoint: a `save_pretrained` directory, a training `checkpoint-N`, a `.safetensors` file,
-            or the authors' file.
+            or the authors' file or the directory that holds it.
         config: the `model` section.
         device: where the model goes.
 
@@ -115,9 +122,9 @@ def initial_model(cfg: DictConfig) -> MUSE_ViT:
 def _open(checkpoint: str | Path, config: Any) -> tuple[MUSE_ViT, dict[str, Any] | None]:
     """The checkpoint's weights in a model as configured, and the checkpoint's own model section."""
     file = weights_file(checkpoint)
-    state = read_state_dict(file) if file.suffix == ".safetensors" else {}
-    if not state or any(name.endswith("encoder.embeddings.class_embedding") for name in state):
+    if is_release_file(file):
         return load_release_checkpoint(file, config), None
+    state = read_state_dict(file)
     if file.name == EMA_FILE:  # only what a stage trains has a running mean
         state = {**read_state_dict(file.parent / WEIGHTS_FILE), **state}
     config, own = model_config(config), None
@@ -131,7 +138,8 @@ def _open(checkpoint: str | Path, config: Any) -> tuple[MUSE_ViT, dict[str, Any]
                 f"model.routing={own['routing']}"
             )
         # Encoder and decoder as they were built, so that their sources need not be read again.
-        config = {**plain(config), "encoder": own["encoder"], "decoder": own["decoder"]}
+        encoder = {**own["encoder"], "drop_path": config.encoder.drop_path}
+        config = {**plain(config), "encoder": encoder, "decoder": own["decoder"]}
     model = MUSE_ViT(config, load_backbones=False)
     load_into(model, state, checkpoint)
     return model, own

@@ -34,7 +34,7 @@ class PretrainedMixin:
             "decoder": json.loads(json.dumps(self.decoder_fields)),  # tuples become lists
         }
         for part, config in fields.items():
-            model[part] = {"source": "random", "config": config}
+            model[part] = {**model[part], "source": "random", "config": config}
         return {"model_type": "muse", "model": model, "initialised_from": sources}
 
     @classmethod

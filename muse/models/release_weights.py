@@ -1,4 +1,4 @@
-"""The authors' checkpoint file: names there and here, and a key report (FIDELITY rows 21, 22)."""
+"""The authors' checkpoint file: names there and here, a key report (FIDELITY rows 21, 22, 53)."""
 
 import logging
 import re
@@ -8,15 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import DictConfig
 from torch import Tensor
 
+from muse.config import model_config
 from muse.errors import CheckpointError
 from muse.models.internvit import convert_internvit, is_original_layout, original_internvit
 from muse.models.layers import IMAGENET_MEAN, IMAGENET_STD
 from muse.models.muse_vit import MUSE_ViT
 from muse.models.pretrained import save_tensors
 from muse.utils.io import atomic_file
-from muse.utils.weights import load_into, read_state_dict
+from muse.utils.weights import TensorFiles, load_into, read_state_dict
 
 log = logging.getLogger(__name__)
 
@@ -31,6 +33,9 @@ SKIPPED = [
     ),
 ]
 ENCODER = "encoder."
+CLASS_TOKEN = "encoder.embeddings.class_embedding"  # the authors' name of it, not ours
+# The authors' stage 1 trains without these and leaves them out of its files (row 53).
+SEMANTIC_PARTS = r"^(semantic_projector\.|logit_scale$)"
 
 
 @dataclass
@@ -54,6 +59,13 @@ class KeyReport:
             for module in modules
         ]
         return text + [f"skipped: {reason}" for reason in sorted(set(self.skipped.values()))]
+
+
+def is_release_file(file: Path) -> bool:
+    """Whether a file of weights is read as the authors': a pickle, or tensors by their names."""
+    return file.suffix != ".safetensors" or any(
+        name.endswith(CLASS_TOKEN) for name in TensorFiles(file).keys()
+    )
 
 
 def read_release_file(path: str | Path) -> dict[str, Tensor]:
@@ -127,22 +139,42 @@ def load_release_checkpoint(
 
     Args:
         path: `pytorch_model.bin`, or the same tensors as `.safetensors`.
-        config: the `model` section; `routing=release` gives the authors' outputs.
+        config: the `model` section with `routing=release`.
         device: where the model goes.
 
     Raises:
-        CheckpointError: a tensor is missing, has no place, or is of another shape.
+        CheckpointError: under another routing, which would give other outputs; or a tensor is
+            missing, has no place, or is of another shape. A file of the authors' stage 1 may lack
+            the semantic projector and the logit scale, which then keep their initial values.
     """
+    config = model_config(config)
+    _check_routing(path, config)
     model = MUSE_ViT(config, load_backbones=False)
-    if model.config.join_semantics or model.config.routing == "shared":
-        log.warning(
-            "%s: with model.routing=%s the outputs differ from the authors'; theirs are "
-            "model.routing=release",
-            path,
-            model.config.routing,
-        )
-    state, report = from_release(read_release_file(path), model.state_dict())
+    expected = model.state_dict()
+    state, report = from_release(read_release_file(path), expected)
     for line in report.lines():
         log.info("%s", line)
+    if report.missing == sorted(name for name in expected if re.search(SEMANTIC_PARTS, name)):
+        log.warning(
+            "%s: a file of the authors' stage 1, without semantic_projector and logit_scale; both "
+            "are initialised anew, so its image embeddings mean nothing before stage 2",
+            path,
+        )
+        state |= {name: expected[name] for name in report.missing}
     load_into(model, state, path)
     return model.to(device).eval()
+
+
+def _check_routing(path: str | Path, config: DictConfig) -> None:
+    """`CheckpointError` where the authors' weights would not give the authors' outputs."""
+    if config.routing != "release":
+        wrong, right = f"routing={config.routing}", "model.routing=release"
+    elif config.join_semantics:
+        wrong, right = "join_semantics=true", "model.join_semantics=null"
+    else:
+        return
+    raise CheckpointError(
+        f"{path}: the authors' weights give other outputs with model.{wrong}; pass {right} (to "
+        "train on from them under another routing, first make a directory of them with "
+        "tools/convert_checkpoint.py)"
+    )

@@ -22,6 +22,7 @@ from muse.teachers.affinity import build_affinity_teacher
 from muse.teachers.base import FrozenTeacher
 from muse.teachers.cache import CachedTeacher
 from muse.teachers.features import build_features
+from muse.teachers.hub import local_source
 from muse.teachers.text import TextTeacher, build_text
 from muse.teachers.vit_attention import build_attention_teacher
 
@@ -70,7 +71,7 @@ def build_topology_teacher(
     options = read_section(cfg, TopologyOptions, "teacher.topology", {"kind": kinds})
     if options["kind"] == "none":
         return None
-    options["pretrained"] = pretrained
+    options |= {"pretrained": pretrained, "source": local_source(options["source"], pretrained)}
     teacher = TOPOLOGY_TEACHERS[options["kind"]](options, num_maps, grid)
     return _cached(teacher, pretrained and options["cache"])
 
@@ -80,7 +81,7 @@ def build_text_teacher(cfg: Any, pretrained: bool = True) -> TextTeacher | None:
     options = read_section(cfg, TextTeacherConfig, "teacher.text")
     if options["kind"] == "none":
         return None
-    options["pretrained"] = pretrained
+    options |= {"pretrained": pretrained, "source": local_source(options["source"], pretrained)}
     return build_text(options)
 
 
@@ -91,7 +92,7 @@ def build_feature_teacher(
     options = read_section(cfg, FeatureTeacherConfig, "teacher.feature")
     if options["kind"] == "none":
         return None
-    options["pretrained"] = pretrained
+    options |= {"pretrained": pretrained, "source": local_source(options["source"], pretrained)}
     return _cached(build_features(options, grid), pretrained and options["cache"])
 
 

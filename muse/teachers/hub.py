@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from muse.errors import CheckpointError, MuseError
 from muse.models.layers import IMAGENET_MEAN, IMAGENET_STD
+from muse.utils.weights import copy_of
 
 TIMM = "timm:"
 PACKAGE = "package:"
@@ -98,6 +99,14 @@ def stored_normalisation(source: str) -> tuple[Any, Any]:
     )
     stored = json.loads(Path(path).read_text()) if path else {}
     return stored.get("image_mean", IMAGENET_MEAN), stored.get("image_std", IMAGENET_STD)
+
+
+def local_source(source: str, pretrained: bool = True) -> str:
+    """A hub id's directory under CHECKPOINT_DIR where there is one and weights are read; else the
+    source as it is.
+    """
+    copy = copy_of(str(source)) if pretrained and not Path(source).is_dir() else None
+    return str(copy or source)
 
 
 def package_directory(name: str) -> Path:

@@ -18,6 +18,7 @@ from torch import Tensor
 from muse.errors import ConfigError
 from muse.teachers.base import FrozenTeacher, log
 from muse.teachers.hub import PACKAGE, loading, package_directory, require_complete
+from muse.utils.weights import copy_of
 
 OPEN_CLIP_SCHEMES = ("hf-hub:", "local-dir:")
 OPEN_CLIP_ADVICE = (
@@ -249,7 +250,17 @@ def _open_clip_name(
     name, _, named = source.partition("/")
     if pretrained and not (tag or named):
         raise ConfigError(f"teacher.text.source {source!r} names no weights. {OPEN_CLIP_ADVICE}")
+    if pretrained and (repository := _hub_id(name, tag or named)):
+        if copy := copy_of(repository, "open_clip_config.json"):
+            return f"local-dir:{copy}", None
     return name, tag or named
+
+
+def _hub_id(name: str, tag: str) -> str:
+    """The repository that open_clip reads MODEL/TAG from; empty where it is from elsewhere."""
+    import open_clip  # noqa: PLC0415 - heavy
+
+    return open_clip.get_pretrained_cfg(name, tag).get("hf_hub", "").rstrip("/")
 
 
 def _max_tokens(path: str, tokenizer: Any, config: Any) -> int:

@@ -20,14 +20,18 @@ class Adversary:
         section, options = cfg.losses.adversarial, cfg.optimizer.params
         self.weight, self.accelerator = section.weight, accelerator
         self.learning_rate = options.discriminator_learning_rate
+        self.end_lr = cfg.lr_scheduler.params.discriminator_end_lr
+        self._clamp = cfg.losses.clamp_reconstruction
         discriminator = build_discriminator(cfg).to(accelerator.device)
         self.loss = AdversarialLoss(section.start, section.lecam_weight, section.lecam_decay)
         self.loss.to(accelerator.device)
         self._pairs: list[tuple[Tensor, Tensor]] = []  # (images, reconstruction) a micro-batch
         self._means_before: list[Tensor] = []
-        groups = parameter_groups(discriminator.named_parameters(), options.weight_decay, {})
+        groups = parameter_groups(discriminator.named_parameters(), options.weight_decay)
         adamw = build_adamw(groups, self.learning_rate, (options.beta1, options.beta2))
-        self.discriminator, self.optimizer = fsdp.prepare_unit(accelerator, discriminator, adamw)
+        self.discriminator, self.optimizer = fsdp.prepare_unit(
+            accelerator, discriminator, adamw, discriminator.full_precision
+        )
         self.parameters = list(self.discriminator.parameters())
 
     def active(self, step: int) -> bool:
@@ -36,6 +40,8 @@ class Adversary:
 
     def generator_term(self, images: Tensor, reconstruction: Tensor, step: int) -> Tensor:
         """-mean logits of the reconstruction, in the student's loss; keeps both for `backward`."""
+        if self._clamp:  # as in the other terms: no gradient from outside of [0, 1]
+            reconstruction = reconstruction.clamp(0, 1)
         self._pairs.append((images, reconstruction.detach()))
         if fsdp.is_sharded(self.accelerator):
             # FSDP needs requires_grad to stay as it is: `backward` drops these gradients.

@@ -51,16 +51,30 @@ def _average_gradient(parameter: nn.Parameter) -> None:
 
 
 def prepare_unit(
-    accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer
+    accelerator: Any,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    full_precision: bool = False,
 ) -> tuple[Any, Any]:
-    """accelerate's `prepare` for a network without the model's blocks: sharded as one unit."""
+    """accelerate's `prepare` for a network without the model's blocks: sharded as one unit.
+
+    Args:
+        accelerator: of the run.
+        model: the network.
+        optimizer: its own.
+        full_precision: its parameters are not cast where the run casts those of the model.
+    """
     if not is_sharded(accelerator):
         return accelerator.prepare(model, optimizer)
     plugin = accelerator.state.fsdp_plugin
-    kept = plugin.auto_wrap_policy, plugin.ignored_modules
-    plugin.auto_wrap_policy, plugin.ignored_modules = None, None
+    names = ["auto_wrap_policy", "ignored_modules"]
+    names += ["mixed_precision_policy"] if full_precision else []
+    kept = {name: getattr(plugin, name) for name in names}
+    for name in names:
+        setattr(plugin, name, None)
     prepared = accelerator.prepare(model, optimizer)
-    plugin.auto_wrap_policy, plugin.ignored_modules = kept
+    for name, value in kept.items():
+        setattr(plugin, name, value)
     return prepared
 
 

@@ -11,7 +11,13 @@ log = logging.getLogger(__name__)
 
 def stage_main(stage: str, argv: Sequence[str] | None) -> int:
     """Parse, check that the configuration is of this stage, train."""
-    args = cli.parse(cli.parser(f"Train one stage of MUSE ({stage})."), argv)
+    parser = cli.parser(f"Train one stage of MUSE ({stage}).", recipe=True)
+    cli.refuse(parser, cli.ONE_PROCESS, *cli.LAUNCHER_FLAGS)
+    cli.refuse(
+        parser, "training counts optimizer steps; use training.max_train_steps=N", "--epochs"
+    )
+    cli.refuse(parser, "use optimizer.params.learning_rate=X", "--lr")
+    args = cli.parse(parser, argv)
     cfg = cli.load_cfg(args)
     if cfg.training.stage != stage:
         raise ConfigError(

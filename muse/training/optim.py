@@ -1,7 +1,7 @@
 """How parameters learn: groups of an AdamW, the schedule of its rate, norms of gradients."""
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,10 @@ from muse.training.fsdp import full_scalar, shard
 
 
 def parameter_groups(
-    named: Iterable[tuple[str, nn.Parameter]], weight_decay: float, multipliers: Mapping[str, float]
+    named: Iterable[tuple[str, nn.Parameter]],
+    weight_decay: float,
+    multipliers: Mapping[str, float] | None = None,
+    no_decay: Sequence[str] = (),
 ) -> list[dict]:
     """Groups by (rate multiplier, decay, scalar or not). Each keeps its tensors' `names`.
 
@@ -22,17 +25,20 @@ def parameter_groups(
         named: (name, parameter) pairs.
         weight_decay: of matrices; vectors and scalars (norms, biases, scales) are not decayed.
         multipliers: pattern -> factor of the rate where it is found in a name; all found multiply.
+        no_decay: patterns of further names that are not decayed.
     """
     compiled = {
         compile_pattern(pattern, "optimizer.lr_multipliers"): multiplier
-        for pattern, multiplier in multipliers.items()
+        for pattern, multiplier in (multipliers or {}).items()
     }
+    exempt = [compile_pattern(pattern, "optimizer.no_decay") for pattern in no_decay]
     groups: dict[tuple[float, float, bool], dict] = {}
     for name, parameter in named:
         factor = 1.0
         for pattern, multiplier in compiled.items():
             factor *= multiplier if pattern.search(name) else 1.0
-        decay = weight_decay if parameter.ndim > 1 else 0.0
+        decayed = parameter.ndim > 1 and not any(pattern.search(name) for pattern in exempt)
+        decay = weight_decay if decayed else 0.0
         # Scalars apart: FSDP cannot shard them, and one kernel takes sharded tensors or full ones.
         group = groups.setdefault(
             (factor, decay, parameter.ndim == 0),
@@ -99,13 +105,16 @@ def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
         group["lr"] = lr * group["lr_multiplier"]
 
 
-def scheduled_lr(cfg: DictConfig, step: int, base: float) -> float:
-    """`lr_at` with the schedule of a configuration, for a network whose full rate is `base`."""
+def scheduled_lr(cfg: DictConfig, step: int, base: float, end: float | None = None) -> float:
+    """`lr_at` with a configuration's schedule, for a network whose full rate is `base`.
+
+    end: its rate at the last step; None for the configuration's.
+    """
     params = cfg.lr_scheduler.params
     return lr_at(
         step,
         base=base,
-        end=min(params.end_lr, base),
+        end=min(params.end_lr if end is None else end, base),
         warmup=params.warmup_steps,
         total=cfg.training.max_train_steps,
         hold_fraction=params.hold_fraction,

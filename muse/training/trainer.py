@@ -52,11 +52,15 @@ class Trainer:
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         named += [(f"loss.{name}", p) for name, p in task.loss_parameters().items()]
         options = cfg.optimizer.params
-        groups = parameter_groups(named, options.weight_decay, cfg.optimizer.lr_multipliers)
+        groups = parameter_groups(
+            named, options.weight_decay, cfg.optimizer.lr_multipliers, cfg.optimizer.no_decay
+        )
         adamw = build_adamw(groups, options.learning_rate, (options.beta1, options.beta2))
         self.wrapped, self.optimizer = fsdp.prepare_model(self.accelerator, self.model, adamw)
         self.parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
         task.prepare()
+        # What a step draws (stochastic depth) is another on every process.
+        set_seed(cfg.training.seed, device_specific=True)
 
         self.ema = EMAModel(self.model, cfg.training.ema_decay) if cfg.training.use_ema else None
         self.loader, self.progress = task.train_loader(), Progress()
@@ -151,7 +155,8 @@ class Trainer:
         skip = self.guard.judge(step + 1, numbers, micro)
         set_lr(self.optimizer, self._lr(step))
         for opponent in opponents:
-            set_lr(opponent.optimizer, self._lr(step, opponent.learning_rate))
+            rate = scheduled_lr(self.cfg, step, opponent.learning_rate, opponent.end_lr)
+            set_lr(opponent.optimizer, rate)
         optimizers = [self.optimizer, *(opponent.optimizer for opponent in opponents)]
         self.guard.take_step(skip, optimizers, self.ema)
         for opponent in opponents:
@@ -177,9 +182,8 @@ class Trainer:
     def _sync_gradients(self, last: bool) -> contextlib.AbstractContextManager:
         return contextlib.nullcontext() if last else self.accelerator.no_sync(self.wrapped)
 
-    def _lr(self, step: int, base: float | None = None) -> float:
-        full = self.cfg.optimizer.params.learning_rate if base is None else base
-        return scheduled_lr(self.cfg, step, full)
+    def _lr(self, step: int) -> float:
+        return scheduled_lr(self.cfg, step, self.cfg.optimizer.params.learning_rate)
 
     def _due(self, every: int) -> bool:
         return bool(every) and self.progress.step % every == 0

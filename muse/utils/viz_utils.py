@@ -65,11 +65,13 @@ def reconstruction_sheet(images: Tensor, recon: Tensor) -> Tensor:
     return tile([list(images), list(recon)], ["original", "reconstruction"])
 
 
-def heat(values: Tensor) -> Tensor:
-    """(H, W) in [0, 1] -> (3, H, W) colours from dark blue over red to yellow."""
+def heat(values: Tensor, colour_map: str = "inferno") -> Tensor:
+    """(H, W) in [0, 1] -> (3, H, W) colours of one of matplotlib's maps, by default from dark blue
+    over red to yellow.
+    """
     from matplotlib import colormaps  # noqa: PLC0415 (slow, and most commands draw nothing)
 
-    colours = colormaps["inferno"](values.detach().float().cpu().numpy())[..., :3]  # (H, W, 3)
+    colours = colormaps[colour_map](values.detach().float().cpu().numpy())[..., :3]  # (H, W, 3)
     return torch.from_numpy(colours).permute(2, 0, 1).float()
 
 

@@ -7,6 +7,8 @@ missing, unexpected or misshapen stops with one line that names it.
 
 import hashlib
 import json
+import logging
+import os
 import pickle
 import re
 import struct
@@ -23,6 +25,8 @@ from torch import Tensor, nn
 
 from muse.config import nearest
 from muse.errors import CheckpointError, ConfigError
+
+log = logging.getLogger(__name__)
 
 # What is fetched of a source: its configuration and weights, never code or pickles.
 SOURCE_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
@@ -45,9 +49,9 @@ _UNREADABLE = (
 
 # ------------------------------------------------------------------------------------------ sources
 def locate(source: str, patterns: Sequence[str] = SOURCE_FILES) -> Path:
-    """The local directory of `source`: itself, or its snapshot in the hub's cache.
+    """The local directory of `source`: itself, a copy under CHECKPOINT_DIR, or the hub's snapshot.
 
-    A hub id is downloaded when it can be reached. Raises CheckpointError where it is neither.
+    A hub id is downloaded when it can be reached. Raises CheckpointError where it is none of them.
     """
     path = Path(source).expanduser()
     if path.is_dir():
@@ -56,6 +60,8 @@ def locate(source: str, patterns: Sequence[str] = SOURCE_FILES) -> Path:
         raise CheckpointError(
             f"{source}: no such directory, and not a hub id of the form owner/name"
         )
+    if copy := copy_of(source):
+        return copy
     try:
         return Path(snapshot_download(source, allow_patterns=list(patterns)))
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError, ValueError) as error:
@@ -63,6 +69,25 @@ def locate(source: str, patterns: Sequence[str] = SOURCE_FILES) -> Path:
             f"{source}: neither a local directory nor reachable on the hub ({_reason(error)}); "
             "download it once and pass its directory as the source"
         ) from None
+
+
+def copy_of(source: str, file: str = "config.json") -> Path | None:
+    """The directory `$CHECKPOINT_DIR/NAME` of the hub id OWNER/NAME, or None where there is none.
+
+    The authors' scripts keep their downloads there. Their InternVL3 has the original layout, and
+    its name lacks the `-hf` of transformers' layout.
+
+    file: what the directory must hold.
+    """
+    root, (_, slash, name) = os.environ.get("CHECKPOINT_DIR"), source.partition("/")
+    if not (root and slash) or "/" in name or ":" in source:
+        return None
+    for folder in (name, name.removesuffix("-hf")):
+        path = Path(root).expanduser() / folder
+        if (path / file).is_file():
+            log.info("%s: read from %s", source, path)
+            return path
+    return None
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -106,8 +106,10 @@ def test_what_is_skipped_is_neither_decoded_nor_read(tmp_path, monkeypatch):
     loader = train_loader(urls, **options)
     take(loader, 16)
     decoded, read = [], []
-    decode, read_span = samples.decode_image, records._read_span
-    monkeypatch.setattr(samples, "decode_image", lambda *args: decoded.append(1) or decode(*args))
+    decode, read_span = samples.decode_with_turn, records._read_span
+    monkeypatch.setattr(
+        samples, "decode_with_turn", lambda *args: decoded.append(1) or decode(*args)
+    )
     monkeypatch.setattr(records, "_read_span", lambda span: read.append(span) or read_span(span))
     resumed = train_loader(urls, **options)
     resumed.load_state_dict(loader.state_dict())
@@ -180,6 +182,48 @@ def test_mixture_ratios_over_ten_thousand_samples(tmp_path, workers):
         assert abs(share - weight) < 0.02 * weight, (name, share)
 
 
+@pytest.mark.parametrize("workers, stop", [(0, 5), (2, 7)])
+def test_batches_of_one_source_in_proportion_and_resumed_exactly(tmp_path, workers, stop):
+    """`mix=batch`, row 46 of docs/fidelity.md: every batch has one source, drawn by the weights."""
+    folders = {"a": 0.2, "b": 0.6, "c": 0.2}
+    mixture = [
+        {"urls": write_shards(tmp_path / name, 2, 5, first=100 * i), "weight": weight}
+        for i, (name, weight) in enumerate(folders.items())
+    ]
+    options = dict(batch_size=4, num_workers=workers, mix="batch", shuffle_buffer=6, **SIZE)
+    unbroken = train_loader(mixture, **options)
+    batches = take(unbroken, 200)
+    sources = [{int(name) // 100 for name in batch["keys"]} for batch in batches]
+    assert all(
+        len(found) == 1 and len(batch["keys"]) == 4 for found, batch in zip(sources, batches)
+    )
+    counts = [sources.count({i}) for i in range(3)]
+    assert [abs(count / 200 - share) < 0.02 for count, share in zip(counts, (0.2, 0.6, 0.2))] == [
+        True
+    ] * 3
+    loader = train_loader(mixture, **options)
+    head = take(loader, stop)
+    resumed = train_loader(mixture, **options)
+    resumed.load_state_dict(json.loads(json.dumps(loader.state_dict())))
+    assert same(head + take(resumed, 200 - stop), batches)
+    assert resumed.state_dict() == unbroken.state_dict()
+
+
+def test_a_position_from_before_there_was_a_choice_of_mix_is_exact(tmp_path, caplog):
+    urls = write_shards(tmp_path, 2, 6)
+    whole = take(train_loader(urls, batch_size=3, **SIZE), 6)
+    loader = train_loader(urls, batch_size=3, **SIZE)
+    head = take(loader, 2)
+    state = loader.state_dict()
+    del state["layout"]["mix"]
+    resumed = train_loader(urls, batch_size=3, **SIZE)
+    resumed.load_state_dict(state)
+    assert same(head + take(resumed, 4), whole) and not caplog.text
+    other = train_loader(urls, batch_size=3, mix="batch", **SIZE)
+    other.load_state_dict(state)
+    assert "mix sample -> batch" in caplog.text
+
+
 def test_mixture_faults(tmp_path):
     urls = write_shards(tmp_path, 1, 2)
     for weight in (-1, "much", float("nan"), True):
@@ -204,8 +248,10 @@ def test_cached_pictures_are_the_same_and_read_once(tmp_path, monkeypatch):
     options = dict(batch_size=4, shuffle_buffer=5, **SIZE)
     plain = take(train_loader(urls, **options), 12)
     decoded = []
-    decode = samples.decode_image
-    monkeypatch.setattr(samples, "decode_image", lambda *args: decoded.append(1) or decode(*args))
+    decode = samples.decode_with_turn
+    monkeypatch.setattr(
+        samples, "decode_with_turn", lambda *args: decoded.append(1) or decode(*args)
+    )
     loader = train_loader(urls, cache_in_memory=True, **options)
     assert same(take(loader, 6), plain[:6]) and same(take(loader, 6), plain[6:])
     assert len(decoded) == 16

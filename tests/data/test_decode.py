@@ -5,14 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from muse.data.decode import (
-    BadSample,
-    BadSamples,
-    decode_captions,
-    decode_image,
-    decode_label,
-    image_bytes,
-)
+from muse.data.decode import BadSample, decode_captions, decode_image, decode_label, image_bytes
+from muse.data.faults import BadSamples
 from muse.data.masks import IGNORE_INDEX, decode_mask, reduce_zero_label
 from muse.errors import DataError
 from tests.data.helpers import encode, picture, png_header
@@ -132,6 +126,19 @@ def test_captions():
     assert kind_of(decode_captions, {"json": b'{"caption": "\xc4"}'}) == "caption_not_utf8"
     assert kind_of(decode_captions, {"json": b'{"caption": '}) == "bad_json"
     assert kind_of(decode_captions, {"json": b"[1]"}) == "bad_json"
+
+
+def test_captions_in_the_release_s_order_and_an_empty_one_falls_to_the_next():
+    """Row 51 of docs/fidelity.md."""
+    members = {"txt": b"1", "text": b"2", "caption": b"3", "json": b'{"caption": "4", "text": "5"}'}
+    for expected in "1234":
+        assert decode_captions(members) == (expected,)
+        members[list(members)[int(expected) - 1]] = b" \n" if expected != "4" else b"{}"
+    assert kind_of(decode_captions, members) == "missing_caption"
+    members["json"] = b'{"caption": "", "text": [" ", "5"]}'
+    assert decode_captions(members) == ("5",)
+    assert decode_captions({"txt": b"\xef\xbb\xbf ", "caption": b"3"}) == ("3",)
+    assert kind_of(decode_captions, {"txt": b"", "text": b"\xff\xfe"}) == "caption_not_utf8"
 
 
 def test_labels_and_members():

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from torchvision import transforms as torchvision_transforms
 
 from muse.data.decode import BadSample
 from muse.data.transforms import Transform, generator_for, to_float
@@ -46,6 +47,27 @@ def test_resize_agrees_with_torch_antialias(width, height):
     # Pillow's bicubic has a = -0.5 and so has torch's antialiased one; the rest is rounding to 8
     # bits.
     assert (got - expected[0].clamp(0, 1)).abs().max() < 2.5 / 255
+
+
+@pytest.mark.parametrize(
+    "width, height",
+    [(500, 375), (375, 500), (640, 427), (333, 500), (224, 301), (1, 3), (257, 224), (300, 229)],
+)
+@pytest.mark.parametrize("edge, side", [(224, 224), (256, 224), (256, 217)])
+def test_resize_and_centre_crop_are_torchvisions_to_the_pixel(width, height, edge, side):
+    """Row 50 of docs/fidelity.md: the size that is cut down and the offset that is rounded."""
+    image = picture(5, width, height)
+    steps = [
+        torchvision_transforms.Resize(edge, torchvision_transforms.InterpolationMode.BICUBIC),
+        torchvision_transforms.CenterCrop(side),
+        torchvision_transforms.PILToTensor(),
+    ]
+    pixels, _ = Transform(edge, side).resize(image)
+    assert tuple(pixels.shape[:0:-1]) == steps[0](image).size
+    if (width, height, edge) == (500, 375, 224):
+        assert pixels.shape == (3, 224, 298)
+    expected = torchvision_transforms.Compose(steps)(image)
+    assert torch.equal(Transform(edge, side).crop(pixels)[0], expected)
 
 
 def test_train_draws_only_from_its_generator():

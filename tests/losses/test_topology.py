@@ -79,6 +79,8 @@ def test_resize_follows_a_moved_point():
 def test_equal_grids_change_nothing():
     maps = attention(1, 2, 6, 6)
     torch.testing.assert_close(resize_attention(maps, (2, 3), (2, 3)), maps, atol=0, rtol=0)
+    # The release exchanges queries and keys only where it resizes.
+    assert torch.equal(resize_attention(maps, (2, 3), (2, 3), transpose=True), maps)
     with pytest.raises(ValueError, match="does not fit the grid"):
         resize_attention(maps, (2, 4), (2, 3))
 

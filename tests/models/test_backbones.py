@@ -203,6 +203,23 @@ def test_encoder_from_the_original_layout(tower, tmp_path, reads, shards):
     )
 
 
+def test_a_hub_id_is_read_from_checkpoint_dir(tower, autoencoder, tmp_path, monkeypatch):
+    """`$CHECKPOINT_DIR/InternVL3-1B`, the original layout, stands for its -hf, and so on."""
+    source = "OpenGVLab/InternVL3-1B-hf"
+    write_original(tower, tmp_path / "InternVL3-1B")
+    autoencoder.save_pretrained(tmp_path / "dc-ae-f32c32-sana-1.1-diffusers")
+    monkeypatch.setenv("CHECKPOINT_DIR", str(tmp_path))
+    hold_encoder(build_encoder(source, {}), tower)
+    decoder, _ = build_decoder("mit-han-lab/dc-ae-f32c32-sana-1.1-diffusers", {})
+    latent = torch.randn(2, 8, 3, 2)
+    with torch.no_grad():
+        assert torch.equal(decoder(latent), autoencoder.decode(latent).sample)
+    tower.save_pretrained(tmp_path / "InternVL3-1B-hf")
+    assert locate(source) == tmp_path / "InternVL3-1B-hf"  # its own name comes first
+    with pytest.raises(CheckpointError, match="InternVL3-2B-hf: neither a local directory nor"):
+        locate("OpenGVLab/InternVL3-2B-hf")
+
+
 def test_encoder_configuration_given_stands_over_the_directory_s(tower, tmp_path):
     folder = write_original(tower, tmp_path / "internvl")
     (folder / "config.json").unlink()

@@ -8,12 +8,13 @@ import logging
 
 import pytest
 import torch
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 
 from muse import MUSE_ViT, load_config, load_release_checkpoint
 from muse.config import model_config
 from muse.errors import CheckpointError
-from muse.models.loading import load_model
+from muse.models.loading import initial_model, load_model
 from muse.models.release_weights import from_release, to_release
 from tests.golden.fill import GOLDEN, filled_state_dict
 from tests.helpers import ROOT, one_error
@@ -75,21 +76,94 @@ def test_outputs_equal_the_authors_code(release_file, config, golden):
     assert (out.reconstruction - (golden["reconstruction"] + 1) / 2).abs().max() < TOLERANCE
 
 
-def test_paper_routing_reads_the_same_file_and_differs_by_the_join_alone(
-    release_file, config, golden
-):
-    model = load_release_checkpoint(release_file, {**config, "routing": "paper"})
-    with torch.no_grad():
-        joined = model.encode(golden["images"]).latent
-        parted = (
-            load_release_checkpoint(
-                release_file, {**config, "routing": "paper", "join_semantics": False}
-            )
-            .encode(golden["images"])
-            .latent
-        )
+def test_paper_routing_differs_by_the_join_alone(release_file, config, golden):
+    state = load_release_checkpoint(release_file, config).state_dict()
+    latents = []
+    for changes in ({}, {"join_semantics": False}):
+        model = MUSE_ViT({**config, "routing": "paper", **changes}, load_backbones=False).eval()
+        model.load_state_dict(state)
+        with torch.no_grad():
+            latents.append(model.encode(golden["images"]).latent)
+    joined, parted = latents
     assert (joined - golden["latent"]).abs().max() > 0.01
     assert (parted - golden["latent"]).abs().max() < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"routing": "paper"}, "with model.routing=paper; pass model.routing=release "),
+        ({"routing": "shared"}, "with model.routing=shared; pass model.routing=release "),
+        ({"routing": "paper", "join_semantics": False}, "with model.routing=paper; pass"),
+        ({"join_semantics": True}, "with model.join_semantics=true; pass model.join_semantics=nul"),
+    ],
+)
+def test_another_routing_is_refused_with_what_to_set(changes, words, release_file, config):
+    """Never a warning and wrong numbers: neither from Python nor in training."""
+    for load in (load_release_checkpoint, load_model):
+        with pytest.raises(CheckpointError, match=words):
+            load(release_file, {**config, **changes})
+    cfg = OmegaConf.create(
+        {"model": {**config, **changes}, "experiment": {"init_from": str(release_file)}}
+    )
+    with pytest.raises(CheckpointError, match="tools/convert_checkpoint.py"):
+        initial_model(cfg)
+
+
+def test_training_starts_from_the_authors_file_and_under_another_routing_from_a_directory(
+    release_file, config, golden, tmp_path
+):
+    cfg = OmegaConf.create({"model": config, "experiment": {"init_from": str(release_file)}})
+    hold_golden(initial_model(cfg).eval(), golden)
+    load_release_checkpoint(release_file, config).save_pretrained(tmp_path / "muse")
+    cfg = OmegaConf.create(
+        {
+            "model": {**config, "routing": "paper"},
+            "experiment": {"init_from": str(tmp_path / "muse")},
+        }
+    )
+    assert initial_model(cfg).config.routing == "paper"
+
+
+@pytest.mark.parametrize("name", ["ema_model/pytorch_model.bin", "pytorch_model.bin"])
+def test_a_directory_of_the_authors_training(name, state, config, golden, tmp_path):
+    """Row 53 of docs/fidelity.md; the running means win, as in a checkpoint of ours."""
+    folder = tmp_path / "run/checkpoint-50000"
+    (folder / "ema_model").mkdir(parents=True)
+    torch.save(state, folder / name)
+    if name.startswith("ema_model"):
+        torch.save({**state, "to_latent.bias": torch.ones(32)}, folder / "pytorch_model.bin")
+        hold_golden(load_model(folder / "ema_model", config), golden)
+    hold_golden(load_model(folder, config), golden)
+    cfg = OmegaConf.create({"model": config, "experiment": {"init_from": str(folder.parent)}})
+    hold_golden(initial_model(cfg).eval(), golden)
+
+
+def test_a_stage_1_file_brings_all_but_the_semantic_parts(state, config, golden, tmp_path, caplog):
+    """Row 53: written without projector and logit scale; both are initialised, and it is said."""
+    absent = {
+        name for name in state if name.startswith("semantic_projector.") or name == "logit_scale"
+    }
+    assert len(absent) == 3
+    path = tmp_path / "pytorch_model.bin"
+    torch.save({name: tensor for name, tensor in state.items() if name not in absent}, path)
+    torch.manual_seed(3)
+    with caplog.at_level(logging.INFO, logger="muse"):
+        model = load_release_checkpoint(path, config)
+    assert "without semantic_projector and logit_scale; both are initialised anew" in caplog.text
+    with torch.no_grad():
+        assert (
+            model.decode(model.encode(golden["images"]).latent) - (golden["reconstruction"] + 1) / 2
+        ).abs().max() < TOLERANCE
+    torch.manual_seed(3)
+    new = MUSE_ViT(config, load_backbones=False).state_dict()
+    for name in absent:
+        assert torch.equal(model.state_dict()[name], new[name])
+    assert model.logit_scale.item() == pytest.approx(2.6592, abs=1e-4)
+    # Two of the three missing is no stage-1 file but a broken one.
+    torch.save({name: t for name, t in state.items() if name not in absent - {"logit_scale"}}, path)
+    with pytest.raises(CheckpointError, match="2 missing tensors"):
+        load_release_checkpoint(path, config)
 
 
 FORMS = {

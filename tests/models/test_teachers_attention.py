@@ -150,6 +150,16 @@ def test_local_directory_single_and_sharded(tmp_path, shard):
         assert torch.equal(expected, found)
 
 
+def test_a_hub_id_is_read_from_the_checkpoint_directory(tmp_path, monkeypatch):
+    torch.manual_seed(1)
+    saved = dino()
+    saved.network.save_pretrained(tmp_path / "dinov3-vith16plus-pretrain-lvd1689m")
+    monkeypatch.setenv("CHECKPOINT_DIR", str(tmp_path))
+    loaded = build_topology_teacher({}, 2, None)  # the default source
+    for expected, found in zip(saved(pictures()).maps, loaded(pictures()).maps):
+        assert torch.equal(expected, found)
+
+
 def test_stored_normalisation_is_used(tmp_path):
     saved = dino()
     saved.network.save_pretrained(tmp_path)

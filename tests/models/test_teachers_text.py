@@ -68,6 +68,17 @@ def test_only_the_text_tower_is_kept_and_it_is_frozen(tmp_path):
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
 
 
+def test_model_and_tag_are_read_from_the_checkpoint_directory(tmp_path, monkeypatch):
+    """The repository that open_clip names for the paper's tower, as the authors download it."""
+    folder = tmp_path / "CLIP-ViT-L-14-laion2B-s32B-b82K"
+    folder.mkdir()
+    clip_directory(folder)
+    monkeypatch.setenv("CHECKPOINT_DIR", str(tmp_path))
+    found = build_text_teacher({"kind": "open_clip", "source": "ViT-L-14/laion2b_s32b_b82k"})
+    expected = build_text_teacher({"kind": "open_clip", "source": str(folder)})
+    assert torch.equal(found(TEXTS), expected(TEXTS)) and found.dim == 24
+
+
 def test_open_clip_mistakes(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match="open_clip_config.json"):
         build_text_teacher({"kind": "open_clip", "source": str(tmp_path)})

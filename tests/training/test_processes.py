@@ -121,6 +121,10 @@ def test_two_processes(fsdp, two_shards, tmp_path):
                 broken / "checkpoint-4" / name
             ).read_bytes(), name
     assert {"rank-0.json", "rank-1.json"} <= set(os.listdir(broken / "checkpoint-4"))
+    # What a step draws is another on each.
+    first, second = (load_file(whole / f"checkpoint-4/rank-{rank}.safetensors") for rank in (0, 1))
+    (name,) = [name for name in first if name.endswith("/torch")]
+    assert not torch.equal(first[name], second[name])
 
     # One process goes on from the checkpoint of two; an epoch here is one step, so the data are
     # those of the unbroken run.
