@@ -92,15 +92,11 @@ def run_generation_demo(
         },
         "chance": 1 / len(classes),
     }
-    made: dict[str, dict[str, ClassifiedSet]] = {}
+    made = {}
     for name in spaces:
         one = tokenizer_of(name, trained, output / "untrained_tokenizer")
         space = LatentSpace(name, one, output, plan, data, len(classes), overrides)
-        results[name] = space.measure_tokenizer(judge, other_half, val)
-        sampler = space.train()
-        made[name] = space.samples(sampler, network)
-        for row, pictures in made[name].items():
-            results[name][row] = judge.measure(pictures)
+        results[name], made[name] = space.run(judge, other_half, val)
         log.info("%s: %s", TITLES[name], results[name])
     results["protocol"] = _protocol(plan, trained.path, trained.sha256, data, judge, val)
     results["seconds"] = round(time.perf_counter() - started, 1)

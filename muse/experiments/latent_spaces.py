@@ -142,6 +142,20 @@ class LatentSpace:
     classes: int
     overrides: Sequence[str]
 
+    def run(
+        self, judge: Judge, other_half: ClassifiedSet, val: ClassifiedSet
+    ) -> tuple[dict[str, Any], dict[str, ClassifiedSet]]:
+        """Its part of the results, and its samples by row of the table.
+
+        Args:
+            judge: measures.
+            other_half: the real pictures that the judge's distance is not to.
+            val: real pictures that nobody learned.
+        """
+        measured = self.measure_tokenizer(judge, other_half, val)
+        made = self.samples(self.train(), judge.network)
+        return measured | {row: judge.measure(pictures) for row, pictures in made.items()}, made
+
     def measure_tokenizer(
         self, judge: Judge, other_half: ClassifiedSet, val: ClassifiedSet
     ) -> dict[str, Any]:
