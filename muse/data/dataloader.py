@@ -1,70 +1,24 @@
 """The front door to data: endless batches for training, each sample once for evaluation."""
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-import yaml
 from omegaconf import DictConfig
 from torch import Tensor
 
 from muse.config import plain
 from muse.data.eval import EvalLoader, EvalStream, count_samples
-from muse.data.folders import FolderSource, is_image_folder
 from muse.data.mixture import parse_mixture
-from muse.data.records import InMemory, Source
+from muse.data.records import InMemory
 from muse.data.samples import SampleMaker
 from muse.data.shards import check_enough
-from muse.data.tar import TarSource
+from muse.data.sources import open_source
 from muse.data.train import StreamSpec, TrainLoader
 from muse.data.transforms import Transform
 from muse.errors import ConfigError
 
 
-def open_source(spec: object) -> Source:
-    """The source that `spec` describes. Raises DataError when it is missing or empty.
-
-    Args:
-        spec: shard pattern(s) as in shards.py; a directory of shards or of pictures (folders.py);
-            `{"images": DIR, "masks": DIR}`; a mapping with `urls`; or a source. A list or a
-            mapping may be written out as one string, as on a command line.
-    """
-    if hasattr(spec, "shards") and hasattr(spec, "read"):
-        return spec
-    spec = _written_out(spec)
-    if isinstance(spec, Mapping):
-        if "images" in spec:
-            return FolderSource(spec["images"], masks=spec.get("masks"))
-        if "urls" not in spec:
-            raise ConfigError(f"a data source needs 'urls' (or 'images'): {dict(spec)}")
-        return open_source(spec["urls"])
-    if not isinstance(spec, (str, os.PathLike, Sequence)):
-        raise ConfigError(
-            f"not a data source: {spec!r}; give a path, a shard pattern or a list of them"
-        )
-    if isinstance(spec, (str, os.PathLike)) and is_image_folder(os.fspath(spec)):
-        return FolderSource(os.fspath(spec))
-    return TarSource(os.fspath(spec) if isinstance(spec, os.PathLike) else spec)
-
-
-def _written_out(spec: object) -> object:
-    """`{images: DIR, masks: DIR}` and `[FILE, FILE]` in a string, as YAML reads them.
-
-    All else stays: braces and brackets are also signs of patterns, such as `{a,b}.tar`.
-    """
-    if not isinstance(spec, str) or spec[:1] + spec[-1:] not in ("{}", "[]"):
-        return spec
-    try:
-        read = yaml.safe_load(spec)
-    except yaml.YAMLError:
-        return spec
-    if isinstance(read, dict):
-        return read if {"images", "urls"} & set(read) else spec
-    return read if all(isinstance(item, str) for item in read) else spec
-
-
-# ------------------------------------------------------------------------------------------ loaders
 def train_loader(
     source: object,
     *,
@@ -93,7 +47,7 @@ def train_loader(
 
     Args:
         source: see `open_source`; or a list of `{"urls": ..., "weight": w}`, mixed as weighted.
-        fields: what a sample must have, else it is skipped and counted; other captions may be "".
+        fields: what a sample must have, else it is skipped; other captions may be "".
         zero_label_ignored: masks are numbered as in ADE20K, see `reduce_zero_label`.
         resampled: each worker draws shards with replacement; resuming is then approximate.
         mix: what one draw from the mixture gives: `sample`, or `batch` for batches of one source.
@@ -107,11 +61,9 @@ def train_loader(
     _check_numbers(batch_size, num_workers, rank, world, max_bad_fraction)
     specs, weights = parse_mixture(source)
     sources = [open_source(spec) for spec in specs]
-    if not resampled:
-        for one in sources:
-            check_enough(len(one.shards), world, num_workers, one.name)
-    if cache_in_memory:
-        sources = [InMemory(one) for one in sources]
+    for one in () if resampled else sources:
+        check_enough(len(one.shards), world, num_workers, one.name)
+    sources = [InMemory(one) for one in sources] if cache_in_memory else sources
     transform = Transform(resize_shorter_edge, crop_size, random_crop, random_flip)
     spec = StreamSpec(
         sources=tuple(sources),

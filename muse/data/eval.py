@@ -8,7 +8,8 @@ from itertools import islice, pairwise
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from muse.data.decode import BadSample, BadSamples
+from muse.data.decode import BadSample
+from muse.data.faults import BadSamples
 from muse.data.records import SHARD_FAULTS, Record, Source
 from muse.data.samples import Prepared, SampleMaker, torch_loader
 from muse.data.shards import split_shards

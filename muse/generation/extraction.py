@@ -14,9 +14,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from muse.data.dataloader import eval_loader, open_source
+from muse.data.dataloader import eval_loader
 from muse.data.eval import EvalLoader
 from muse.data.records import Record, Source
+from muse.data.sources import open_source
 from muse.errors import DataError
 from muse.evaluation.measurement import Crop, check_share
 from muse.generation.latent_shards import (

@@ -12,8 +12,8 @@ from omegaconf import DictConfig
 
 from muse.config import plain
 from muse.data.dataloader import eval_loader, train_loader
-from muse.data.decode import BadSamples
 from muse.data.eval import EvalLoader
+from muse.data.faults import BadSamples
 from muse.data.mixture import parse_mixture, pick_source
 from muse.data.train import TrainLoader
 from muse.errors import CheckpointError, ConfigError

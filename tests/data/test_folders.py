@@ -3,8 +3,9 @@ import pytest
 import torch
 from PIL import Image
 
-from muse.data.dataloader import eval_loader, open_source, train_loader
+from muse.data.dataloader import eval_loader, train_loader
 from muse.data.folders import FolderSource
+from muse.data.sources import open_source
 from muse.data.tar import TarSource
 from muse.errors import ConfigError, DataError
 from tests.data.helpers import encode, picture, write_shards

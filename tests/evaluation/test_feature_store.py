@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from muse import __version__
-from muse.data.dataloader import open_source
+from muse.data.sources import open_source
 from muse.errors import DataError
 from muse.evaluation import frozen_features
 from muse.evaluation.frozen_features import source_facts, store_key, stored_features
