@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from muse.errors import ConfigError
+from muse.generation.embeddings import sine_table
 from muse.generation.latents import LatentStatistics, check_tokenizer
 from muse.models.loading import weights_file
 from muse.multimodal.chat_prompts import ChatPrompts
@@ -200,8 +201,11 @@ class MUSE_UMM(UMMInferenceMixin, UMMCheckpointMixin, nn.Module):
         if "latent" in self.config["source_tokens"]:
             with torch.no_grad():
                 latent = self.tokenizer.encode(self.resize(images)).latent  # (B, C, h, w)
-                latent = self.latent_scale.normalise(latent).flatten(2).transpose(1, 2)
-            tokens["latent"] = self.latent_tokens(latent.to(pictures.dtype))  # (B, h*w, W)
+                latent = self.latent_scale.normalise(latent)
+            # A latent says what is there, not where; the encoder's tokens know their places.
+            places = sine_table(latent.shape[-2:], pictures.shape[-1]).to(pictures)  # (h*w, W)
+            latent = latent.flatten(2).transpose(1, 2).to(pictures.dtype)  # (B, h*w, C)
+            tokens["latent"] = self.latent_tokens(latent) + places
         return [tokens[kind] for kind in self.config["source_tokens"]]
 
     def _answer_loss(
