@@ -155,7 +155,7 @@ class TokenizerTask(TrainingTask):
     def continues(self, saved: dict[str, Any]) -> bool:
         """The same architecture and routing in the same stage; the rest may differ.
 
-        Sources, what is recomputed and the gradient's scale change no output.
+        Sources, what is recomputed, the gradient's scale and stochastic depth change no output.
         """
         try:
             models = [resolved(model_config(saved["model"])), resolved(self.cfg.model)]
@@ -164,6 +164,7 @@ class TokenizerTask(TrainingTask):
         for model in models:
             del model["gradient_checkpointing"], model["grad_scale"]
             del model["encoder"]["source"], model["decoder"]["source"]
+            del model["encoder"]["drop_path"]
         return models[0] == models[1] and saved["training"]["stage"] == self.cfg.training.stage
 
     def state_dict(self) -> dict[str, Any]:

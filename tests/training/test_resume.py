@@ -153,7 +153,7 @@ def test_resume_can_be_refused_and_another_model_is(run, settings):
     with pytest.raises(
         ConfigError, match="written by another model or stage; choose another experiment.output_dir"
     ):
-        train(settings("topology_warmup", {"model": {"grad_scale": 0.5}}, output="done"))
+        train(settings("topology_warmup", {"model": {"num_blocks": 3}}, output="done"))
     with pytest.raises(ConfigError, match="another model or stage"):
         train(settings("semantic_injection", output="done"))
     before = (done / "metrics.jsonl").read_text()
