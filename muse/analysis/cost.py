@@ -61,24 +61,14 @@ def run_cost(
         training.global_batch_size
         or training.per_gpu_batch_size * training.gradient_accumulation_steps * gpus
     )
-    total, everything = step["flops_training"]["total"], images * training.max_train_steps
-    half = peak if training.mixed_precision != "no" else peak_float32
-    limits = {"float32": peak_float32, "tf32": peak_tf32, "bf16": half}
+    limits = {"float32": peak_float32, "tf32": peak_tf32}
+    limits["bf16"] = peak if training.mixed_precision != "no" else peak_float32
+    everything = images * training.max_train_steps
     hours = {
         kind: count * everything / (limits[kind] * 1e12 * utilisation * 3600)
         for kind, count in step["flops_by_precision"].items()
     }
-    recipe = {
-        "steps": training.max_train_steps,
-        "global_batch": images,
-        "images": everything,
-        "flops": total * everything,
-        "gpu_hours": sum(hours.values()),
-        "gpu_hours_float32": hours["float32"],
-        "gpu_hours_moving": step["bytes_moved"] * everything / (bandwidth * 1e9 * 3600),
-        "gpus": gpus,
-        "hours": sum(hours.values()) / gpus,
-    }
+    recipe = _recipe(step, training.max_train_steps, images, gpus, hours, bandwidth)
     assumed = {
         "utilisation": utilisation,
         "peak_tflops": peak,
@@ -95,6 +85,29 @@ def run_cost(
         **step,
         "recipe": recipe,
         "assumptions": assumed,
+    }
+
+
+def _recipe(
+    step: dict[str, Any],
+    steps: int,
+    images: int,
+    gpus: int,
+    hours: dict[str, float],
+    bandwidth: float,
+) -> dict[str, Any]:
+    """What all `steps` of `images` take; hours: GPU-hours by precision."""
+    everything = images * steps
+    return {
+        "steps": steps,
+        "global_batch": images,
+        "images": everything,
+        "flops": step["flops_training"]["total"] * everything,
+        "gpu_hours": sum(hours.values()),
+        "gpu_hours_float32": hours["float32"],
+        "gpu_hours_moving": step["bytes_moved"] * everything / (bandwidth * 1e9 * 3600),
+        "gpus": gpus,
+        "hours": sum(hours.values()) / gpus,
     }
 
 
@@ -135,7 +148,6 @@ def _sections(costs: Sequence[dict[str, Any]]) -> list[tuple[str, list[Row]]]:
         return {key: value for key, value in cost["memory"].items() if key != "buckets"}
 
     learning = ("learning", [million(cost["parameters"]["learning"]["total"]) for cost in costs])
-    recipe = [cost["recipe"] for cost in costs]
     moved = [_giga(cost["bytes_moved"]) for cost in costs]
     return [
         (
@@ -170,25 +182,27 @@ def _sections(costs: Sequence[dict[str, Any]]) -> list[tuple[str, list[Row]]]:
                 ("more with DDP: buckets", [_giga(cost["memory"]["buckets"]) for cost in costs]),
             ],
         ),
+        ("the whole stage", _stage_rows([cost["recipe"] for cost in costs])),
+    ]
+
+
+def _stage_rows(recipe: Sequence[dict[str, Any]]) -> list[Row]:
+    """Steps, images, operations and hours of whole stages."""
+    return [
+        ("optimizer steps", [f"{part['steps']:,}" for part in recipe]),
+        ("images a step", [f"{part['global_batch']:,}" for part in recipe]),
+        ("images", [f"{part['images']:,}" for part in recipe]),
+        ("operations, 10¹⁸", [_number(part["flops"] / 1e18) for part in recipe]),
+        ("GPU-hours", [_number(part["gpu_hours"]) for part in recipe]),
+        ("of them in float32", [_number(part["gpu_hours_float32"]) for part in recipe]),
         (
-            "the whole stage",
-            [
-                ("optimizer steps", [f"{part['steps']:,}" for part in recipe]),
-                ("images a step", [f"{part['global_batch']:,}" for part in recipe]),
-                ("images", [f"{part['images']:,}" for part in recipe]),
-                ("operations, 10¹⁸", [_number(part["flops"] / 1e18) for part in recipe]),
-                ("GPU-hours", [_number(part["gpu_hours"]) for part in recipe]),
-                ("of them in float32", [_number(part["gpu_hours_float32"]) for part in recipe]),
-                (
-                    "beside them, moving bytes unfused",
-                    [_number(part["gpu_hours_moving"]) for part in recipe],
-                ),
-                (
-                    "hours on that many GPUs: "
-                    + ", ".join(dict.fromkeys(str(part["gpus"]) for part in recipe)),
-                    [_number(part["hours"]) for part in recipe],
-                ),
-            ],
+            "beside them, moving bytes unfused",
+            [_number(part["gpu_hours_moving"]) for part in recipe],
+        ),
+        (
+            "hours on that many GPUs: "
+            + ", ".join(dict.fromkeys(str(part["gpus"]) for part in recipe)),
+            [_number(part["hours"]) for part in recipe],
         ),
     ]
 

@@ -40,10 +40,7 @@ ADVICE = (
     "teacher.topology.source to a local directory (transformers or timm layout) or to a timm name "
     "(timm:vit_huge_plus_patch16_dinov3.lvd1689m), or use teacher.topology.kind=affinity."
 )
-NO_WEIGHTS_ADVICE = (
-    "For its cost without weights name a directory that holds its config.json, or timm:NAME, as "
-    "the source."
-)
+NO_WEIGHTS_ADVICE = "For its cost name a directory that holds its config.json, or timm:NAME."
 # transformers' model_type -> its class. All put the class token first, then the registers.
 MODEL_CLASSES = {
     "dinov3_vit": "DINOv3ViTModel",

@@ -17,7 +17,7 @@ from muse.losses import reconstruction
 from muse.training.checkpointer import read_tree
 from muse.training.tokenizer_task import TokenizerTask, train
 from muse.training.trainer import Trainer
-from tests.training.helpers import hold_equal
+from tests.training.helpers import TENSORS, hold_equal
 from tools.killing import records
 
 FOUR_STEPS = {"training": {"max_train_steps": 4}, "experiment": {"save_every": 2, "keep_last": 5}}
