@@ -23,6 +23,9 @@ def make_parser() -> argparse.ArgumentParser:
     which.add_argument(
         "--recipe", metavar="DIR", help="every stage of a variant, such as configs/muse_1b"
     )
+    which.add_argument(
+        "--generator", metavar="FILE", help="a generator's, such as generation/imagenet256_xl"
+    )
     parser.add_argument(
         "--batch_size",
         type=int,
@@ -55,8 +58,8 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_flags(args: argparse.Namespace) -> list[Path]:
-    """The files to count; `ConfigError` for a flag out of its range."""
+def check_numbers(args: argparse.Namespace) -> None:
+    """`ConfigError` for a flag out of its range."""
     for name in ("batch_size", "gpus", "utilisation", "peak_tflops", "peak_tflops_float32"):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise ConfigError(f"--{name} must be above 0, got {getattr(args, name)}")
@@ -64,6 +67,11 @@ def check_flags(args: argparse.Namespace) -> list[Path]:
         raise ConfigError(
             f"--utilisation is a share of the peak, at most 1, got {args.utilisation}"
         )
+
+
+def check_flags(args: argparse.Namespace) -> list[Path]:
+    """The files to count; `ConfigError` for a flag out of its range."""
+    check_numbers(args)
     files = (
         [Path(args.config)]
         if args.config
@@ -74,9 +82,30 @@ def check_flags(args: argparse.Namespace) -> list[Path]:
     return files
 
 
+def print_generator_cost(args: argparse.Namespace) -> int:
+    """Training and sampling of a generator on latents; an encoder's pass is not in it."""
+    from muse.generation.generator_config import load_generator_config  # noqa: PLC0415 (torch)
+    from muse.generation.generator_cost import generator_cost, generator_cost_text  # noqa: PLC0415
+
+    check_numbers(args)
+    cost = generator_cost(
+        load_generator_config(args.generator, args.overrides),
+        gpus=args.gpus,
+        utilisation=args.utilisation,
+        peak=args.peak_tflops,
+        peak_float32=args.peak_tflops_float32,
+    )
+    print(generator_cost_text(args.generator, cost))
+    if args.json:
+        write_json(args.json, {**cost, "overrides": args.overrides, "versions": versions()})
+    return 0
+
+
 @cli.entry
 def main(argv=None) -> int:
     args = cli.parse(make_parser(), argv)
+    if args.generator:
+        return print_generator_cost(args)
     files = check_flags(args)
 
     # Heavy, and not needed to refuse a flag.

@@ -9,6 +9,7 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 usage() { fail "usage: tools/train_stage$1.sh [muse_1b|muse_3b|muse_tiny|CONFIG.yaml] [--recipe paper|release] [key=value ...]"; }
 [ $# -ge 1 ] || usage ""
 STAGE="$1"; shift
+case "$STAGE" in [0-9]) TRAIN="scripts/train_stage$STAGE.py" ;; *) TRAIN="scripts/train_$STAGE.py" ;; esac  # generator
 take_flags "$@"
 set -- ${WORDS[@]+"${WORDS[@]}"}
 VARIANT=muse_1b
@@ -19,7 +20,7 @@ case "${1:-}" in
   *) VARIANT="$1"; shift ;;
 esac
 case "$VARIANT" in
-  -h|--help) exec "$PYTHON" "$ROOT/scripts/train_stage$STAGE.py" --help ;;
+  -h|--help) exec "$PYTHON" "$ROOT/$TRAIN" --help ;;
   *.yaml) CONFIG="$VARIANT" ;;
   *) CONFIG="$ROOT/configs/$VARIANT/stage$STAGE.yaml"; [ -f "$CONFIG" ] || usage "$STAGE" ;;
 esac
@@ -39,7 +40,7 @@ done
 (( NODES == 1 )) || [ -n "${MASTER_ADDR:-}" ] || fail "NUM_NODES=$NODES needs MASTER_ADDR: the first machine's name or address"
 [ -z "${ACCELERATE_CONFIG:-}" ] || [ -f "$ACCELERATE_CONFIG" ] || fail "ACCELERATE_CONFIG=$ACCELERATE_CONFIG: no such file"
 TOTAL=$(( PER_NODE * NODES ))
-SCRIPT=("$ROOT/scripts/train_stage$STAGE.py" --config "$CONFIG" ${OVERRIDES[@]+"${OVERRIDES[@]}"} "$@")
+SCRIPT=("$ROOT/$TRAIN" --config "$CONFIG" ${OVERRIDES[@]+"${OVERRIDES[@]}"} "$@")
 if [ "$TOTAL" -eq 1 ] && [ -z "${ACCELERATE_CONFIG:-}" ]; then launch "$PYTHON" "${SCRIPT[@]}"; fi
 
 LAUNCHER="${LAUNCHER:-$([ "$GPUS" -eq 0 ] && [ -z "${ACCELERATE_CONFIG:-}" ] && echo torchrun || echo accelerate)}"

@@ -1,17 +1,16 @@
 """What every measuring command shares: its flags, its processes, and the file that it leaves."""
 
 import argparse
-import os
 from dataclasses import fields, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from omegaconf import DictConfig
 
 from muse import cli
 from muse.evaluation.measurement import Measured, Setup
 from muse.models.muse_vit import FEATURES
+from muse.utils.distributed import join_processes
 from muse.utils.io import writable_directory, write_json
 
 
@@ -71,13 +70,7 @@ def set_up(args: argparse.Namespace, cfg: DictConfig) -> Setup:
     writable_directory(setup.output_dir)
     # trained weights make denormal activations, which a CPU computes three times slower
     torch.set_flush_denormal(True)
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
-        return setup
-    if setup.device == "cuda":
-        setup = replace(setup, device=f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
-        torch.cuda.set_device(setup.device)
-    dist.init_process_group("nccl" if setup.device.startswith("cuda") else "gloo")
-    return setup
+    return replace(setup, device=join_processes(setup.device))
 
 
 def write_metrics(setup: Setup, measured: Measured) -> Path:

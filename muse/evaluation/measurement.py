@@ -17,8 +17,8 @@ from omegaconf import DictConfig
 
 from muse.config import plain
 from muse.data.dataloader import eval_loader
-from muse.data.decode import BadSamples
 from muse.data.eval import EvalLoader
+from muse.data.faults import BadSamples
 from muse.errors import CheckpointError, ConfigError, DataError, MuseError
 from muse.models import loading
 from muse.models.muse_vit import MUSE_ViT

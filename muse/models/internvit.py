@@ -81,7 +81,11 @@ def original_internvit(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 # ----------------------------------------------------------------------------------------- building
 def build_encoder(
-    source: str, config: dict[str, Any], load_weights: bool = True, drop_path: float = 0.0
+    source: str,
+    config: dict[str, Any],
+    load_weights: bool = True,
+    drop_path: float = 0.0,
+    recompute: bool = False,
 ) -> nn.Module:
     """InternViT without a final norm (FIDELITY, "The method").
 
@@ -90,6 +94,7 @@ def build_encoder(
         config: fields of `InternVLVisionConfig`; empty for those of the source.
         load_weights: read the source's weights; False leaves them random.
         drop_path: rate of stochastic depth at the last layer (docs/fidelity.md row 45).
+        recompute: where it learns, each layer is computed again in the backward pass.
     """
     from transformers import InternVLVisionModel  # noqa: PLC0415 (takes seconds to import)
 
@@ -102,6 +107,9 @@ def build_encoder(
     if directory and load_weights:
         load_into(encoder, _vision_tensors(directory, encoder), source, "model.encoder")
     _add_drop_path(encoder, drop_path)
+    if recompute:
+        newer = getattr(encoder, "activation_checkpointing_enable", None)  # transformers 5
+        (newer or encoder.gradient_checkpointing_enable)({"use_reentrant": False})
     return encoder.eval()
 
 

@@ -10,7 +10,7 @@ from omegaconf import DictConfig
 from torch import Tensor, nn
 
 from muse.analysis.gradients import gradient_report, objectives, take_gradients
-from muse.config import resolved
+from muse.config import model_config, resolved
 from muse.data.dataloader import build_eval_loader, build_train_loader, sample_images
 from muse.data.train import TrainLoader
 from muse.errors import ConfigError
@@ -153,12 +153,19 @@ class TokenizerTask(TrainingTask):
 
     # ------------------------------------------------------------------------------- saving
     def continues(self, saved: dict[str, Any]) -> bool:
-        """The same model in the same stage."""
-        mine = resolved(self.cfg)
-        return (
-            saved["model"] == mine["model"]
-            and saved["training"]["stage"] == mine["training"]["stage"]
-        )
+        """The same architecture and routing in the same stage; the rest may differ.
+
+        Sources, what is recomputed, the gradient's scale and stochastic depth change no output.
+        """
+        try:
+            models = [resolved(model_config(saved["model"])), resolved(self.cfg.model)]
+        except ConfigError:  # keys that are not known here
+            return False
+        for model in models:
+            del model["gradient_checkpointing"], model["grad_scale"]
+            del model["encoder"]["source"], model["decoder"]["source"]
+            del model["encoder"]["drop_path"]
+        return models[0] == models[1] and saved["training"]["stage"] == self.cfg.training.stage
 
     def state_dict(self) -> dict[str, Any]:
         """The heads of the loss and the discriminator with its optimizer and LeCam's means."""
