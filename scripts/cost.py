@@ -116,7 +116,8 @@ def main(argv=None) -> int:
     files = check_flags(args)
 
     # Heavy, and not needed to refuse a flag.
-    from muse.analysis.cost import cost_markdown, cost_text, run_cost  # noqa: PLC0415
+    from muse.analysis.cost import run_cost  # noqa: PLC0415
+    from muse.analysis.cost_table import cost_markdown, cost_text  # noqa: PLC0415
 
     costs = [
         run_cost(
