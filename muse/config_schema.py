@@ -186,6 +186,15 @@ class DistillationLossConfig:
 
 
 @dataclass
+class RecognitionLossConfig:
+    weight: float = key(
+        0.0, "an EfficientNet's features and classes, and the pixels (muse_tiny's encoder)", least=0
+    )
+    pixel_weight: float = key(5.0, "of the linear pixel head")
+    class_weight: float = key(0.3, "of the divergence over ImageNet's classes")
+
+
+@dataclass
 class LossesConfig:
     clamp_reconstruction: bool = key(
         False,
@@ -198,6 +207,7 @@ class LossesConfig:
     itc: ITCLossConfig = section(ITCLossConfig)
     adversarial: AdversarialLossConfig = section(AdversarialLossConfig)
     distillation: DistillationLossConfig = section(DistillationLossConfig)
+    recognition: RecognitionLossConfig = section(RecognitionLossConfig)
 
 
 # --------------------------------------------------------------------------------------- the whole

@@ -29,6 +29,7 @@ from muse.analysis.step_sizes import (
     step_memory,
 )
 from muse.config import plain
+from muse.config_checks import check_training_crop
 from muse.losses.adversarial import (
     build_discriminator,
     hinge_discriminator_loss,
@@ -80,6 +81,7 @@ def count_step(cfg: DictConfig, batch: int) -> dict[str, Any]:
 
     `batch` is the number of images.
     """
+    check_training_crop(cfg)
     parts = build_parts(cfg)
     patterns = cfg.training.trainable
     if patterns is None:
