@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torchvision.models import ConvNeXt_Small_Weights, VGG16_Weights, convnext_small
 
 from muse.errors import CheckpointError, ConfigError
-from muse.models.layers import IMAGENET_MEAN, IMAGENET_STD
+from muse.models.layers import IMAGENET_MEAN, IMAGENET_STD, convolution_layout
 from muse.teachers.base import frozen_precision
 from muse.teachers.efficientnet_lite import load_efficientnet_lite0
 from muse.utils.weights import load_into, read_state_dict
@@ -111,8 +111,8 @@ class PerceptualPart(nn.Module):
         """Distance of each image from its target, (B,) float32. No gradient reaches the target."""
         with frozen_precision(self.precision, images.device):
             with torch.no_grad():
-                theirs = self.compare(target.float())
-            ours = self.compare(images.float())
+                theirs = self.compare(convolution_layout(target.float()))
+            ours = self.compare(convolution_layout(images.float()))
         with torch.autocast(images.device.type, enabled=False):
             ours, theirs = ([layer.float() for layer in side] for side in (ours, theirs))
             return self.distance(ours, theirs)
