@@ -155,9 +155,11 @@ class Checkpointer:
             )
         state, scaler = read_tree(path, "state"), self.accelerator.scaler
         if not self.task.continues(state["config"]):
+            named = "; ".join(self.task.differences(state["config"])[:4])
             raise ConfigError(
                 f"{path}: was written by another model or stage; choose another "
                 "experiment.output_dir, or remove its checkpoints to start over"
+                + (f" ({named})" if named else "")
             )
         weights = read_state_dict(path / WEIGHTS_FILE)
         load_into(self.model, fsdp.shard_like(self.model.state_dict(), weights), path)
