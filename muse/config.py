@@ -67,6 +67,19 @@ def load_config(
     return config
 
 
+def load_config_as(schema: type, path: str | Path, overrides: Sequence[str] = ()) -> DictConfig:
+    """`load_config` for a file of another form: the sections of `schema` in place of `Config`'s.
+
+    Which keys exclude each other is the caller's to check.
+    """
+    path = Path(path).expanduser()
+    file = path if path.is_file() else _shipped(path) or path
+    config = _merge(schema, [*_file_layers(file), _overrides(overrides)])
+    check_keys(config, schema)
+    OmegaConf.set_readonly(config, True)
+    return config
+
+
 def shipped_config(name: str) -> Path:
     """The file of a configuration that comes with muse, such as `muse_tiny/stage3.yaml`.
 

@@ -27,6 +27,7 @@ def key(
     least: float | None = None,
     above: float | None = None,
     below: float | None = None,
+    was: dict[str, str] | None = None,
 ) -> Any:
     """A field of a section.
 
@@ -37,8 +38,9 @@ def key(
         least: the smallest number it may be; infinity is refused with it.
         above: the number it must be larger than; infinity is refused with it.
         below: the number it must be smaller than.
+        was: values of older files, as text, and the choice that each of them means today.
     """
-    about = {"sentence": sentence, "choices": choices}
+    about = {"sentence": sentence, "choices": choices, "was": was}
     about |= {"least": least, "above": above, "below": below}
     if isinstance(default, dict | list):  # a copy for every instance
         return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=about)
@@ -65,12 +67,17 @@ def walk(schema: type, prefix: str = "") -> Iterator[tuple[str, dataclasses.Fiel
 
 
 def restore_words(config: DictConfig, schema: type) -> None:
-    """Give a key whose choices are words the word back that YAML has read as a boolean."""
+    """Give a key whose choices are words the word back that YAML has read as a boolean.
+
+    A value that a key had in older files becomes the choice that it means today.
+    """
     for name, field in walk(schema):
         choices = field.metadata.get("choices")
         if not choices:
             continue
-        words = BOOLEAN_WORDS.get(str(OmegaConf.select(config, name)), ())
+        value = str(OmegaConf.select(config, name))
+        today = (field.metadata.get("was") or {}).get(value)
+        words = (today,) if today else BOOLEAN_WORDS.get(value, ())
         meant = [word for word in words if word in choices]
         if len(meant) == 1:
             OmegaConf.update(config, name, meant[0])

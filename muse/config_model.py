@@ -113,8 +113,12 @@ class ModelConfig:
     grad_scale: float = key(
         1.0, "factor on the gradient that flows from the reconstruction back into the blocks"
     )
-    gradient_checkpointing: bool = key(
-        False, "recompute the blocks in the backward pass: less memory, more time"
+    gradient_checkpointing: str = key(
+        "none",
+        "what the backward pass computes again instead of keeping it: less memory, more time. all: "
+        "the decoder's blocks and, where it learns, the encoder's layers too",
+        choices=("none", "blocks", "all"),
+        was={"False": "none", "True": "blocks"},
     )
     encoder: EncoderConfig = section(EncoderConfig)
     decoder: DecoderConfig = section(DecoderConfig)

@@ -23,6 +23,9 @@ def make_parser() -> argparse.ArgumentParser:
     which.add_argument(
         "--recipe", metavar="DIR", help="every stage of a variant, such as configs/muse_1b"
     )
+    which.add_argument(
+        "--generator", metavar="FILE", help="a generator's, such as generation/imagenet256_xl"
+    )
     parser.add_argument(
         "--batch_size",
         type=int,
@@ -47,7 +50,13 @@ def make_parser() -> argparse.ArgumentParser:
         "--peak_tflops_float32",
         type=float,
         default=67,
-        help="of a GPU in float32; H100 SXM without TF32 (with: 494)",
+        help="of a GPU in float32; H100 SXM without TF32",
+    )
+    parser.add_argument(
+        "--peak_tflops_tf32", type=float, default=494, help="of a GPU in TF32; H100 SXM, dense"
+    )
+    parser.add_argument(
+        "--bandwidth_gb", type=float, default=3350, help="of a GPU's memory, GB/s; H100 SXM"
     )
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("--json", metavar="FILE", help="also write every number to this file")
@@ -55,15 +64,21 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_flags(args: argparse.Namespace) -> list[Path]:
-    """The files to count; `ConfigError` for a flag out of its range."""
-    for name in ("batch_size", "gpus", "utilisation", "peak_tflops", "peak_tflops_float32"):
+def check_numbers(args: argparse.Namespace) -> None:
+    """`ConfigError` for a flag out of its range."""
+    peaks = ("peak_tflops", "peak_tflops_float32", "peak_tflops_tf32", "bandwidth_gb")
+    for name in ("batch_size", "gpus", "utilisation", *peaks):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise ConfigError(f"--{name} must be above 0, got {getattr(args, name)}")
     if args.utilisation > 1:
         raise ConfigError(
             f"--utilisation is a share of the peak, at most 1, got {args.utilisation}"
         )
+
+
+def check_flags(args: argparse.Namespace) -> list[Path]:
+    """The files to count; `ConfigError` for a flag out of its range."""
+    check_numbers(args)
     files = (
         [Path(args.config)]
         if args.config
@@ -74,9 +89,30 @@ def check_flags(args: argparse.Namespace) -> list[Path]:
     return files
 
 
+def print_generator_cost(args: argparse.Namespace) -> int:
+    """Training and sampling of a generator on latents; an encoder's pass is not in it."""
+    from muse.generation.generator_config import load_generator_config  # noqa: PLC0415 (torch)
+    from muse.generation.generator_cost import generator_cost, generator_cost_text  # noqa: PLC0415
+
+    check_numbers(args)
+    cost = generator_cost(
+        load_generator_config(args.generator, args.overrides),
+        gpus=args.gpus,
+        utilisation=args.utilisation,
+        peak=args.peak_tflops,
+        peak_float32=args.peak_tflops_float32,
+    )
+    print(generator_cost_text(args.generator, cost))
+    if args.json:
+        write_json(args.json, {**cost, "overrides": args.overrides, "versions": versions()})
+    return 0
+
+
 @cli.entry
 def main(argv=None) -> int:
     args = cli.parse(make_parser(), argv)
+    if args.generator:
+        return print_generator_cost(args)
     files = check_flags(args)
 
     # Heavy, and not needed to refuse a flag.
@@ -90,6 +126,8 @@ def main(argv=None) -> int:
             utilisation=args.utilisation,
             peak=args.peak_tflops,
             peak_float32=args.peak_tflops_float32,
+            peak_tf32=args.peak_tflops_tf32,
+            bandwidth=args.bandwidth_gb,
         )
         | {"name": f"{file.parent.name}/{file.stem}"}
         for file in files

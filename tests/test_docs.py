@@ -271,6 +271,7 @@ from muse.losses.total_variation import TotalVariationTerm
 from muse.stages import STAGES, select_trainable
 from muse.teachers.build import build_topology_teacher
 from omegaconf import OmegaConf
+from safetensors.torch import load_file
 
 ramp = torch.arange(8.0).div(8).expand(2, 3, 4, 8).contiguous()
 loss = MuseLoss([ReconstructionTerm(1.0, "l2"), TotalVariationTerm(0.5)])
@@ -293,6 +294,7 @@ print(json.dumps({
     "blocks": len(model.muse_blocks),
     "parameters": [[name, p.numel()] for name, p in model.named_parameters()],
     "variant": VARIANTS["last_block"].overrides,
+    "line": load_file(final / "model.safetensors")["weight"].tolist(),
 }))
 """
 
@@ -346,7 +348,8 @@ def test_extending_examples_run(answers):
     assert eval(printed[0])["mae"] == pytest.approx(0.25)  # noqa: S307 - what the example printed
     assert int(printed[1]) == sum(count for _, count in found["parameters"]) > 0
     assert found["blocks"] == 2
-    assert printed[2] == "torch.Size([8, 3, 32, 32])"
+    assert printed[2] == "outputs/line/final"
+    assert printed[3] == "torch.Size([8, 3, 32, 32])"
 
 
 def test_the_example_of_a_loss(answers, extended):
@@ -373,6 +376,13 @@ def test_the_example_of_a_teacher(answers):
     for ramp, white in found["maps"]:
         torch.testing.assert_close(torch.tensor(ramp), torch.tensor([[near, far], [far, near]]))
         torch.testing.assert_close(torch.tensor(white), torch.full((2, 2), 0.5))
+
+
+def test_the_example_of_another_kind_of_model(answers, extended):
+    """Trained by the trainer to the weights that its targets were made with."""
+    _, found = answers
+    assert found["line"][0] == pytest.approx([1.0, -2.0, 0.5], abs=0.02)
+    assert (extended / "outputs/line/checkpoint-200").is_dir()
 
 
 def test_the_examples_of_a_stage_a_size_and_a_variant(answers):

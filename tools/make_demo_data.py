@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Make shards of demo pictures: cut-outs on photographs (stamps) or drawn scenes (shapes)."""
+"""Make shards of demo data: pictures with captions (stamps, shapes), edits or questions."""
 
 import sys
 from pathlib import Path
@@ -14,24 +14,30 @@ from muse.experiments.demo_data import make_demo_data  # noqa: E402
 def main(argv: list[str] | None = None) -> int:
     """Parse, make or reuse the data, print its card."""
     parser = cli.plain_parser(__doc__)
-    parser.add_argument("--kind", default="stamps", help="stamps (photo-like) or shapes (drawn)")
+    parser.add_argument(
+        "--kind",
+        default="stamps",
+        help="stamps (photo-like), everything (drawings too), shapes (drawn), edits or questions",
+    )
     parser.add_argument(
         "--output", required=True, help="folder for the shards; reused when it holds the same data"
     )
     parser.add_argument(
-        "--images", type=int, help="training pictures; without it 3000 for stamps, 512 for shapes"
+        "--images",
+        type=int,
+        help="training pictures; without it 3000, 512 for shapes, 24000 for everything",
     )
     parser.add_argument(
         "--val-images",
         type=int,
-        help="validation pictures; without it 240 for stamps, images / 8 for shapes",
+        help="validation pictures; without it 240, images / 8 for shapes",
     )
     parser.add_argument("--size", type=int, default=128, help="side in pixels")
     parser.add_argument("--seed", type=int, default=0, help="of every random choice")
     parser.add_argument(
         "--objects",
-        default="photo",
-        help="photo, or all to train on cartoons and other objects too",
+        help="photo (when not given); all: stamps also of cartoons and other objects; drawn: edits "
+        "and questions of drawn shapes, without any download",
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace demo data made with other arguments"

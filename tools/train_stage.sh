@@ -10,6 +10,7 @@ usage() { fail "usage: tools/train_stage$1.sh [muse_1b|muse_3b|muse_tiny|CONFIG.
 [ $# -ge 1 ] || usage ""
 STAGE="$1"; shift
 FILE="$ROOT/scripts/train_stage$STAGE.py"
+[ -f "$FILE" ] || FILE="$ROOT/scripts/train_$STAGE.py"  # such as generator
 [ -f "$FILE" ] || FILE="$ROOT/scripts/train.py"  # a stage of one's own needs no script
 take_flags "$@"
 set -- ${WORDS[@]+"${WORDS[@]}"}

@@ -1,7 +1,6 @@
 """The front door to data: endless batches for training, each sample once for evaluation."""
 
-import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -10,42 +9,16 @@ from torch import Tensor
 
 from muse.config import plain
 from muse.data.eval import EvalLoader, EvalStream, count_samples
-from muse.data.folders import FolderSource, is_image_folder
 from muse.data.mixture import parse_mixture
-from muse.data.records import InMemory, Source
+from muse.data.records import InMemory
 from muse.data.samples import SampleMaker
 from muse.data.shards import check_enough
-from muse.data.tar import TarSource
+from muse.data.sources import open_source
 from muse.data.train import StreamSpec, TrainLoader
 from muse.data.transforms import Transform
 from muse.errors import ConfigError
 
 
-def open_source(spec: object) -> Source:
-    """The source that `spec` describes. Raises DataError when it is missing or empty.
-
-    Args:
-        spec: shard pattern(s) as in shards.py; a directory of shards or of pictures (folders.py);
-            `{"images": DIR, "masks": DIR}`; a mapping with `urls`; or a source.
-    """
-    if hasattr(spec, "shards") and hasattr(spec, "read"):
-        return spec
-    if isinstance(spec, Mapping):
-        if "images" in spec:
-            return FolderSource(spec["images"], masks=spec.get("masks"))
-        if "urls" not in spec:
-            raise ConfigError(f"a data source needs 'urls' (or 'images'): {dict(spec)}")
-        return open_source(spec["urls"])
-    if not isinstance(spec, (str, os.PathLike, Sequence)):
-        raise ConfigError(
-            f"not a data source: {spec!r}; give a path, a shard pattern or a list of them"
-        )
-    if isinstance(spec, (str, os.PathLike)) and is_image_folder(os.fspath(spec)):
-        return FolderSource(os.fspath(spec))
-    return TarSource(os.fspath(spec) if isinstance(spec, os.PathLike) else spec)
-
-
-# ------------------------------------------------------------------------------------------ loaders
 def train_loader(
     source: object,
     *,
@@ -66,6 +39,7 @@ def train_loader(
     cache_in_memory: bool = False,
     max_bad_fraction: float = 0.01,
     pin_memory: bool = False,
+    maker: type[SampleMaker] = SampleMaker,
 ) -> TrainLoader:
     """Endless shuffled batches of one rank.
 
@@ -73,11 +47,12 @@ def train_loader(
 
     Args:
         source: see `open_source`; or a list of `{"urls": ..., "weight": w}`, mixed as weighted.
-        fields: what a sample must have, else it is skipped and counted; other captions may be "".
+        fields: what a sample must have, else it is skipped; other captions may be "".
         zero_label_ignored: masks are numbered as in ADE20K, see `reduce_zero_label`.
         resampled: each worker draws shards with replacement; resuming is then approximate.
         mix: what one draw from the mixture gives: `sample`, or `batch` for batches of one source.
         cache_in_memory: decoded pictures stay in memory, per worker: for small sets.
+        maker: what a record becomes, where that is not one picture with its caption.
 
     Raises:
         DataError: at once for missing or too few shards; while iterating, when more than
@@ -86,16 +61,14 @@ def train_loader(
     _check_numbers(batch_size, num_workers, rank, world, max_bad_fraction)
     specs, weights = parse_mixture(source)
     sources = [open_source(spec) for spec in specs]
-    if not resampled:
-        for one in sources:
-            check_enough(len(one.shards), world, num_workers, one.name)
-    if cache_in_memory:
-        sources = [InMemory(one) for one in sources]
+    for one in () if resampled else sources:
+        check_enough(len(one.shards), world, num_workers, one.name)
+    sources = [InMemory(one) for one in sources] if cache_in_memory else sources
     transform = Transform(resize_shorter_edge, crop_size, random_crop, random_flip)
     spec = StreamSpec(
         sources=tuple(sources),
         weights=tuple(weights),
-        maker=SampleMaker(transform, tuple(fields), zero_label_ignored),
+        maker=maker(transform, tuple(fields), zero_label_ignored),
         batch_size=batch_size,
         seed=seed,
         rank=rank,
@@ -120,8 +93,10 @@ def eval_loader(
     rank: int = 0,
     world: int = 1,
     max_images: int | None = None,
+    sample_seed: int | None = None,
     max_bad_fraction: float = 0.01,
     pin_memory: bool = False,
+    maker: type[SampleMaker] = SampleMaker,
 ) -> EvalLoader:
     """Each sample once over all ranks and workers, in order, centre crop, the last batch kept.
 
@@ -134,7 +109,10 @@ def eval_loader(
         fields: what a sample must have.
         crop_size: None for the picture as resized, which needs batch_size 1.
         zero_label_ignored: masks are numbered as in ADE20K, see `reduce_zero_label`.
-        max_images: only the first so many samples.
+        max_images: only so many samples.
+        sample_seed: draws them evenly from the whole of a local source, see `spread_sample`; None,
+            and a remote source, whose samples are not counted, gives the first ones.
+        maker: what a record becomes, where that is not one picture with its caption.
 
     Raises:
         DataError: at once for a source that is missing, empty or has a broken shard; while
@@ -146,11 +124,10 @@ def eval_loader(
     if crop_size is None and batch_size != 1:
         raise ConfigError("pictures without a crop differ in size: batch_size must be 1")
     opened = open_source(source)
-    maker = SampleMaker(
-        Transform(resize_shorter_edge, crop_size), tuple(fields), zero_label_ignored
-    )
-    counts = count_samples(opened, max_images) if opened.local else []
-    stream = EvalStream(opened, maker, batch_size, rank, world, max_images, counts)
+    made = maker(Transform(resize_shorter_edge, crop_size), tuple(fields), zero_label_ignored)
+    first = max_images if sample_seed is None else None
+    counts = count_samples(opened, first) if opened.local else []
+    stream = EvalStream(opened, made, batch_size, rank, world, max_images, counts, sample_seed)
     return EvalLoader(stream, num_workers, max_bad_fraction, pin_memory)
 
 

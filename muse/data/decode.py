@@ -3,17 +3,13 @@
 import io
 import json
 import logging
-import math
 import struct
 import warnings
 import zlib
-from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy
-from PIL import Image, ImageOps, UnidentifiedImageError
-
-from muse.errors import DataError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 logger = logging.getLogger(__name__)
 
@@ -22,11 +18,31 @@ MASK_EXTENSION = "seg.png"
 TEXT_EXTENSIONS = ("txt", "text", "caption")  # members that hold a caption as it is
 CAPTION_EXTENSIONS = (*TEXT_EXTENSIONS, "json")  # the first that is not empty counts
 CAPTION_KEYS = ("caption", "text")  # of a `.json` member, the first that is not empty
-SAMPLE_EXTENSIONS = frozenset((*IMAGE_EXTENSIONS, MASK_EXTENSION, *CAPTION_EXTENSIONS, "cls"))
+PAIR = ("input", "output")  # of an edit: members such as `input.jpg` and `output.jpg`
+SAMPLE_EXTENSIONS = frozenset(
+    (
+        *IMAGE_EXTENSIONS,
+        *(f"{side}.{extension}" for side in PAIR for extension in IMAGE_EXTENSIONS),
+        MASK_EXTENSION,
+        *CAPTION_EXTENSIONS,
+        "cls",
+        "safetensors",  # latents
+    )
+)
 MAX_PIXELS = 89_478_485  # Pillow's own bound: above it a file is taken for a decompression bomb
 MAX_ASPECT = 50.0  # a 1 x 10000 strip resized by its shorter edge would fill the memory
 # Pillow only tries these; its other readers start programs (EPS) or are rarely hardened.
 _FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "TIFF", "GIF", "PPM")
+# By EXIF's number of the corner that is first in the file.
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 # What Pillow's readers raise on broken files.
 _BROKEN = (
     OSError,
@@ -84,20 +100,35 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Raises BadSample with one of the kinds of `open_image`, or unsupported_mode (float, 32-bit), or
     aspect_ratio (beyond 50:1).
     """
+    return decode_with_turn(data, max_pixels)[0]
+
+
+def decode_with_turn(
+    data: bytes, max_pixels: int = MAX_PIXELS
+) -> tuple[Image.Image, Image.Transpose | None]:
+    """`decode_image`, and how it turned the stored picture, so that a mask can follow."""
     image = open_image(data, max_pixels)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            image = ImageOps.exif_transpose(image)
-    except _BROKEN:
-        logger.debug("unreadable EXIF block ignored")
+    turn = _exif_turn(image)
+    if turn is not None:
+        image = image.transpose(turn)
     width, height = image.size
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise BadSample("aspect_ratio", f"{width}x{height}")
     try:
-        return _to_rgb(image)
+        return _to_rgb(image), turn
     except _BROKEN as error:
         raise BadSample("unsupported_mode", f"{image.mode}: {error}") from error
+
+
+def _exif_turn(image: Image.Image) -> Image.Transpose | None:
+    """What turns the stored picture upright; None where it is, or where nothing is known."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return _TURNS.get(image.getexif().get(ExifTags.Base.Orientation))
+    except _BROKEN:
+        logger.debug("unreadable EXIF block ignored")
+        return None
 
 
 def _to_rgb(image: Image.Image) -> Image.Image:
@@ -117,11 +148,12 @@ def _to_rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def image_bytes(members: Mapping[str, bytes]) -> bytes:
-    """The picture among a sample's members. Raises BadSample missing_image."""
+def image_bytes(members: Mapping[str, bytes], side: str | None = None) -> bytes:
+    """The picture among a sample's members, or one of a PAIR. Raises BadSample missing_image."""
     for extension in IMAGE_EXTENSIONS:
-        if extension in members:
-            return members[extension]
+        name = f"{side}.{extension}" if side else extension
+        if name in members:
+            return members[name]
     raise BadSample("missing_image", f"members: {', '.join(sorted(members)) or 'none'}")
 
 
@@ -166,105 +198,3 @@ def decode_label(members: Mapping[str, bytes]) -> int:
     if label < 0:
         raise BadSample("bad_label", str(label))
     return label
-
-
-class BadSamples:
-    """Counts skipped samples by kind; raises when they are too many of those that were read.
-
-    Args:
-        max_fraction: of the samples that may be bad.
-        min_count: samples to be read before a judgement, unless an epoch ends earlier.
-        keep: keys kept of each kind, for the message.
-    """
-
-    def __init__(self, max_fraction: float = 0.01, min_count: int = 200, keep: int = 10):
-        self.max_fraction, self.min_count, self.keep = max_fraction, min_count, keep
-        self.seen = 0
-        self.counts: dict[str, int] = {}
-        self.keys: dict[str, list[str]] = {}
-
-    @property
-    def total(self) -> int:
-        return sum(self.counts.values())
-
-    def add(self, seen: int, faults: Iterable[tuple[str, str]]) -> None:
-        """Record that `seen` more samples were read, of which `faults` (kind, key) were skipped."""
-        self.seen += seen
-        for kind, key in faults:
-            self.counts[kind] = self.counts.get(kind, 0) + 1
-            kept = self.keys.setdefault(kind, [])
-            if len(kept) < self.keep:
-                kept.append(key)
-                logger.warning("skipped %s: %s", key, kind)
-
-    def check(self, final: bool = False) -> None:
-        """Raise DataError if more than `max_fraction` was bad.
-
-        Unless `final` (an epoch was read), not before `min_count` samples and with three standard
-        deviations to spare, so that an unlucky start does not stop a run.
-        """
-        expected = self.max_fraction * self.seen
-        if not final:
-            expected += 3 * math.sqrt(expected)
-        if (final or self.seen >= self.min_count) and self.total > expected:
-            raise DataError(
-                f"{self.summary()}; more than max_bad_fraction={self.max_fraction:g} allows: "
-                "repair the data or raise the limit"
-            )
-
-    def summary(self) -> str:
-        """One line: how many of how many, by kind, with the first keys."""
-        kinds = "; ".join(
-            f"{kind} {n} ({', '.join(self.keys[kind])})" for kind, n in sorted(self.counts.items())
-        )
-        return f"{self.total} of {self.seen} samples could not be used" + (
-            f": {kinds}" if kinds else ""
-        )
-
-    def state_dict(self) -> dict:
-        return {
-            "seen": self.seen,
-            "counts": dict(self.counts),
-            "keys": {kind: list(keys) for kind, keys in self.keys.items()},
-        }
-
-    def load_state_dict(self, state: Mapping) -> None:
-        self.seen = int(state["seen"])
-        self.counts = {kind: int(n) for kind, n in state["counts"].items()}
-        self.keys = {kind: list(keys) for kind, keys in state["keys"].items()}
-
-
-class BadInARow:
-    """Stops a stream that gives nothing usable any more: DataError after so many in a row."""
-
-    MAX_SAMPLES = 500
-    # Each shard was tried several times, so after three the storage is gone and not a shard.
-    MAX_SHARDS = 3
-
-    def __init__(self) -> None:
-        self.reset()
-
-    def reset(self) -> None:
-        """A good sample was read."""
-        self.samples = self.shards = 0
-
-    def add(self, kind: str, key: str, shard: str) -> None:
-        """Sample `key` of `shard` could not be used, for the reason `kind`."""
-        self.samples += 1
-        self.shards += kind == "unreadable_shard"
-        if self.shards >= self.MAX_SHARDS:
-            raise DataError(
-                f"{self.shards} shards in a row cannot be read, the last of them {shard}; when the "
-                "storage is back, the same command goes on from the newest checkpoint"
-            )
-        if self.samples >= self.MAX_SAMPLES:
-            raise DataError(
-                f"{self.samples} samples in a row cannot be used, the last of them {key} of "
-                f"{shard} ({kind})"
-            )
-
-
-def kinds_of(faults: Iterable[tuple[str, str]]) -> str:
-    """`truncated_image 3, missing_caption 1`, or `no samples at all`."""
-    counts = Counter(kind for kind, _ in faults)
-    return ", ".join(f"{kind} {n}" for kind, n in counts.most_common()) or "no samples at all"

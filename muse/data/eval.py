@@ -1,21 +1,35 @@
 """Evaluation data: every sample exactly once, in order, shared out over ranks and workers."""
 
-from collections.abc import Iterator
+from bisect import bisect_left
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
+from itertools import islice, pairwise
 
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
-from muse.data.decode import BadSample, BadSamples
+from muse.data.decode import BadSample
+from muse.data.faults import BadSamples
 from muse.data.records import SHARD_FAULTS, Record, Source
 from muse.data.samples import Prepared, SampleMaker, torch_loader
 from muse.data.shards import split_shards
+from muse.data.transforms import generator_for
 from muse.errors import DataError
 
 # The first sample of remote shard i has index i * SHARD_STRIDE: how many samples lie before it is
 # not known.
 SHARD_STRIDE = 2**32
+
+
+def spread_sample(total: int, count: int, seed: int) -> list[int]:
+    """`count` of the places 0 .. total - 1, ascending: one drawn from each of as many stretches.
+
+    The stretches are of one length, so a set that is sorted by class gives of all its classes, in
+    the proportions of the set.
+    """
+    generator = generator_for("sample", seed)
+    edges = [total * number // count for number in range(count + 1)]
+    return [generator.randrange(first, last) for first, last in pairwise(edges)]
 
 
 def count_samples(source: Source, limit: int | None = None) -> list[int]:
@@ -67,14 +81,24 @@ class EvalStream(IterableDataset):
     world: int = 1
     max_images: int | None = None
     counts: list[int] = field(default_factory=list)  # of a local source
+    sample_seed: int | None = None  # of the choice of max_images; None: the first ones
 
     def __post_init__(self) -> None:
         super().__init__()
+        self.places = self._places()
+
+    def _places(self) -> Sequence[int]:
+        """Places in a local source of the samples that are read, over all ranks, ascending."""
+        total = sum(self.counts)
+        if self.max_images is None or self.max_images >= total:
+            return range(total)
+        if self.sample_seed is None:
+            return range(self.max_images)
+        return spread_sample(total, self.max_images, self.sample_seed)
 
     def total(self) -> int:
         """Samples of a local source, over all ranks."""
-        total = sum(self.counts)
-        return total if self.max_images is None else min(total, self.max_images)
+        return len(self.places)
 
     def span(self) -> tuple[int, int]:
         """The rank's samples [first, last) of a local source, contiguous: few shards to open."""
@@ -101,11 +125,14 @@ class EvalStream(IterableDataset):
 
     def _local(self) -> Iterator[tuple[int, Record]]:
         first, last = self.span()
+        places = self.places[first:last]
         start = 0
         for shard, count in zip(self.source.shards, self.counts, strict=False):
-            if start < last and start + count > first:
+            inside = places[bisect_left(places, start) : bisect_left(places, start + count)]
+            wanted = inside if isinstance(inside, range) else frozenset(inside)
+            if wanted:
                 for index, record in enumerate(self.source.read(shard), start):
-                    if first <= index < last:
+                    if index in wanted:
                         yield index, record
             start += count
 

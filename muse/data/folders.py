@@ -60,6 +60,7 @@ class FolderSource:
             raise DataError(f"no such image folder: {root}")
         pair = None if masks is not None else paired_folders(root)
         self.root, mask_folder = pair if pair else (root, masks and os.fspath(masks))
+        self.mask_folder = mask_folder  # None: masks, if any, lie beside the pictures
         self.name = root
         self.shards = tuple(sorted(_walk_images(self.root)))
         if not self.shards:

@@ -13,8 +13,8 @@ from muse.data.decode import (
     MAX_PIXELS,
     BadSample,
     decode_captions,
-    decode_image,
     decode_label,
+    decode_with_turn,
     image_bytes,
 )
 from muse.data.masks import decode_mask, reduce_zero_label
@@ -64,9 +64,10 @@ class SampleMaker:
         captions = self._captions(members)
         label = decode_label(members) if "labels" in self.fields else None
         mask = decode_mask(members) if "masks" in self.fields else None
-        pixels, resized = self.transform.resize(
-            decode_image(image_bytes(members), self.max_pixels), mask
-        )
+        image, turn = decode_with_turn(image_bytes(members), self.max_pixels)
+        if mask is not None and turn is not None:  # masks lie as the picture is stored
+            mask = mask.transpose(turn)
+        pixels, resized = self.transform.resize(image, mask)
         if resized is not None and self.zero_label_ignored:
             resized = torch.from_numpy(reduce_zero_label(resized.numpy()))
         return Prepared(record.key, pixels, captions, label, resized)

@@ -16,7 +16,8 @@ from typing import NamedTuple
 from torch.utils.data import IterableDataset, get_worker_info
 from webdataset.filters import shuffle
 
-from muse.data.decode import BadInARow, BadSample, BadSamples, kinds_of
+from muse.data.decode import BadSample
+from muse.data.faults import BadInARow, BadSamples, kinds_of
 from muse.data.mixture import pick_source
 from muse.data.records import InMemory, Record, Source
 from muse.data.samples import Prepared, SampleMaker, torch_loader

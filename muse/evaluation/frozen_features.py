@@ -19,7 +19,10 @@ from typing import NamedTuple
 import numpy
 import torch
 
+from muse import __version__
 from muse.config import plain
+from muse.data.decode import IMAGE_EXTENSIONS, MASK_EXTENSION
+from muse.data.records import Span
 from muse.errors import DataError
 from muse.evaluation import measurement
 from muse.evaluation.measurement import Setup
@@ -83,7 +86,7 @@ def frozen_features(
         "target": target,
         "pooled": pooled,
         "relabel": relabel and relabel.__name__,
-        "max_images": setup.max_images,
+        "selection": measurement.selection(setup, loader),
         "shards": source_facts(loader.stream.source),
         "model": plain(setup.cfg.model),
     }
@@ -136,21 +139,37 @@ def read_rows(array, index: torch.Tensor | slice) -> torch.Tensor:
 
 
 def store_key(facts: dict) -> str:
-    """Sixteen hex digits that stand for `facts` (JSON values)."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:16]
+    """Sixteen hex digits that stand for `facts` (JSON values) and this package's version."""
+    text = json.dumps([__version__, facts], sort_keys=True, default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def source_facts(source) -> list:
-    """A data source's shards or pictures, with size and time of local files.
+    """A data source's files, with size and time of local ones: shards; or pictures and masks.
 
-    They are part of a store's key: no store outlives a change of its data.
+    They are part of a store's key: no store outlives a change of its data. A label in a folder is
+    the folder's name, so it is part of the picture's path. Captions are not read for features.
     """
-    facts = []
+    return [source.name, [_file_facts(path) for path in _source_files(source)]]
+
+
+def _source_files(source) -> Iterator[str]:
     for shard in source.shards:
-        path = os.path.join(getattr(source, "root", ""), shard)
-        stat = os.stat(path) if os.path.exists(path) else None
-        facts.append([shard, stat.st_size, stat.st_mtime_ns] if stat else [shard])
-    return [source.name, facts]
+        if not source.one_per_shard:
+            yield shard
+            continue
+        for record in source.read(shard):
+            for extension, member in record.members.items():
+                if extension in (*IMAGE_EXTENSIONS, MASK_EXTENSION) and isinstance(member, Span):
+                    yield member.path
+
+
+def _file_facts(path: str) -> list:
+    try:
+        stat = os.stat(path.removeprefix("file:"))
+    except OSError:  # remote, or a command: its text is all that is known
+        return [path]
+    return [path, stat.st_size, stat.st_mtime_ns]
 
 
 def stored_features(

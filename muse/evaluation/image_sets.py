@@ -21,10 +21,10 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from muse.data.crops import PictureCrop
-from muse.data.dataloader import open_source
 from muse.data.decode import BadSample, decode_image, image_bytes
 from muse.data.eval import EvalStream, count_samples
 from muse.data.samples import SampleMaker
+from muse.data.sources import open_source
 from muse.data.transforms import to_float
 from muse.errors import DataError
 

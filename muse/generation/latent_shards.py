@@ -46,6 +46,9 @@ class ShardHead:
     shape: tuple[int, int, int]  # (C, h, w)
     dtype: str
     count: int  # images
+    classes: int = 0  # one more than the largest label
+    skipped: int = 0  # pictures that could not be used
+    origin: str = ""  # which pictures, cut how
 
 
 def write_latent_shard(
@@ -53,6 +56,9 @@ def write_latent_shard(
     records: Sequence[LatentRecord],
     tokenizer_sha256: str,
     dtype: str = "float16",
+    *,
+    skipped: int = 0,
+    origin: str = "",
 ) -> ShardHead:
     """Write one shard, whole or not at all, the same bytes for the same records.
 
@@ -61,6 +67,8 @@ def write_latent_shard(
         records: at least one; all latents of one shape, every key once.
         tokenizer_sha256: of the weights that encoded them.
         dtype: in which latents are stored: float16 (half the bytes), bfloat16 or float32.
+        skipped: pictures of the same origin that could not be used.
+        origin: which pictures these are, and how they were cut: what a resumed run compares.
 
     Raises:
         DataError: no records, shapes or keys as above, or a latent that is not finite in `dtype`.
@@ -72,7 +80,10 @@ def write_latent_shard(
     shape = tuple(records[0].latents.shape)
     if len(shape) != 4:
         raise DataError(f"{records[0].key}: latents must be (views, C, h, w), got {shape}")
-    head = ShardHead(tokenizer_sha256, shape[0], shape[1:], dtype, len(records))
+    classes = 1 + max(int(record.label) for record in records)
+    head = ShardHead(
+        tokenizer_sha256, shape[0], shape[1:], dtype, len(records), classes, skipped, origin
+    )
     keys: set[str] = set()
     with replacing(path) as file, tarfile.open(fileobj=file, mode="w") as tar:
         _add(tar, HEAD, json.dumps({"format": FORMAT, **asdict(head)}).encode())
@@ -165,10 +176,16 @@ def write_latent_index(folder: str | Path, notes: dict[str, Any] | None = None) 
                 raise DataError(f"{path}: {field} {mine}, but {first} in {paths[0].name}")
     index = {
         "format": FORMAT,
-        **asdict(heads[0]),
+        **{name: value for name, value in asdict(heads[0]).items() if name != "origin"},
         "count": sum(head.count for head in heads),
+        "classes": max(head.classes for head in heads),
+        "skipped": sum(head.skipped for head in heads),
         "shards": {
-            path.name: {"count": head.count, "bytes": path.stat().st_size}
+            path.name: {
+                "count": head.count,
+                "bytes": path.stat().st_size,
+                "origin": head.origin,
+            }
             for path, head in zip(paths, heads)
         },
         "notes": notes or {},
@@ -211,6 +228,7 @@ class LatentShards:
         self.shape: tuple[int, ...] = tuple(index["shape"])  # (C, h, w)
         self.views: int = index["views"]
         self.count: int = index["count"]
+        self.classes: int = index["classes"]  # one more than the largest label
         self.notes: dict[str, Any] = index["notes"]
         self.tokenizer_sha256: str = index["tokenizer_sha256"]
         self.shards: dict[str, int] = {n: entry["count"] for n, entry in index["shards"].items()}

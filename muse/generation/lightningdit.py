@@ -12,6 +12,8 @@ Legend: B images, C latent channels, (h, w) latent grid, p patch side, N = h/p *
 D width, heads x d = D.
 """
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -70,6 +72,19 @@ class LightningDiT(nn.Module):
                 f"hidden_size {hidden_size} is not a multiple of 4 * num_heads = {4 * num_heads}: "
                 "each head rotates pairs by row and pairs by column"
             )
+        self.arguments = {
+            "input_size": [h, w],
+            "patch_size": patch_size,
+            "in_channels": in_channels,
+            "hidden_size": hidden_size,
+            "depth": depth,
+            "num_heads": num_heads,
+            "num_classes": num_classes,
+            "mlp_ratio": mlp_ratio,
+            "qk_norm": qk_norm,
+            "class_dropout_prob": class_dropout_prob,
+        }
+        self.facts: dict[str, Any] = {}
         self.latent_shape = (in_channels, h, w)
         self.num_classes, self.patch_size = num_classes, patch_size
         self.gradient_checkpointing = gradient_checkpointing
@@ -102,6 +117,10 @@ class LightningDiT(nn.Module):
         for part in (*self.blocks, self.final_layer):
             nn.init.zeros_(part.adaLN_modulation[1].weight)
         nn.init.zeros_(self.final_layer.linear.weight)
+
+    def portable_config(self) -> dict[str, Any]:
+        """What config.json holds: the arguments, and `facts` of whoever trained it."""
+        return {"model_type": "muse_generator", "generator": self.arguments, **self.facts}
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
         """The velocity data - noise, (B, C, h, w) in x's dtype.

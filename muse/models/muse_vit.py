@@ -79,8 +79,13 @@ class MUSE_ViT(PretrainedMixin, nn.Module):
         super().__init__()
         self.config: DictConfig = model_config(config)
         cfg = self.config
+        recompute_all = cfg.gradient_checkpointing == "all"
         self.encoder = build_encoder(
-            cfg.encoder.source, plain(cfg.encoder.config), load_backbones, cfg.encoder.drop_path
+            cfg.encoder.source,
+            plain(cfg.encoder.config),
+            load_backbones,
+            drop_path=cfg.encoder.drop_path,
+            recompute=recompute_all,
         )
         self.patch_size = self.encoder.config.patch_size[0]
         self.cell = self.patch_size * cfg.unshuffle  # pixels of one latent cell, on the input side
@@ -104,7 +109,7 @@ class MUSE_ViT(PretrainedMixin, nn.Module):
         self.logit_scale = nn.Parameter(torch.tensor(1 / 0.07).log())
 
         self.decoder, self.decoder_fields = build_decoder(
-            cfg.decoder.source, plain(cfg.decoder.config), load_backbones
+            cfg.decoder.source, plain(cfg.decoder.config), load_backbones, recompute_all
         )
         channels = self.decoder_fields["latent_channels"]
         self.decoder_adapter = (
@@ -262,9 +267,10 @@ class MUSE_ViT(PretrainedMixin, nn.Module):
         folded, grid = pixel_unshuffle(encoder_tokens, encoder_grid, self.config.unshuffle)
         x = self.adapter_mlp(folded)  # (B, N, D)
         rotary = self.rotary(x.shape[1], x.device)
+        recompute = self.config.gradient_checkpointing != "none" and self.training
         anchors, maps = [], []
         for block in self.muse_blocks:
-            if self.config.gradient_checkpointing and self.training and torch.is_grad_enabled():
+            if recompute and torch.is_grad_enabled():
                 x, semantic, log_attention = checkpoint(
                     block, x, rotary, return_attention, use_reentrant=False
                 )

@@ -21,9 +21,7 @@ from muse.models.muse_vit import MUSE_ViT
 from muse.models.pretrained import (
     CONFIG_FILE,
     WEIGHTS_FILE,
-    load_weights,
     read_model_config,
-    read_weights,
     write_weights,
 )
 from muse.multimodal.language_model import (
@@ -34,7 +32,7 @@ from muse.multimodal.language_model import (
 )
 from muse.multimodal.sana import build_sana, sana_fields
 from muse.utils.io import atomic_directory
-from muse.utils.weights import locate
+from muse.utils.weights import load_into, locate, read_state_dict
 
 # Part -> the configuration's section that has its source, and its names in the state dict.
 PARTS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -101,21 +99,42 @@ class UMMCheckpointMixin:
         for section, config in fields.items():
             model[section] = {"source": self.sources[section], "config": config}
         marks = {part: _fingerprint(self.state_dict(), PARTS[part][1]) for part in left_out}
-        return {"model_type": "muse_umm", "model": model, "left_out": marks}
+        as_source = self.left_out(frozen=False)
+        return {
+            "model_type": "muse_umm",
+            "model": model,
+            "left_out": marks,
+            "as_source": as_source,
+        }
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, device: str | torch.device = "cpu") -> Self:
-        """A model in eval mode from a directory or a hub id.
+    def from_pretrained(
+        cls,
+        source: str | Path,
+        device: str | torch.device = "cpu",
+        changes: Mapping[str, Any] | None = None,
+    ) -> Self:
+        """A model in eval mode.
 
-        Parts that were left out are read from their sources. `CheckpointError` on anything that
-        does not fit, or on a source that is not what it was.
+        Args:
+            source: a directory or a hub id. Parts that were left out are read from their sources.
+            device: where the model goes.
+            changes: keys of the configuration that replace the saved ones.
+
+        Raises:
+            CheckpointError: anything does not fit, or a source is not what it was.
         """
         path = Path(source).expanduser()
         if not path.is_dir():
             path = locate(str(source), [WEIGHTS_FILE, "*.json", "*.jinja"])
-        config = read_model_config(path)
-        marks = json.loads((path / CONFIG_FILE).read_text()).get("left_out", {})
-        state = read_weights(path / WEIGHTS_FILE)
+        config = {**read_model_config(path), **(changes or {})}
+        about = json.loads((path / CONFIG_FILE).read_text())
+        if about.get("model_type") != "muse_umm":
+            raise CheckpointError(
+                f"{path}: a model of type {about.get('model_type')}, not a multimodal one"
+            )
+        marks = about.get("left_out", {})
+        state = read_state_dict(path / WEIGHTS_FILE)
         chat = load_text_tokenizer(str(path)) if (path / "tokenizer.json").is_file() else None
         model = cls(config, load_sources=False, text_tokenizer=chat)
         for part, mark in marks.items():
@@ -124,8 +143,8 @@ class UMMCheckpointMixin:
             state |= _from_source(part, config, mark)
         if tied(model.internvl) and _EMBEDDINGS in state:
             state[_HEAD] = state[_EMBEDDINGS]
-        load_weights(model, state, str(path))
-        model.from_source = set(marks)
+        load_into(model, state, path)
+        model.from_source = set(marks) | set(about.get("as_source", ()))
         return model.to(device).eval()
 
     def _remember_sources(self, loaded: bool) -> None:

@@ -20,3 +20,11 @@ UMM_STAGES: dict[str, Stage] = {
     # 3: the same parts, on instructions.
     "instructions": Stage((*_CONNECTOR, r"^generator\.")),
 }
+
+# Kinds of samples that train something in a stage (muse/multimodal/umm_samples.py).
+KINDS_OF_STAGES: dict[str, tuple[str, ...]] = {
+    "projector": ("question",),
+    "connector": ("image", "edit"),
+    "connector_generator": ("image", "edit"),
+    "instructions": ("image", "edit"),
+}

@@ -11,6 +11,7 @@ import json
 import logging
 import random
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from muse.config import resolved
 from muse.errors import CheckpointError, ConfigError
 from muse.models.ema_model import EMAModel
 from muse.models.loading import EMA_FILE, latest_checkpoint
-from muse.models.pretrained import WEIGHTS_FILE, write_weights
+from muse.models.pretrained import WEIGHTS_FILE
 from muse.training import fsdp
 from muse.training.optim import load_optimizer
 from muse.training.progress import Progress
@@ -85,7 +86,7 @@ class Checkpointer:
         step, main = self.progress.step, self.accelerator.is_main_process
         target, partial = self.output / f"checkpoint-{step}", self.output / f".partial-{step}"
         # All processes together, since under FSDP each gives its shards.
-        state, weights = self._state(), fsdp.full_tensors(self.model.state_dict())
+        state, weights = self._state(), self._full_weights(self.task.left_out())
         means = fsdp.full_tensors(self.averages.state_dict()) if self.averages else None
         with named_if_refused(target, partial):
             if main:
@@ -97,7 +98,7 @@ class Checkpointer:
             self.accelerator.wait_for_everyone()
             if main:
                 with atomic_directory(target) as folder:
-                    write_weights(folder, weights, self.model.portable_config())
+                    self.task.write_model(folder, self.model, weights, final=False)
                     if means is not None:
                         means = {name: mean.cpu() for name, mean in means.items()}
                         save_file(means, folder / EMA_FILE)
@@ -117,12 +118,17 @@ class Checkpointer:
         if not (self.output / f"checkpoint-{self.progress.step}").is_dir():
             self.save()
         with self.averages.swapped_in() if self.averages else contextlib.nullcontext():
-            weights = fsdp.full_tensors(self.model.state_dict())
+            weights = self._full_weights()
             if self.accelerator.is_main_process:
                 with named_if_refused(final), atomic_directory(final) as folder:
-                    write_weights(folder, weights, self.model.portable_config())
+                    self.task.write_model(folder, self.model, weights, final=True)
         self.accelerator.wait_for_everyone()
         return final
+
+    def _full_weights(self, left_out: Collection[str] = ()) -> dict[str, Tensor]:
+        """The model's tensors by name; all processes together, the first one gets them."""
+        state = self.model.state_dict()
+        return fsdp.full_tensors({n: t for n, t in state.items() if n not in left_out})
 
     def _state(self) -> dict[str, Any]:
         """What moves on the run as a whole, but for the tensors of the model and its averages."""
@@ -161,8 +167,10 @@ class Checkpointer:
                 "experiment.output_dir, or remove its checkpoints to start over"
                 + (f" ({named})" if named else "")
             )
-        weights = read_state_dict(path / WEIGHTS_FILE)
-        load_into(self.model, fsdp.shard_like(self.model.state_dict(), weights), path)
+        own = self.model.state_dict()
+        weights = fsdp.shard_like(own, read_state_dict(path / WEIGHTS_FILE))
+        weights |= {name: own[name] for name in self.task.left_out()}
+        load_into(self.model, weights, path)
         load_optimizer(self.optimizer, state["optimizer"])
         if scaler and state["scaler"]:
             scaler.load_state_dict(state["scaler"])

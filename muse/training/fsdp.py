@@ -27,10 +27,16 @@ def is_sharded(accelerator: Any) -> bool:
 def prepare_model(
     accelerator: Any, model: nn.Module, optimizer: torch.optim.Optimizer
 ) -> tuple[Any, Any]:
-    """accelerate's `prepare` for the model; scalars, which FSDP cannot shard, stay as they are."""
+    """accelerate's `prepare` for the model; scalars, which FSDP cannot shard, stay as they are.
+
+    One accelerate file serves all models: of the block classes that it names, those of the model.
+    """
     if is_sharded(accelerator):
         scalars = [parameter for parameter in model.parameters() if parameter.ndim == 0]
         plugin = accelerator.state.fsdp_plugin
+        own = {type(module).__name__ for module in model.modules()}
+        named = plugin.transformer_cls_names_to_wrap or ()
+        plugin.transformer_cls_names_to_wrap = [name for name in named if name in own]
         plugin.ignored_modules = [nn.ParameterList(scalars)] if scalars else None
         for scalar in scalars:
             if scalar.requires_grad:  # nobody else averages their gradients

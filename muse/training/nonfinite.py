@@ -175,17 +175,27 @@ class FiniteGuard:
 
 
 def _joined_tensors(micro: list[dict[str, Any]]) -> dict[str, Tensor]:
-    """The tensors of a step's batches by name, one batch after another."""
+    """The tensors of a step's batches by name, one batch after another.
+
+    Batches may be of several kinds: a name holds those of the batches that have it.
+    """
     if len(micro) == 1:
         return {name: value for name, value in micro[0].items() if isinstance(value, Tensor)}
-    names = [name for name, value in micro[0].items() if isinstance(value, Tensor)]
-    return {name: torch.cat([batch[name] for batch in micro]) for name in names}
+    names = _names(micro, Tensor)
+    return {name: torch.cat([batch[name] for batch in micro if name in batch]) for name in names}
 
 
 def _joined_strings(micro: list[dict[str, Any]]) -> dict[str, list[str]]:
     """The lists of strings (keys, captions) of a step's batches by name."""
-    names = [name for name, value in micro[0].items() if isinstance(value, list)]
-    return {name: [text for batch in micro for text in batch[name]] for name in names}
+    names = _names(micro, list)
+    return {name: [text for batch in micro for text in batch.get(name, ())] for name in names}
+
+
+def _names(micro: list[dict[str, Any]], kind: type) -> dict[str, None]:
+    """Names of the entries of this type, in order, each once."""
+    return dict.fromkeys(
+        name for batch in micro for name, value in batch.items() if isinstance(value, kind)
+    )
 
 
 def _step_unless(optimizer: torch.optim.Optimizer, skip: Tensor | None) -> None:

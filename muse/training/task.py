@@ -4,11 +4,14 @@ A new kind of model is one subclass of `TrainingTask`; the tokenizer's is in `to
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from omegaconf import DictConfig
 from torch import Tensor, nn
+
+from muse.models.pretrained import write_weights
 
 
 class Opponent(Protocol):
@@ -48,7 +51,8 @@ class TrainingTask(ABC):
     def build(self, accelerator: Any) -> nn.Module:
         """The model on the accelerator's device; the tensors that learn have `requires_grad`.
 
-        It has a method `portable_config()`, which goes into config.json beside its weights.
+        It has a method `portable_config()`, which goes into config.json beside its weights, unless
+        the task writes these files itself (`write_model`).
         """
 
     @abstractmethod
@@ -117,6 +121,23 @@ class TrainingTask(ABC):
     def differences(self, saved: dict[str, Any]) -> list[str]:
         """What keeps it from that, for the message: such as `model.dim=512 there, 384 here`."""
         return []
+
+    def left_out(self) -> Collection[str]:
+        """Names of the model's tensors that checkpoints do not hold: `build` gives them again."""
+        return ()
+
+    def write_model(
+        self, folder: Path, model: nn.Module, weights: dict[str, Tensor], final: bool
+    ) -> None:
+        """The files of the model in a new folder, on the main process.
+
+        Args:
+            folder: of a checkpoint or `final`.
+            model: what trains; its own tensors may be sharded.
+            weights: its full tensors by name, in a checkpoint without those of `left_out`.
+            final: whether the folder is `final`; its weights are the averages.
+        """
+        write_weights(folder, weights, model.portable_config())
 
     def state_dict(self) -> dict[str, Any]:
         """What moves besides the model, its averages and its optimizer; full tensors."""

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from muse.analysis.gradients import gradient_report, objectives, take_gradients
 from muse.config import model_config, resolved
+from muse.config_checks import check_training_crop
 from muse.data.dataloader import build_eval_loader, build_train_loader, sample_images
 from muse.data.train import TrainLoader
 from muse.errors import ConfigError
@@ -44,6 +45,7 @@ class TokenizerTask(TrainingTask):
     # ------------------------------------------------------------------------------- building
     def build(self, accelerator: Any) -> MUSE_ViT:
         """The student with the tensors of its stage to learn, and its loss with the teachers."""
+        check_training_crop(self.cfg)
         training, self.accelerator = self.cfg.training, accelerator
         self.model = initial_model(self.cfg)
         patterns = training.trainable
@@ -195,7 +197,10 @@ class TokenizerTask(TrainingTask):
         A key that came later has its default there. What only one of the two spells out of a
         backbone, the other reads from its source.
         """
-        theirs = outputs_of(saved["model"]) | {"training.stage": saved["training"]["stage"]}
+        try:
+            theirs = outputs_of(saved["model"]) | {"training.stage": saved["training"]["stage"]}
+        except ConfigError as error:  # of a version that had other keys
+            return [str(error)]
         mine = outputs_of(self.cfg.model) | {"training.stage": self.cfg.training.stage}
         return [
             f"{key}={theirs[key]} there, {mine[key]} here"
@@ -221,11 +226,12 @@ class TokenizerTask(TrainingTask):
 def outputs_of(model: DictConfig | dict[str, Any]) -> dict[str, Any]:
     """The keys of a section `model` that decide its outputs, dotted, with their values.
 
-    Sources, since a resume has all weights from the checkpoint, what the backward pass recomputes
-    and stochastic depth decide none; they stand at their defaults.
+    Sources, since a resume has all weights from the checkpoint, what the backward pass recomputes,
+    the gradient's scale and stochastic depth decide none; they stand at their defaults.
     """
     model = resolved(model) if isinstance(model, DictConfig) else model
-    given = {key: value for key, value in model.items() if key != "gradient_checkpointing"}
+    free = ("gradient_checkpointing", "grad_scale")
+    given = {key: value for key, value in model.items() if key not in free}
     for part in ("encoder", "decoder"):
         given[part] = {"config": model[part]["config"]}
     return _flat(resolved(model_config(given)), "model.")

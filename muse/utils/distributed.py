@@ -1,7 +1,23 @@
 """Sums over processes; with no process group every function returns what one process gives."""
 
+import os
+
 import torch
 import torch.distributed as dist
+
+
+def join_processes(device: str) -> str:
+    """Join the process group that a launcher (torchrun, accelerate) has prepared, if any.
+
+    Gives the device of this process: of several GPUs its own.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
+        return device
+    if device == "cuda":
+        device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    return device
 
 
 def world_size() -> int:

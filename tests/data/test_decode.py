@@ -5,14 +5,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from muse.data.decode import (
-    BadSample,
-    BadSamples,
-    decode_captions,
-    decode_image,
-    decode_label,
-    image_bytes,
-)
+from muse.data.decode import BadSample, decode_captions, decode_image, decode_label, image_bytes
+from muse.data.faults import BadSamples
 from muse.data.masks import IGNORE_INDEX, decode_mask, reduce_zero_label
 from muse.errors import DataError
 from tests.data.helpers import encode, picture, png_header

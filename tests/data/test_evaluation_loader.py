@@ -1,14 +1,19 @@
+import io
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image, ImageOps
 
 from muse.data.dataloader import eval_loader
-from muse.data.eval import SHARD_STRIDE
+from muse.data.decode import decode_image
+from muse.data.eval import SHARD_STRIDE, spread_sample
 from muse.data.tar import TarSource
 from muse.errors import ConfigError, DataError
 from tests.data.helpers import (
     FAULTS,
+    encode,
     key,
     keys_of,
     sample,
@@ -68,7 +73,7 @@ def test_evaluation_of_streams(tmp_path, workers, world):
                     found[name] = index
         assert sorted(found, key=found.get) == [key(n) for n in range(count)]
     if world * max(1, workers) > 1:
-        assert found[key(5)] == SHARD_STRIDE
+        assert found[key(5)] == SHARD_STRIDE, spread_sample
 
 
 def test_max_images_and_whole_pictures(tmp_path):
@@ -87,6 +92,56 @@ def test_max_images_and_whole_pictures(tmp_path):
     for wrong in ({"max_images": 0}, {"crop_size": None}):
         with pytest.raises(ConfigError):
             eval_loader(urls, **{"batch_size": 2, **SIZE, **wrong})
+
+
+@pytest.mark.parametrize("workers, world", [(0, 1), (2, 2)])
+def test_a_seeded_sample_is_of_the_whole_set(tmp_path, workers, world):
+    """6 of 4 shards of 5: the same for any number of readers, from every shard."""
+    urls = write_shards(tmp_path, 4, 5)
+
+    def keys(seed, count=6):
+        options = dict(batch_size=2, max_images=count, sample_seed=seed, num_workers=workers)
+        loaders = [eval_loader(urls, rank=r, world=world, **options, **SIZE) for r in range(world)]
+        assert {loader.num_samples for loader in loaders} == {min(count, 20)}
+        return [name for loader in loaders for name in keys_of(loader)]
+
+    wanted = [key(place) for place in spread_sample(20, 6, seed=3)]
+    assert keys(3) == wanted and keys(4) != wanted
+    assert {int(name) // 5 for name in wanted} == {0, 1, 2, 3}
+    assert keys(3, count=99) == [key(n) for n in range(20)]
+
+
+def test_a_sample_holds_each_place_alike_and_all_classes():
+    """Every place has the same chance; of 10 classes in a row, 20 drawn places have two each."""
+    counts = torch.zeros(100)
+    for seed in range(2000):
+        places = spread_sample(100, 20, seed)
+        assert places == sorted(set(places)) and len(places) == 20
+        assert [sum(place // 10 == label for place in places) for label in range(10)] == [2] * 10
+        counts[places] += 1
+    share = counts / 2000  # a fifth each, with a standard error of .009
+    assert 0.155 < float(share.min()) < float(share.max()) < 0.245
+    assert spread_sample(7, 7, 0) == list(range(7))
+    assert spread_sample(1000, 3, 5) == spread_sample(1000, 3, 5) != spread_sample(1000, 3, 6)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_masks_turn_with_their_pictures(tmp_path, orientation):
+    """A mask that repeats one channel of its picture still does so when both stand upright."""
+    stored = np.random.default_rng(0).integers(0, 200, (16, 20, 3), dtype=np.uint8)
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    members = {
+        "png": encode(Image.fromarray(stored), "PNG", exif=exif),
+        "seg.png": encode(Image.fromarray(stored[..., 1])),
+    }
+    write_tar(tmp_path / "a.tar", {key(0): members})
+    size = {"resize_shorter_edge": None, "crop_size": None}
+    (batch,) = eval_loader(str(tmp_path), batch_size=1, fields=("images", "masks"), **size)
+    assert batch["images"].shape[-2:] == ((16, 20) if orientation < 5 else (20, 16))
+    assert torch.equal(batch["masks"][0], (batch["images"][0, 1] * 255).round().long())
+    upright = decode_image(members["png"])
+    assert np.array_equal(upright, ImageOps.exif_transpose(Image.open(io.BytesIO(members["png"]))))
 
 
 @pytest.mark.parametrize("workers", [0, 2])

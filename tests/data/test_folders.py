@@ -3,8 +3,9 @@ import pytest
 import torch
 from PIL import Image
 
-from muse.data.dataloader import eval_loader, open_source, train_loader
+from muse.data.dataloader import eval_loader, train_loader
 from muse.data.folders import FolderSource
+from muse.data.sources import open_source
 from muse.data.tar import TarSource
 from muse.errors import ConfigError, DataError
 from tests.data.helpers import encode, picture, write_shards
@@ -132,3 +133,21 @@ def test_training_on_a_folder_shares_out_every_picture(tmp_path):
     assert sorted(seen) == [f"{n}.png" for n in range(10)]
     with pytest.raises(DataError, match="has 10 shards for 11 ranks"):
         train_loader(str(tmp_path), rank=0, world=11, **options)
+
+
+def test_a_list_and_two_folders_written_out_as_on_a_command_line(tmp_path):
+    for n in range(2):
+        put(tmp_path / "pics" / f"{n}.png", encode(picture(n)))
+        put(tmp_path / "segs" / f"{n}.png", encode(Image.fromarray(np.full((16, 20), n, np.uint8))))
+    text = f"{{images: {tmp_path}/pics, masks: {tmp_path}/segs}}"
+    (batch,) = eval_loader(text, batch_size=2, fields=("images", "masks"), **SIZE)
+    assert batch["masks"][:, 0, 0].tolist() == [0, 1]
+    source = open_source(text)
+    assert (source.root, source.mask_folder) == (f"{tmp_path}/pics", f"{tmp_path}/segs")
+    write_shards(tmp_path, 2, 3)
+    shards = [f"{tmp_path}/t-000.tar", f"{tmp_path}/t-001.tar"]
+    assert open_source(f"[{', '.join(shards)}]").shards == shards
+    # braces and brackets of patterns mean what they meant
+    assert open_source(f"{{{shards[0]},{shards[1]}}}").shards == shards
+    (tmp_path / "[x]").mkdir()
+    assert open_source(f"{tmp_path}/t-00[01].tar").shards == shards

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from muse import load_config
-from muse.data.decode import BadSamples
+from muse.data.faults import BadSamples
 from muse.errors import DataError
 from muse.evaluation import measurement
 from muse.models.loading import load_model

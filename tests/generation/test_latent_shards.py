@@ -57,6 +57,7 @@ def test_the_index_is_json_with_exact_counts(folder):
     assert index["shards"]["train-1.tar"] == {
         "count": 5,
         "bytes": (path / "train-1.tar").stat().st_size,
+        "origin": "",
     }
 
 

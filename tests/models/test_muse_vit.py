@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from muse.analysis.counters import SavedTensors
 from muse.errors import ConfigError
 from muse.models.muse_vit import FEATURES, MUSE_ViT
 from tests.helpers import MODEL, merged, random_images, tiny_model
@@ -319,17 +320,67 @@ def test_grad_scale_halves_what_reaches_the_blocks_from_the_reconstruction_alone
         ), name
 
 
-def test_gradient_checkpointing_changes_no_gradient():
+@pytest.mark.parametrize("half", [False, True])
+def test_gradient_checkpointing_changes_no_output_and_no_gradient(half):
     images, given = random_images(2, 32, 32), []
-    for checkpointing in (False, True):
-        model = tiny_model(gradient_checkpointing=checkpointing, isolate_streams=False).train()
-        out = model(images)
+    for mode in ("none", "blocks", "all", False, True):
+        model = tiny_model(gradient_checkpointing=mode, isolate_streams=False).train()
+        with torch.autocast("cpu", torch.bfloat16, enabled=half):
+            out = model(images)
         structure = sum(maps[..., 0].sum() for maps in out.log_topology)
         (out.reconstruction.square().mean() + out.image_embeds.sum() + structure).backward()
-        given.append({name: parameter.grad for name, parameter in model.named_parameters()})
-    for name, gradient in given[0].items():
-        assert (gradient is None) == (given[1][name] is None), name
-        assert gradient is None or torch.equal(gradient, given[1][name]), name
+        gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
+        given.append({"reconstruction": out.reconstruction, "latent": out.latent, **gradients})
+    for other in given[1:]:
+        assert other.keys() == given[0].keys()
+        for name, value in given[0].items():
+            assert (value is None) == (other[name] is None), name
+            assert value is None or torch.equal(value, other[name]), name
+
+
+def test_gradient_checkpointing_repeats_the_random_numbers_of_the_forward_pass():
+    """Dropout in the encoder, drawn once: what is recomputed must meet the same masks."""
+    given = []
+    for mode in ("none", "all"):
+        config = {"hidden_dropout_prob": 0.5, "attention_dropout": 0.5}
+        model = tiny_model(gradient_checkpointing=mode, encoder={"config": config}).train()
+        torch.manual_seed(3)
+        model(random_images(2, 32, 32)).reconstruction.square().mean().backward()
+        gradients = [parameter.grad for parameter in model.encoder.parameters()]
+        given.append([*(g for g in gradients if g is not None), torch.rand(3)])
+    assert len(given[0]) == len(given[1]) > 10
+    assert all(torch.equal(a, b) for a, b in zip(*given))
+
+
+def test_gradient_checkpointing_keeps_less_and_runs_again_what_it_says(monkeypatch):
+    """`all` runs each decoder block and encoder layer twice a step, a frozen encoder's once."""
+    kept, runs = {}, {}
+    for mode, frozen in (("none", False), ("blocks", False), ("all", False), ("all", True)):
+        model = tiny_model(gradient_checkpointing=mode, isolate_streams=False).train()
+        model.encoder.requires_grad_(not frozen)
+        counts = {"encoder": 0, "blocks": 0, "decoder": 0}
+
+        def count(part, module, counts=counts):
+            def hook(*_):
+                counts[part] += 1
+
+            module.register_forward_pre_hook(hook)
+
+        count("encoder", model.encoder.encoder.layer[0].mlp)
+        count("blocks", model.muse_blocks[0].mlp)
+        count("decoder", model.decoder.up_blocks[0][1].conv1)
+        with SavedTensors(model) as saved:
+            out = model(random_images(2, 32, 32))
+        kept[mode, frozen] = saved.bytes()
+        out.reconstruction.square().mean().backward()
+        runs[mode, frozen] = tuple(counts.values())
+    assert runs == {
+        ("none", False): (1, 1, 1),
+        ("blocks", False): (1, 2, 1),
+        ("all", False): (2, 2, 2),
+        ("all", True): (1, 2, 2),
+    }
+    assert kept["all", True] < kept["all", False] < kept["blocks", False] < kept["none", False]
 
 
 # ----------------------------------------------------------------------------------------- building

@@ -88,13 +88,15 @@ def test_directories_that_do_not_fit(internvl_dir, tmp_path):
     missing = rewrite(
         internvl_dir, tmp_path / "missing", lambda s, _: s.pop("language_model.model.norm.weight")
     )
-    with pytest.raises(CheckpointError, match=r"1 missing \(model.language_model.norm.weight\)"):
+    with pytest.raises(
+        CheckpointError, match=r"1 missing tensor \(model.language_model.norm.weight\)"
+    ):
         build_language_model(str(missing), {})
 
     def widen(state, config):
         config["text_config"]["intermediate_size"] = 64
 
-    with pytest.raises(CheckpointError, match="of another shape"):
+    with pytest.raises(CheckpointError, match="a checkpoint of another size"):
         build_language_model(str(rewrite(internvl_dir, tmp_path / "wide", widen)), {})
     with pytest.raises(CheckpointError, match="no such directory"):
         build_language_model(str(tmp_path / "nowhere"), {})

@@ -18,7 +18,7 @@ from muse.training.checkpointer import read_tree
 from muse.training.tokenizer_task import TokenizerTask, train
 from muse.training.trainer import Trainer
 from tests.helpers import tiny_model
-from tests.training.helpers import hold_equal
+from tests.training.helpers import TENSORS, hold_equal
 from tools.killing import records
 
 FOUR_STEPS = {"training": {"max_train_steps": 4}, "experiment": {"save_every": 2, "keep_last": 5}}
@@ -93,6 +93,33 @@ def hold_resumable(stage, changes, run, settings, tmp_path) -> None:
         assert (whole / "final" / name).read_bytes() == (broken / "final" / name).read_bytes()
 
 
+def test_a_run_goes_on_bit_for_bit_with_other_gradient_checkpointing(run, settings):
+    """What is recomputed changes no number: a run that ran out of memory may turn it on."""
+    stage = "synergistic_tuning"
+    whole = run(stage, FOUR_STEPS, output="whole")
+    broken = whole.with_name("broken")
+    shutil.copytree(whole / "checkpoint-2", broken / "checkpoint-2")
+    more = {"model": {"gradient_checkpointing": "all"}}
+    train(settings(stage, more, FOUR_STEPS, output="broken"))
+    for name in TENSORS:
+        left, right = (folder / "checkpoint-4" / name for folder in (whole, broken))
+        assert left.read_bytes() == right.read_bytes(), name
+
+
+def test_a_checkpoint_of_an_older_version_goes_on(run, settings):
+    """It says `gradient_checkpointing: false`."""
+    done = run("topology_warmup", FOUR_STEPS, output="old")
+    shutil.rmtree(done / "checkpoint-4")
+    shutil.rmtree(done / "final")
+    file = done / "checkpoint-2" / "state.json"
+    text = file.read_text()
+    assert text.count('"gradient_checkpointing", "none"') == 1
+    file.write_text(
+        text.replace('"gradient_checkpointing", "none"', '"gradient_checkpointing", false')
+    )
+    assert train(settings("topology_warmup", FOUR_STEPS, output="old")).is_dir()
+
+
 def test_a_finished_run_only_hands_out_its_result(run, settings, monkeypatch):
     done = run(output="done")
     before = (done / "final/model.safetensors").read_bytes()
@@ -106,9 +133,9 @@ def test_resume_can_be_refused_and_another_model_is(run, settings):
     with pytest.raises(
         ConfigError,
         match="written by another model or stage; choose another experiment.output_dir.*"
-        r"\(model.grad_scale=1.0 there, 0.5 here\)",
+        r"\(model.num_blocks=2 there, 3 here\)",
     ):
-        train(settings("topology_warmup", {"model": {"grad_scale": 0.5}}, output="done"))
+        train(settings("topology_warmup", {"model": {"num_blocks": 3}}, output="done"))
     with pytest.raises(
         ConfigError,
         match="another model or stage.*stage=topology_warmup there, semantic_injection here",
@@ -164,9 +191,23 @@ def test_a_run_goes_on_with_checkpointing_and_from_moved_sources(run, settings, 
     broken.mkdir()
     shutil.copytree(whole / "checkpoint-2", broken / "checkpoint-2")
     (tmp_path / "first").rename(tmp_path / "moved")
-    moved["gradient_checkpointing"] = True
+    moved["gradient_checkpointing"] = "blocks"
     train(settings("topology_warmup", FOUR_STEPS, {"model": moved}, output="broken"))
     hold_equal(whole / "checkpoint-4", broken / "checkpoint-4")
+
+
+def test_a_checkpoint_from_before_a_key_of_the_model_goes_on(run, settings):
+    """`model.encoder.drop_path` came later: its absence is its default."""
+    done = run("topology_warmup", FOUR_STEPS, output="done")
+    shutil.rmtree(done / "final")
+    shutil.rmtree(done / "checkpoint-4")
+    state = done / "checkpoint-2/state.json"
+    text = state.read_text()
+    assert text.count('["drop_path", 0.0]') == 1
+    state.write_text(text.replace(', ["drop_path", 0.0]', ""))
+    assert "drop_path" not in state.read_text()
+    train(settings("topology_warmup", FOUR_STEPS, output="done"))
+    assert (done / "final/model.safetensors").is_file()
 
 
 def test_moments_are_never_given_to_other_tensors(run, settings):

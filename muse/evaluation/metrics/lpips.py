@@ -43,7 +43,9 @@ class Lpips(nn.Module):
         else:
             state = read_state_dict(weights, f"LPIPS ({LPIPS_NETS[net]})")
         self.name = f"lpips_{net}"
-        self.network = lpips_network(net, state, weights or LPIPS_NETS[net], f"LPIPS ({net})")
+        self.network = lpips_network(
+            net, state, weights or LPIPS_NETS[net], f"LPIPS's backbone ({net})"
+        )
         self.weights_sha256 = state_sha256(self.network)
 
     @torch.no_grad()

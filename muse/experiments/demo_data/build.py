@@ -5,9 +5,10 @@ import logging
 from pathlib import Path
 
 from muse.errors import CheckpointError, ConfigError, DataError
-from muse.experiments.demo_data import shapes, stamps
+from muse.experiments.demo_data import edits, everything, questions, shapes, stamps
 from muse.experiments.demo_data.datacard import write_card
 from muse.experiments.demo_data.sample import Kind
+from muse.experiments.demo_data.shapes import CLASSES as SHAPE_CLASSES
 from muse.experiments.demo_data.shards_writer import plan_shards, write_shards
 from muse.experiments.demo_data.stamp_tables import CLASSES as STAMP_CLASSES
 from muse.utils.io import atomic_directory, write_json
@@ -16,10 +17,29 @@ logger = logging.getLogger(__name__)
 
 KINDS = {
     "stamps": Kind(stamps.VERSION, STAMP_CLASSES, stamps.prepare_stamps),
+    "everything": Kind(
+        everything.VERSION,
+        STAMP_CLASSES,
+        everything.prepare_everything,
+        everything.EXTRA_SPLITS,
+    ),
     "shapes": Kind(shapes.VERSION, shapes.CLASSES, shapes.prepare_shapes),
+    "edits": Kind(edits.VERSION, STAMP_CLASSES, edits.prepare_edits),
+    "questions": Kind(questions.VERSION, STAMP_CLASSES, questions.prepare_questions),
 }
-DEFAULT_IMAGES = {"stamps": 3000, "shapes": 512}
-OBJECTS = ("photo", "all")
+DEFAULT_IMAGES = {
+    "stamps": 3000,
+    "everything": 24000,
+    "shapes": 512,
+    "edits": 3000,
+    "questions": 3000,
+}
+# What is shown, by kind, the default first; `shapes` has no choice.
+OBJECTS = {
+    "stamps": ("photo", "all"),
+    "edits": ("photo", "drawn"),
+    "questions": ("photo", "drawn"),
+}
 TRAIN_SHARDS, VAL_SHARDS = 8, 2  # at least: every data worker of every process needs a shard
 MAX_PER_SHARD = 1000
 MANIFEST = "manifest.json"
@@ -31,7 +51,7 @@ def make_demo_data(
     images: int | None = None,
     size: int = 128,
     seed: int = 0,
-    objects: str = "photo",
+    objects: str | None = None,
     val_images: int | None = None,
     overwrite: bool = False,
     workers: int | None = None,
@@ -39,14 +59,15 @@ def make_demo_data(
     """Write WebDataset shards of demo pictures to `output`, or reuse what the same arguments wrote.
 
     Args:
-        kind: stamps (cut-outs on photographs, from Debian packages) or shapes (drawn, needs
-            nothing).
+        kind: stamps (cut-outs on photographs, from Debian packages), everything (drawings too),
+            shapes (drawn, needs nothing), edits (pairs with an instruction) or questions.
         output: the folder.
         images: training pictures; DEFAULT_IMAGES when None.
         size: side in pixels.
         seed: of every random choice.
-        objects: photo, or all to add cartoons and other domains to the training part of stamps.
-        val_images: 240 for stamps, an eighth of `images` for shapes when None.
+        objects: photo (when None), or all to add cartoons and other domains to the training part
+            of stamps, or drawn for edits and questions of drawn shapes.
+        val_images: an eighth of `images` for shapes, else 240 when None.
         overwrite: make it anew, also in place of demo data of other arguments.
         workers: processes, all cores when None.
 
@@ -77,16 +98,23 @@ def make_demo_data(
 
 
 def _checked(
-    kind: str, images: int | None, size: int, seed: int, objects: str, val_images: int | None
+    kind: str,
+    images: int | None,
+    size: int,
+    seed: int,
+    objects: str | None,
+    val_images: int | None,
 ) -> dict:
     """The arguments as the manifest holds them. ConfigError with the allowed range."""
     if kind not in KINDS:
         raise ConfigError(f"kind is {kind!r}; it is one of {', '.join(KINDS)}")
-    if objects not in OBJECTS:
-        raise ConfigError(f"objects is {objects!r}; it is one of {', '.join(OBJECTS)}")
+    choices = OBJECTS.get(kind, ("photo",))
+    objects = choices[0] if objects is None else objects
+    if objects not in choices:
+        raise ConfigError(f"objects is {objects!r}; of {kind} it is one of {', '.join(choices)}")
     images = DEFAULT_IMAGES[kind] if images is None else images
     if val_images is None:
-        val_images = 240 if kind == "stamps" else max(2 * VAL_SHARDS, images // 8)
+        val_images = max(2 * VAL_SHARDS, images // 8) if kind == "shapes" else 240
     ranges = {
         "images": (images, TRAIN_SHARDS, 10**6),
         "val_images": (val_images, VAL_SHARDS, 10**6),
@@ -103,7 +131,7 @@ def _checked(
         "val_images": val_images,
         "size": size,
         "seed": seed,
-        "objects": objects if kind == "stamps" else None,
+        "objects": objects if kind in OBJECTS else None,
     }
 
 
@@ -135,22 +163,24 @@ def _build(target: Path, manifest: dict, workers: int | None) -> dict:
 
 def _fill(folder: Path, manifest: dict, workers: int | None) -> dict:
     """All files of the data, in `folder`. Returns the full manifest."""
-    kind = KINDS[manifest["kind"]]
+    kind, classes = KINDS[manifest["kind"]], KINDS[manifest["kind"]].classes
+    if manifest["objects"] == "drawn":
+        classes = SHAPE_CLASSES
     make = kind.prepare(manifest["size"], manifest["seed"], manifest["objects"])
     shards = []
     for split, images, fewest in (
         ("train", manifest["images"], TRAIN_SHARDS),
-        ("val", manifest["val_images"], VAL_SHARDS),
+        *((name, manifest["val_images"], VAL_SHARDS) for name in ("val", *kind.extra_splits)),
     ):
         count = max(fewest, -(-images // MAX_PER_SHARD))
         shards += plan_shards(folder, split, images, count)
     records = write_shards(shards, make, workers)
     manifest = {
         **manifest,
-        "classes": list(kind.classes),
+        "classes": list(classes),
         "shards": [shard.path.name for shard in shards],
     }
-    (folder / "classes.txt").write_text("".join(f"{name}\n" for name in kind.classes))
+    (folder / "classes.txt").write_text("".join(f"{name}\n" for name in classes))
     (folder / "index.jsonl").write_text("".join(f"{json.dumps(record)}\n" for record in records))
     (folder / "datacard.md").write_text(write_card(manifest, records))
     write_json(folder / MANIFEST, manifest)

@@ -1,5 +1,7 @@
 """One composite: a cut-out at a random place, size, angle and light on a random background."""
 
+from typing import NamedTuple
+
 import numpy
 from PIL import Image, ImageFilter
 
@@ -15,31 +17,36 @@ _MIN_EXTENT = 0.55
 ROTATION = 15.0  # degrees, both ways
 PLAIN, BLURRED = 0.2, 0.35  # shares of synthetic and of out-of-focus backgrounds
 CATEGORY_SHARE = 0.5  # of the captions name the category
-_MIN_CONTRAST = 0.22  # RGB distance to the object; below it another background is tried
-_TRIES = 4
+MIN_CONTRAST = 0.22  # RGB distance to the object; below it another background is tried
+TRIES = 4
+OBJECT_LIGHT = {"light": 0.15, "saturation": 0.2}
+
+
+class Placement(NamedTuple):
+    """Where a cut-out stands in a picture."""
+
+    centre: numpy.ndarray  # (x, y) in pixels
+    extent: float  # longest side of the cut-out in pixels
+    angle: float = 0.0  # radians
+    mirrored: bool = False
 
 
 def composite(library: Library, index: int, size: int, rng: numpy.random.Generator) -> Sample:
     """Object `index` of the library on a background drawn by `rng`."""
-    item = library.objects[index]
-    colour, alpha = _place(library.cutouts[index], item.flip, size, rng)
-    colour = _jitter(colour, rng, light=0.15, saturation=0.2)
-    weight = alpha[..., None]
-    mean = (colour * weight).sum((0, 1)) / max(weight.sum(), 1e-6)
+    item, cutout = library.objects[index], library.cutouts[index]
+    colour, alpha = draw_cutout(cutout, size, draw_placement(cutout, item.flip, size, rng))
+    colour = jitter(colour, rng, **OBJECT_LIGHT)
     best, best_name, best_distance = None, "", -1.0
-    for _ in range(_TRIES):
+    for _ in range(TRIES):
         background, name = _background(library, size, rng)
-        distance = float(
-            numpy.linalg.norm((background * weight).sum((0, 1)) / max(weight.sum(), 1e-6) - mean)
-        )
+        distance = contrast(colour, alpha, background)
         if distance > best_distance:
             best, best_name, best_distance = background, name, distance
-        if distance >= _MIN_CONTRAST:
+        if distance >= MIN_CONTRAST:
             break
-    image = colour * weight + best * (1 - weight)
     kind = CLASSES[item.label] if rng.random() < CATEGORY_SHARE and names_category(item) else None
     return Sample(
-        (image.clip(0, 1) * 255).round().astype(numpy.uint8),
+        to_uint8_rgb(blend(colour, alpha, best)),
         numpy.where(alpha >= 0.5, 1 + item.label, 0).astype(numpy.uint8),
         sentence(item.phrase, item.style, kind),
         item.label,
@@ -47,25 +54,56 @@ def composite(library: Library, index: int, size: int, rng: numpy.random.Generat
     )
 
 
-def _place(
+def blend(colour: numpy.ndarray, alpha: numpy.ndarray, background: numpy.ndarray) -> numpy.ndarray:
+    """A layer (H,W,3) with its alpha (H,W) on a background (H,W,3)."""
+    weight = alpha[..., None]
+    return colour * weight + background * (1 - weight)
+
+
+def contrast(colour: numpy.ndarray, alpha: numpy.ndarray, background: numpy.ndarray) -> float:
+    """RGB distance between an object's mean colour and that of what it would cover."""
+    weight, total = alpha[..., None], max(alpha.sum(), 1e-6)
+    means = [(layer * weight).sum((0, 1)) / total for layer in (background, colour)]
+    return float(numpy.linalg.norm(means[0] - means[1]))
+
+
+def to_uint8_rgb(image: numpy.ndarray) -> numpy.ndarray:
+    """(H,W,3) floats in about [0,1] -> uint8."""
+    return (image.clip(0, 1) * 255).round().astype(numpy.uint8)
+
+
+def draw_placement(
     cutout: Image.Image, flip: bool, size: int, rng: numpy.random.Generator
-) -> tuple[numpy.ndarray, numpy.ndarray]:
-    """Colour (H,W,3) and alpha (H,W), float32 in [0,1], of the cut-out inside the picture."""
+) -> Placement:
+    """A random place, size and angle at which the whole cut-out is inside the picture."""
     angle = numpy.deg2rad(rng.uniform(-ROTATION, ROTATION))
     share = rng.uniform(*SCALE)
-    mirrored = -1.0 if flip and rng.random() < 0.5 else 1.0
-    cos, sin = numpy.cos(angle), numpy.sin(angle)
-    width, height = cutout.size
-    box = numpy.array([width * abs(cos) + height * abs(sin), width * abs(sin) + height * abs(cos)])
-    share = min(
-        SCALE[1], max(share, _MIN_EXTENT * numpy.sqrt(max(width, height) / min(width, height)))
-    )
-    scale = min(share * size / max(width, height), 0.99 * size / box.max())
+    mirrored = bool(flip and rng.random() < 0.5)
+    longest, shortest = max(cutout.size), min(cutout.size)
+    box = _box(cutout, angle)
+    share = min(SCALE[1], max(share, _MIN_EXTENT * numpy.sqrt(longest / shortest)))
+    scale = min(share * size / longest, 0.99 * size / box.max())
     centre = rng.uniform(0.5 * scale * box, size - 0.5 * scale * box)
+    return Placement(centre, scale * longest, angle, mirrored)
+
+
+def _box(cutout: Image.Image, angle: float) -> numpy.ndarray:
+    """Width and height of the turned cut-out, unscaled."""
+    cos, sin = abs(numpy.cos(angle)), abs(numpy.sin(angle))
+    width, height = cutout.size
+    return numpy.array([width * cos + height * sin, width * sin + height * cos])
+
+
+def draw_cutout(
+    cutout: Image.Image, size: int, placement: Placement
+) -> tuple[numpy.ndarray, numpy.ndarray]:
+    """Colour (H,W,3) and alpha (H,W), float32 in [0,1], of the cut-out inside the picture."""
+    cos, sin = numpy.cos(placement.angle), numpy.sin(placement.angle)
+    scale = placement.extent / max(cutout.size)
     # PIL wants output -> input: undo the shift, the rotation, the scale, the flip.
     turn = numpy.array([[cos, sin], [-sin, cos]]) / scale
-    turn[0] *= mirrored
-    shift = numpy.array([width, height]) / 2 - turn @ centre
+    turn[0] *= -1.0 if placement.mirrored else 1.0
+    shift = numpy.array(cutout.size) / 2 - turn @ placement.centre
     placed = cutout.transform(
         (size, size),
         Image.Transform.AFFINE,
@@ -76,7 +114,7 @@ def _place(
     return values[..., :3], values[..., 3]
 
 
-def _jitter(
+def jitter(
     colour: numpy.ndarray, rng: numpy.random.Generator, light: float, saturation: float
 ) -> numpy.ndarray:
     """Random brightness, contrast about the middle grey, and saturation."""
@@ -95,7 +133,13 @@ def _background(
     if rng.random() < PLAIN:
         return gradient(size, rng), "gradient"
     index = int(rng.integers(len(library.photographs)))
-    photograph = library.photographs[index]
+    return draw_photograph(library.photographs[index], size, rng), library.backgrounds[index].name
+
+
+def draw_photograph(
+    photograph: Image.Image, size: int, rng: numpy.random.Generator
+) -> numpy.ndarray:
+    """A random part of a photograph, (H,W,3) float32, in a light of its own."""
     side = rng.uniform(0.4, 1.0) * min(photograph.size)
     left, top = rng.uniform(0, numpy.array(photograph.size) - side)
     crop = photograph.resize(
@@ -106,9 +150,7 @@ def _background(
     values = numpy.asarray(crop, dtype=numpy.float32) / 255
     if rng.random() < 0.5:
         values = values[:, ::-1]
-    return _tint(_jitter(values, rng, light=0.25, saturation=0.4), rng), library.backgrounds[
-        index
-    ].name
+    return _tint(jitter(values, rng, light=0.25, saturation=0.4), rng)
 
 
 def _tint(values: numpy.ndarray, rng: numpy.random.Generator) -> numpy.ndarray:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+from muse.experiments.demo_data import everything
 from muse.experiments.demo_data.stamps import EXTRA_SHARE
 
 FILES = """\
@@ -9,6 +10,15 @@ Shards `train-*.tar` and `val-*.tar` with, per picture, `.jpg` (RGB, quality 95,
 subsampling), `.txt` (caption), `.cls` (class index, line of `classes.txt` from 0), `.seg.png`
 (8-bit grey, no palette: 0 is background, 1 + class index is object). `index.jsonl` names the object
 and the background of every picture."""
+FILES_OF_KINDS = {
+    "edits": """\
+Shards `train-*.tar` and `val-*.tar` with, per pair, `.input.jpg` and `.output.jpg` (before and
+after the change), `.txt` (the instruction), `.cls` (class of the object that is shown afterwards,
+or was removed), `.seg.png` (1 where the two pictures differ). `index.jsonl` names the change.""",
+    "questions": """\
+Shards `train-*.tar` and `val-*.tar` with, per picture, `.jpg`, `.json` (three questions with their
+answers, as `conversations`), `.cls` (class index), `.seg.png` (1 + class index is object).""",
+}
 LICENCES = """## Sources and licences
 - Cut-outs: Debian package `tuxpaint-stamps-default`, by many authors. Its copyright file names
   only the GPL-2, for the package as a whole; several pictures are under the GFDL, CC-BY or
@@ -28,12 +38,13 @@ Drawn by muse itself (Apache-2.0); no picture of anybody else is in it.
 def write_card(manifest: dict, records: list[dict]) -> str:
     """Markdown text of the card of a finished folder."""
     kind, classes = manifest["kind"], manifest["classes"]
+    drawn = kind == "shapes" or manifest["objects"] == "drawn"
     lines = [
         f"# Demo data: {kind}",
         "",
         f"{manifest['images']} training and {manifest['val_images']} validation pictures of "
         f"{manifest['size']}x{manifest['size']} pixels, seed {manifest['seed']}"
-        + (f", objects `{manifest['objects']}`." if kind == "stamps" else "."),
+        + (f", objects `{manifest['objects']}`." if manifest["objects"] else "."),
         "",
         "| class | train pictures | val pictures | train objects | val objects |",
         "|---|---|---|---|---|",
@@ -45,19 +56,38 @@ def write_card(manifest: dict, records: list[dict]) -> str:
     lines += [
         "",
         "## Files",
-        FILES,
+        FILES_OF_KINDS.get(kind, FILES),
         "",
         "## Split",
-        *_split(kind, manifest["objects"], records),
+        *_split(kind, drawn, manifest["objects"], records),
         "",
-        LICENCES if kind == "stamps" else DRAWN,
+        _licences(kind, drawn),
     ]
     return "\n".join(lines)
 
 
-def _split(kind: str, objects: str | None, records: list[dict]) -> list[str]:
-    if kind == "shapes":
+def _licences(kind: str, drawn: bool) -> str:
+    if drawn:
+        return DRAWN
+    return LICENCES + everything.LICENCES if kind == "everything" else LICENCES
+
+
+def _split(kind: str, drawn: bool, objects: str | None, records: list[dict]) -> list[str]:
+    """Lines of the card on what val shows that train does not."""
+    if kind == "edits":
+        return [
+            "The pictures before the change are split by object and background; what is asked for "
+            "is known from train in both parts. A class is shown as often as any other."
+        ]
+    if kind == "questions":
+        return [
+            "By object and by background: val shows none of train's. A class is shown as often as "
+            "any other."
+        ]
+    if drawn:
         return ["Val shows only colour + shape pairs and backgrounds that train never shows."]
+    if kind == "everything":
+        return everything.describe_parts(records)
     shown = {
         split: Counter(record["background"] for record in records if record["split"] == split)
         for split in ("train", "val")

@@ -2,9 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from io import BytesIO
 from typing import NamedTuple
 
 import numpy
+from PIL import Image
+
+JPEG_QUALITY = 95
 
 
 @dataclass(frozen=True)
@@ -20,6 +24,29 @@ class Sample:
     label: int  # index of the picture's class
     names: dict[str, str] = field(default_factory=dict)
 
+    def members(self) -> dict[str, bytes]:
+        """Its files in a shard, by ending."""
+        return {
+            "jpg": jpeg_bytes(self.image),
+            "txt": self.caption.encode(),
+            "cls": str(self.label).encode(),
+            "seg.png": png_bytes(self.mask),
+        }
+
+
+def jpeg_bytes(image: numpy.ndarray) -> bytes:
+    """(H,W,3) uint8 as a JPEG without chroma subsampling."""
+    buffer = BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=JPEG_QUALITY, subsampling=0)
+    return buffer.getvalue()
+
+
+def png_bytes(mask: numpy.ndarray) -> bytes:
+    """(H,W) uint8 as a grey PNG."""
+    buffer = BytesIO()
+    Image.fromarray(mask).save(buffer, "PNG")
+    return buffer.getvalue()
+
 
 class Kind(NamedTuple):
     """One kind of demo data."""
@@ -28,3 +55,4 @@ class Kind(NamedTuple):
     classes: tuple[str, ...]
     # (size, seed, objects) -> a function (split, index) -> Sample
     prepare: Callable[[int, int, str], Callable[[str, int], Sample]]
+    extra_splits: tuple[str, ...] = ()  # parts beside train and val, each of `val_images` pictures

@@ -53,16 +53,15 @@ class Shapes:
 
     def __call__(self, split: str, index: int) -> Sample:
         rng = numpy.random.default_rng([self.seed, _SPLITS[split], index])
-        names = list(BACKGROUNDS)
-        ground = str(rng.choice(names[-_HELD:] if split == "val" else names[:-_HELD]))
-        image = _ground(ground, self.size, rng)
+        ground = str(rng.choice(grounds_of(split)))
+        image = draw_ground(ground, self.size, rng)
         mask = numpy.zeros((self.size, self.size), numpy.uint8)
         owner = numpy.full(mask.shape, -1)
         main = CLASSES[index % len(CLASSES)]
         pairs = _draw_pairs(main, split, ground, rng)
         for number, (colour, shape) in enumerate(pairs):
             alpha = _free_shape(shape, mask > 0, rng)
-            surface = _surface(COLOURS[colour], self.size, rng)
+            surface = draw_surface(COLOURS[colour], self.size, rng)
             image = image * (1 - alpha[..., None]) + surface * alpha[..., None]
             inside = alpha >= 0.5
             mask[inside], owner[inside] = 1 + CLASSES.index(shape), number
@@ -81,6 +80,12 @@ class Shapes:
 def prepare_shapes(size: int, seed: int, objects: str = "photo") -> Shapes:
     """Makes drawn scenes; `objects` is not used."""
     return Shapes(size, seed)
+
+
+def grounds_of(split: str) -> list[str]:
+    """Names of the backgrounds of a split."""
+    names = list(BACKGROUNDS)
+    return names[-_HELD:] if split == "val" else names[:-_HELD]
 
 
 def held_out(colour: str, shape: str) -> bool:
@@ -110,8 +115,13 @@ def _draw_pairs(
     return [(str(rng.choice(allowed(shape))), shape) for shape in shapes if allowed(shape)][:count]
 
 
+def noun(colour: str, shape: str) -> str:
+    """Such as "an orange ring"."""
+    return f"{'an' if colour == 'orange' else 'a'} {colour} {shape}"
+
+
 def _caption(pairs: list[tuple[str, str]], ground: str) -> str:
-    nouns = [f"{'an' if colour == 'orange' else 'a'} {colour} {shape}" for colour, shape in pairs]
+    nouns = [noun(*pair) for pair in pairs]
     text = nouns[0] if len(nouns) == 1 else f"{', '.join(nouns[:-1])} and {nouns[-1]}"
     return f"{text[0].upper()}{text[1:]} on {ground}."
 
@@ -123,7 +133,7 @@ def _ramp(size: int, rng: numpy.random.Generator) -> numpy.ndarray:
     return numpy.cos(angle) * x + numpy.sin(angle) * y
 
 
-def _ground(name: str, size: int, rng: numpy.random.Generator) -> numpy.ndarray:
+def draw_ground(name: str, size: int, rng: numpy.random.Generator) -> numpy.ndarray:
     """Background (H,W,3) in [0,1]: base colour, shade, and a grain that depends on the name."""
     kind = list(BACKGROUNDS).index(name)
     cells = [max(2, round(size / step)) for step in ((4, 4), (2, 16), (16, 2))[kind % 3]]
@@ -133,7 +143,9 @@ def _ground(name: str, size: int, rng: numpy.random.Generator) -> numpy.ndarray:
     return (numpy.array(BACKGROUNDS[name]) / 255 * light[..., None]).clip(0, 1)
 
 
-def _surface(colour: tuple[int, int, int], size: int, rng: numpy.random.Generator) -> numpy.ndarray:
+def draw_surface(
+    colour: tuple[int, int, int], size: int, rng: numpy.random.Generator
+) -> numpy.ndarray:
     """The surface of a shape (H,W,3) in [0,1]: shaded, plain or striped."""
     light = rng.uniform(0.85, 1.05) + 0.5 * _ramp(size, rng)
     if rng.random() < 0.4:
@@ -157,9 +169,17 @@ def _shape(name: str, size: int, main: bool, rng: numpy.random.Generator) -> num
     wide = size * _OVERSAMPLE
     radius = rng.uniform(0.2, 0.32) * wide if main else rng.uniform(0.1, 0.18) * wide
     centre = rng.uniform(radius, wide - radius, 2)
-    turn = numpy.deg2rad(rng.uniform(-20, 20))
+    return outline(name, size, centre / _OVERSAMPLE, radius / _OVERSAMPLE, rng.uniform(-20, 20))
+
+
+def outline(
+    name: str, size: int, centre: numpy.ndarray, radius: float, degrees: float
+) -> numpy.ndarray:
+    """Alpha (H,W) in [0,1] of a shape at (x, y) pixels, turned."""
+    wide = size * _OVERSAMPLE
     picture = Image.new("L", (wide, wide))
-    _OUTLINES[name](ImageDraw.Draw(picture), centre, radius, turn)
+    draw, turn = ImageDraw.Draw(picture), numpy.deg2rad(degrees)
+    _OUTLINES[name](draw, centre * _OVERSAMPLE, radius * _OVERSAMPLE, turn)
     return numpy.asarray(picture.resize((size, size), Image.Resampling.BOX), numpy.float64) / 255
 
 

@@ -10,13 +10,10 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image
-
 from muse.experiments.demo_data.sample import Sample
 
 logger = logging.getLogger(__name__)
 
-JPEG_QUALITY = 95
 _make: Callable[[str, int], Sample] | None = None  # of the worker process: (split, index) -> sample
 
 
@@ -80,7 +77,7 @@ def _write_shard(shard: Shard) -> list[dict]:
         for index in range(shard.start, shard.stop):
             sample = _make(shard.split, index)
             key = f"{shard.split}{index:06d}"
-            for extension, content in _members(sample).items():
+            for extension, content in sample.members().items():
                 info = tarfile.TarInfo(f"{key}.{extension}")
                 info.size, info.mtime, info.mode = len(content), 0, 0o644
                 tar.addfile(info, io.BytesIO(content))
@@ -94,15 +91,3 @@ def _write_shard(shard: Shard) -> list[dict]:
                 }
             )
     return records
-
-
-def _members(sample: Sample) -> dict[str, bytes]:
-    image, mask = io.BytesIO(), io.BytesIO()
-    Image.fromarray(sample.image).save(image, "JPEG", quality=JPEG_QUALITY, subsampling=0)
-    Image.fromarray(sample.mask).save(mask, "PNG")
-    return {
-        "jpg": image.getvalue(),
-        "txt": sample.caption.encode(),
-        "cls": str(sample.label).encode(),
-        "seg.png": mask.getvalue(),
-    }

@@ -177,3 +177,24 @@ VAL_BACKGROUNDS = {
     "friends_by_Aitzol_Berasategi",
     "Infinite-Sea_by_Aury88",
 }
+# Training photograph -> where an object is that stands before it, for "put it ...".
+PLACES = {
+    "Bridge_by_Sander_Klootwijk": "under a blue sky",
+    "Fossa_by_Jasper_Roks": "on a purple pattern",
+    "Kleiber_by_Lukas_Baubkus": "in front of bark",
+    "Painting-Colors_by__herobrine7gamer": "on pink stripes",
+    "Picture_0B_by_freespace": "on stone",
+    "Picture_1A_by_freespace": "in front of a blue wall",
+    "aitzgorri_by_Aitzol_Berasategi": "on a hill",
+    "analogpattern_by_Peter_Nerlich": "on a green pattern",
+    "brick": "on bricks",
+    "free_by_Peter_Nerlich": "on a grey floor",
+    "grass": "on grass",
+    "greentock_by_Peter_Nerlich": "on yellow plastic",
+    "hubble_deep_field": "among the stars",
+    "life_by_Aitzol_Berasategi": "by a stream",
+    "seeding_by_Clements_Engelhardt": "among dandelions",
+    "sunset_by_Aitzol_Berasategi": "in front of a sunset",
+    "umang_by_Abhishek_Mudgal": "on a rainbow pattern",
+}
+PLAIN_PLACE = "on a plain background"
