@@ -118,6 +118,11 @@ class TrainingConfig:
     gradient_accumulation_steps: int = key(1, "forward passes an optimizer step", least=1)
     max_grad_norm: float = key(1.0, "gradients are clipped to this norm; 0: not clipped", least=0)
     mixed_precision: str = key("bf16", choices=("no", "bf16", "fp16"))
+    compile: bool = key(
+        False,
+        "torch.compile of decoder, blocks and discriminator, each by itself: the first step takes "
+        "minutes, those after it less time and memory",
+    )
     use_ema: bool = key(
         True, "keep running means of the trained tensors; evaluation and `final` use them"
     )

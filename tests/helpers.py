@@ -29,6 +29,16 @@ DECODER = {
     "decoder_qkv_multiscales": [[], [], []],
     "upsample_block_type": "interpolate",
 }
+# Every kind of block that DC-AE has: residual, with attention, both ways to enlarge.
+MIXED_DECODER = {
+    "latent_channels": 8,
+    "attention_head_dim": 4,
+    "decoder_block_types": ["ResBlock", "EfficientViTBlock", "EfficientViTBlock"],
+    "decoder_block_out_channels": [8, 8, 16],
+    "decoder_layers_per_block": [1, 1, 1],
+    "decoder_qkv_multiscales": [[], [], [5]],
+    "upsample_block_type": "interpolate",
+}
 MODEL = {
     "dim": 32,
     "num_heads": 2,

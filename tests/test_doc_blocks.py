@@ -19,6 +19,7 @@ from typing import NamedTuple
 import pytest
 
 from muse.config import load_config
+from muse.generation.generator_config import load_generator_config
 from tests import forked_python
 from tests.helpers import ROOT
 
@@ -244,8 +245,8 @@ def command_lines(code: str) -> list[str]:
 
 
 def check_words(words: list[str]) -> None:
-    """The script's own parser takes them, and the tokenizer's configuration that they name is
-    valid with its overrides.
+    """The script's own parser takes them, and the configuration that they name is valid with its
+    overrides.
     """
     place = next((index for index, word in enumerate(words) if word.endswith(".py")), None)
     if place is None:
@@ -257,7 +258,8 @@ def check_words(words: list[str]) -> None:
     flags = vars(found.value.args[0])
     config = flags.get("config")
     if config and ("muse_" in config or Path(config).is_file()):
-        load_config(config, flags["overrides"])
+        of_generator = script.stem in ("train_generator", "generate")
+        (load_generator_config if of_generator else load_config)(config, flags["overrides"])
 
 
 def test_unknown_words_are_found(dry_environment, parse_alone, capsys):

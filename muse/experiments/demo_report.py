@@ -220,10 +220,23 @@ def write_report(
         parts.append(f"<h2>{caption}</h2><img src='{path.name}' alt='{caption}'>")
     parts.append(f"<h2>Numbers</h2>{_page_table(results)}")
     parts.append(f"<p>{html.escape(routing_line(results))}.</p>")
+    parts += _samples(output)
     write_text(output / "table.md", readme_table(results))
     page = output / "report.html"
     write_text(page, "\n".join(parts) + "\n")
     return page
+
+
+def _samples(output: Path) -> list[str]:
+    """What tools/demo_generation.sh has left beside this demo's directory, if it has run."""
+    file = output.resolve().parent / "demo-generation" / "guided.png"
+    if not file.is_file():
+        return []
+    place = f"../{file.parent.name}/{file.name}"
+    return [
+        "<h2>Samples of tools/demo_generation.sh, with guidance</h2>",
+        f"<a href='{place}'><img src='{place}' alt='generated pictures'></a>",
+    ]
 
 
 def _intro(results: dict[str, Any]) -> str:

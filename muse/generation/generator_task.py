@@ -25,7 +25,7 @@ from muse.generation.image_sampler import ImageSampler
 from muse.generation.latent_data import latent_loader
 from muse.generation.latent_shards import LatentShards
 from muse.generation.latent_tokenizer import LatentTokenizer, open_tokenizer
-from muse.generation.latents import LatentStatistics
+from muse.generation.latents import LatentStatistics, check_tokenizer
 from muse.generation.lightningdit import LightningDiT
 from muse.generation.sample_distance import SampleDistance
 from muse.training.task import TrainingTask
@@ -219,3 +219,15 @@ class GeneratorTask(TrainingTask):
         """The weights and the statistics, without which nobody could use them."""
         super().write_model(folder, model, weights, final)
         self.statistics.save(folder / STATISTICS)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Whose latents it learns."""
+        return {"tokenizer_sha256": self.shards.tokenizer_sha256}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """`CheckpointError` where the latents have been extracted anew by another tokenizer."""
+        check_tokenizer(
+            f"{self.cfg.experiment.output_dir}: its checkpoint",
+            state["tokenizer_sha256"],
+            self.shards.tokenizer_sha256,
+        )

@@ -153,6 +153,14 @@ def scale_gradient(x: Tensor, scale: float) -> Tensor:
     return x if scale == 1.0 else _ScaleGradient.apply(x, scale)
 
 
+def convolution_layout(images: Tensor) -> Tensor:
+    """(B, C, H, W) as convolutions want it: channels last on a GPU, whose matrix units read it so.
+
+    Each convolution hands the layout on. A CPU is as fast either way (docs/performance.md).
+    """
+    return images.contiguous(memory_format=torch.channels_last) if images.is_cuda else images
+
+
 def padding_to_multiple(size: tuple[int, int], multiple: int) -> tuple[int, int]:
     """Rows and columns that (H, W) lacks to the next multiple."""
     return tuple(math.ceil(side / multiple) * multiple - side for side in size)

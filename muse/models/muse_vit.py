@@ -22,6 +22,7 @@ from muse.models.layers import (
     RMSNorm,
     RotaryEmbedding,
     check_images,
+    convolution_layout,
     padding_to_multiple,
     pixel_unshuffle,
     scale_gradient,
@@ -159,7 +160,8 @@ class MUSE_ViT(PretrainedMixin, nn.Module):
                 f"got {tuple(latent.shape)}"
             )
         size = size or (latent.shape[-2] * self.cell, latent.shape[-1] * self.cell)
-        pixels = (self.decoder(self.decoder_adapter(latent)) + 1) / 2  # DC-AE works in [-1, 1]
+        latent = convolution_layout(self.decoder_adapter(latent))
+        pixels = (self.decoder(latent) + 1) / 2  # DC-AE works in [-1, 1]
         if pixels.shape[-2:] != tuple(size):
             pixels = F.interpolate(pixels, size=tuple(size), mode="bilinear", align_corners=False)
         return pixels

@@ -23,6 +23,8 @@ class Adversary:
         self.end_lr = cfg.lr_scheduler.params.discriminator_end_lr
         self._clamp = cfg.losses.clamp_reconstruction
         discriminator = build_discriminator(cfg).to(accelerator.device)
+        if cfg.training.compile:
+            discriminator.compile()
         self.loss = AdversarialLoss(section.start, section.lecam_weight, section.lecam_decay)
         self.loss.to(accelerator.device)
         self._pairs: list[tuple[Tensor, Tensor]] = []  # (images, reconstruction) a micro-batch

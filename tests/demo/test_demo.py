@@ -63,6 +63,15 @@ def test_a_second_run_trains_nothing(run, monkeypatch):
     }
 
 
+def test_the_page_shows_samples_where_they_exist(tmp_path):
+    demo_folder, beside = tmp_path / "demo", tmp_path / "demo-generation"
+    demo_folder.mkdir()
+    assert demo_report._samples(demo_folder) == []
+    beside.mkdir()
+    (beside / "guided.png").write_bytes(b"")
+    assert "<img src='../demo-generation/guided.png'" in demo_report._samples(demo_folder)[1]
+
+
 def test_a_slow_machine_gets_fewer_steps():
     plan = demo.DemoPlan((100, 200, 100, 50))
     assert plan.fitted(demo.REFERENCE_STEP) == plan

@@ -14,6 +14,7 @@ from muse.generation.generator import Generator
 from muse.generation.generator_task import GeneratorTask, train_generator
 from muse.generation.latent_data import latent_loader
 from muse.training.trainer import Trainer
+from scripts import extract_latents
 from scripts import train_generator as script
 from tests.generation.conftest import generator_settings, save_tokenizer
 from tests.helpers import one_error
@@ -218,6 +219,18 @@ def test_latents_of_another_tokenizer_are_refused(generator_cfg, tokenizer_dir, 
     statistics.save(copied / "statistics.safetensors")
     with pytest.raises(CheckpointError, match="statistics.*latents of another tokenizer"):
         train_generator(generator_cfg({"latents": {"path": str(copied)}}))
+
+
+def test_a_run_does_not_go_on_with_latents_of_another_tokenizer(
+    generator_cfg, latents_dir, tokenizer_config, tmp_path
+):
+    cfg = generator_cfg(EVERY_TWO)
+    train_generator(cfg)
+    other, folder = save_tokenizer(tmp_path / "other", seed=1), tmp_path / "latents"
+    words = ["--config", str(tokenizer_config), "--checkpoint", str(other)]
+    assert extract_latents.main([*words, "--output", str(folder)]) == 0
+    with pytest.raises(CheckpointError, match="its checkpoint: latents of another tokenizer"):
+        train_generator(generator_cfg(EVERY_TWO, {"latents": {"path": str(folder)}}))
 
 
 def test_it_goes_on_without_a_decoder(generator_cfg, latents_dir, tmp_path, caplog):

@@ -8,18 +8,7 @@ from torch import nn
 
 from muse.analysis.counters import SavedTensors
 from muse.models.dc_ae import SameTypeRMSNorm, build_decoder
-from tests.helpers import DECODER, merged
-
-# Every kind of block that DC-AE has: residual, with attention, both ways to enlarge.
-MIXED = {
-    "latent_channels": 8,
-    "attention_head_dim": 4,
-    "decoder_block_types": ["ResBlock", "EfficientViTBlock", "EfficientViTBlock"],
-    "decoder_block_out_channels": [8, 8, 16],
-    "decoder_layers_per_block": [1, 1, 1],
-    "decoder_qkv_multiscales": [[], [], [5]],
-    "upsample_block_type": "interpolate",
-}
+from tests.helpers import DECODER, MIXED_DECODER, merged
 
 
 def norms(channels: int) -> tuple[nn.Module, nn.Module]:
@@ -71,7 +60,7 @@ def test_the_norm_keeps_its_input_and_one_number_a_place():
     del out
 
 
-@pytest.mark.parametrize("fields", [DECODER, MIXED], ids=["residual", "mixed"])
+@pytest.mark.parametrize("fields", [DECODER, MIXED_DECODER], ids=["residual", "mixed"])
 def test_the_decoder_equals_diffusers_with_the_same_names(fields):
     torch.manual_seed(0)
     decoder, all_fields = build_decoder("random", fields)
@@ -90,7 +79,7 @@ def test_the_decoder_equals_diffusers_with_the_same_names(fields):
     assert all(torch.equal(ours[name].grad, theirs[name].grad) for name in ours)
 
 
-@pytest.mark.parametrize("fields", [DECODER, MIXED], ids=["residual", "mixed"])
+@pytest.mark.parametrize("fields", [DECODER, MIXED_DECODER], ids=["residual", "mixed"])
 def test_under_autocast_every_activation_of_the_decoder_is_bfloat16(fields):
     decoder, _ = build_decoder("random", fields)
     types = {}
@@ -105,7 +94,7 @@ def test_under_autocast_every_activation_of_the_decoder_is_bfloat16(fields):
     assert len(types) > 10 and set(types.values()) == {torch.bfloat16}, types
 
 
-@pytest.mark.parametrize("fields", [DECODER, MIXED], ids=["residual", "mixed"])
+@pytest.mark.parametrize("fields", [DECODER, MIXED_DECODER], ids=["residual", "mixed"])
 def test_a_recomputed_decoder_has_the_same_names_outputs_and_gradients(fields):
     torch.manual_seed(0)
     plain, _ = build_decoder("random", fields)
