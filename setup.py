@@ -21,6 +21,6 @@ setup(
     # `muse.config.shipped_config` finds it.
     packages=[*find_packages(include=["muse", "muse.*"]), "muse.configs"],
     package_dir={"muse.configs": "configs"},
-    package_data={"muse.configs": ["**/*.yaml"]},
+    package_data={"muse": ["pretrained/*/*"], "muse.configs": ["**/*.yaml"]},
     install_requires=requirements,
 )

@@ -6,7 +6,10 @@ from muse.errors import ConfigError
 
 
 def check_together(config: DictConfig) -> None:
-    """The whole configuration: model, latent, losses with their teachers, crop."""
+    """The whole configuration: model, latent, losses with their teachers, crop.
+
+    Training asks for more of the crop, see `check_training_crop`.
+    """
     check_model(config.model)
     _check_latent(config.model)
     _check_losses(config)
@@ -58,6 +61,11 @@ def _check_crop(config: DictConfig) -> None:
         raise ConfigError(
             f"dataset.preprocessing.crop_size={crop} is larger than resize_shorter_edge={resize}"
         )
+
+
+def check_training_crop(config: DictConfig) -> None:
+    """Training crops are whole cells; a measurement takes any picture, which the model pads."""
+    crop = config.dataset.preprocessing.crop_size
     patch = config.model.encoder.config.get("patch_size", 14)
     patch = patch if isinstance(patch, int) else patch[0]
     cell = patch * config.model.unshuffle

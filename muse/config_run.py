@@ -40,7 +40,9 @@ class DatasetParamsConfig:
 @dataclass
 class PreprocessingConfig:
     resize_shorter_edge: int = key(224, "pixels", least=1)
-    crop_size: int = key(224, "pixels; a multiple of encoder patch x model.unshuffle", least=1)
+    crop_size: int = key(
+        224, "pixels; in training a multiple of encoder patch x model.unshuffle", least=1
+    )
     random_crop: bool = key(True, "false: the middle")
     random_flip: bool = key(True, "left-right, half of the time")
 

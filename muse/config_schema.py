@@ -89,8 +89,18 @@ class FeatureTeacherConfig:
     cache: Any = key(False, "as teacher.topology.cache")
 
 
+# How a frozen network computes.
+PRECISIONS = ("float32", "tf32", "bf16")
+
+
 @dataclass
 class TeacherConfig:
+    precision: str | None = key(
+        None,
+        "float32 | tf32 | bf16; of the teachers' networks, while softmax and divergence stay in "
+        "float32; null: bf16 where training.mixed_precision is, else float32",
+        choices=PRECISIONS,
+    )
     topology: TopologyTeacherConfig = section(TopologyTeacherConfig)
     text: TextTeacherConfig = section(TextTeacherConfig)
     feature: FeatureTeacherConfig = section(FeatureTeacherConfig)
@@ -111,6 +121,11 @@ class PerceptualLossConfig:
         "convnext_s, efficientnet_lite0, random",
     )
     weight: float = key(1.1, "of the weighted mean of the parts", least=0)
+    precision: str | None = key(
+        None,
+        "as teacher.precision, of the parts' networks; distances stay in float32",
+        choices=PRECISIONS,
+    )
     blocks: list[int] | None = key(None, "efficientnet_lite0: which blocks (0-15); null: 2, 4, 10")
     weights: dict[str, str] = key(
         {}, "part: file with its backbone's weights, where it cannot be downloaded"
@@ -171,6 +186,15 @@ class DistillationLossConfig:
 
 
 @dataclass
+class RecognitionLossConfig:
+    weight: float = key(
+        0.0, "an EfficientNet's features and classes, and the pixels (muse_tiny's encoder)", least=0
+    )
+    pixel_weight: float = key(5.0, "of the linear pixel head")
+    class_weight: float = key(0.3, "of the divergence over ImageNet's classes")
+
+
+@dataclass
 class LossesConfig:
     clamp_reconstruction: bool = key(
         False,
@@ -183,6 +207,7 @@ class LossesConfig:
     itc: ITCLossConfig = section(ITCLossConfig)
     adversarial: AdversarialLossConfig = section(AdversarialLossConfig)
     distillation: DistillationLossConfig = section(DistillationLossConfig)
+    recognition: RecognitionLossConfig = section(RecognitionLossConfig)
 
 
 # --------------------------------------------------------------------------------------- the whole

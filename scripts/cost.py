@@ -50,7 +50,13 @@ def make_parser() -> argparse.ArgumentParser:
         "--peak_tflops_float32",
         type=float,
         default=67,
-        help="of a GPU in float32; H100 SXM without TF32 (with: 494)",
+        help="of a GPU in float32; H100 SXM without TF32",
+    )
+    parser.add_argument(
+        "--peak_tflops_tf32", type=float, default=494, help="of a GPU in TF32; H100 SXM, dense"
+    )
+    parser.add_argument(
+        "--bandwidth_gb", type=float, default=3350, help="of a GPU's memory, GB/s; H100 SXM"
     )
     parser.add_argument("--markdown", action="store_true", help="print the table as Markdown")
     parser.add_argument("--json", metavar="FILE", help="also write every number to this file")
@@ -60,7 +66,8 @@ def make_parser() -> argparse.ArgumentParser:
 
 def check_numbers(args: argparse.Namespace) -> None:
     """`ConfigError` for a flag out of its range."""
-    for name in ("batch_size", "gpus", "utilisation", "peak_tflops", "peak_tflops_float32"):
+    peaks = ("peak_tflops", "peak_tflops_float32", "peak_tflops_tf32", "bandwidth_gb")
+    for name in ("batch_size", "gpus", "utilisation", *peaks):
         if getattr(args, name) is not None and not getattr(args, name) > 0:
             raise ConfigError(f"--{name} must be above 0, got {getattr(args, name)}")
     if args.utilisation > 1:
@@ -119,6 +126,8 @@ def main(argv=None) -> int:
             utilisation=args.utilisation,
             peak=args.peak_tflops,
             peak_float32=args.peak_tflops_float32,
+            peak_tf32=args.peak_tflops_tf32,
+            bandwidth=args.bandwidth_gb,
         )
         | {"name": f"{file.parent.name}/{file.stem}"}
         for file in files

@@ -4,12 +4,10 @@ The values go to OUTPUT_DIR/metrics.json, the first pictures to OUTPUT_DIR/recon
 """
 
 import sys
-from pathlib import Path
 
 from muse import cli
 from muse.evaluation import command
-from muse.evaluation.evaluator import measure_reconstruction
-from muse.utils.viz_utils import save_image
+from muse.evaluation.evaluator import check_metric_names, measure_reconstruction
 
 DEFAULT_METRICS = "rfid,is,psnr,ssim,lpips"
 OPTIONS = ("feature_network", "feature_weights", "inception_weights", "lpips_net", "lpips_weights")
@@ -41,14 +39,13 @@ def main(argv=None) -> int:
         parser, "num_pictures", type=int, default=8, help="pictures in reconstructions.png"
     )
     args = cli.parse(parser, argv)
-    setup = command.set_up(args, cli.load_cfg(args))
     names = [name.strip() for name in args.metrics.split(",") if name.strip()]
+    check_metric_names(names)
+    setup = command.set_up(args, cli.load_cfg(args))
     options = {name: getattr(args, name) for name in OPTIONS}
     measured = measure_reconstruction(setup, names, args.num_pictures, **options)
     if measured is not None:
-        path = command.write_metrics(setup, measured)
-        if measured.picture is not None:
-            save_image(measured.picture, Path(setup.output_dir) / "reconstructions.png")
+        path = command.write_metrics(setup, measured, "reconstructions.png")
         for name, value in measured.values.items():
             print(f"{name:>24} {value:.4f}")
         print(path)

@@ -3,16 +3,16 @@
 The values go to OUTPUT_DIR/metrics.json.
 """
 
-import math
 import os
 import sys
 
 from muse import __version__, cli
 from muse.errors import ConfigError, DataError, MuseError
-from muse.evaluation.image_comparison import ComparisonOptions, check_metrics, compare_image_sets
+from muse.evaluation import command
+from muse.evaluation.image_comparison import ComparisonOptions, check_names, compare_image_sets
 from muse.evaluation.image_sets import open_image_set
 from muse.evaluation.protocols import describe, find_protocol, protocol_names, with_cut
-from muse.utils.io import versions, writable_directory, write_json
+from muse.utils.io import versions
 
 COMMAND = "evaluate_images"
 
@@ -55,6 +55,7 @@ def main(argv=None) -> int:
             raise ConfigError(f"--{name} must be at least {least}, not {getattr(args, name)}")
     recipe = with_cut(find_protocol(args.protocol, COMMAND), None, args.resize, args.crop)
     metrics = args.metrics.split(",") if args.metrics is not None else recipe.metrics
+    names = check_names([name.strip() for name in metrics if name.strip()])
     options = ComparisonOptions(
         cli.device(args.device),
         args.batch_size,
@@ -63,9 +64,8 @@ def main(argv=None) -> int:
         args.feature_weights,
         args.lpips_weights,
     )
+    output = command.clear_metrics(args.output_dir)
     real, fake = (open_image_set(source, recipe.crop) for source in (args.real, args.fake))
-    names = check_metrics([name.strip() for name in metrics if name.strip()], real, fake)
-    output = writable_directory(args.output_dir)
     try:
         values, facts = compare_image_sets(real, fake, names, recipe, options)
     except MuseError:
@@ -74,15 +74,14 @@ def main(argv=None) -> int:
         raise DataError(f"{args.fake}: {error}") from error
     for name, value in values.items():
         print(f"{name:>24} {value:.4f}")
-    record = {name: value if math.isfinite(value) else None for name, value in values.items()}
     facts |= {
         "protocol": describe(args.protocol, COMMAND, recipe),
         "device": options.device,
         "muse": __version__,
         "versions": versions(),
     }
-    write_json(output / "metrics.json", {**record, "protocol": facts})
-    print(output / "metrics.json")
+    command.write_values(output / command.METRICS_FILE, values, facts)
+    print(output / command.METRICS_FILE)
     return 0
 
 

@@ -41,6 +41,7 @@ def main(argv=None) -> int:
     setup = command.set_up(args, cli.load_cfg(args))
     measured = run_linear_probe(setup, recipe, args.feature, args.baseline)
     if measured is not None:
+        path = command.write_metrics(setup, measured)
         values, name = measured.values, measured.facts["network"]["feature"]
         print(
             f"linear probe of {name} features, {values['classes']} classes, "
@@ -50,7 +51,7 @@ def main(argv=None) -> int:
         for name, key in (("last epoch", "last"), ("best epoch", "best"), ("majority", "majority")):
             print(f"{name:>14} {values[key]['micro']:8.4f} {values[key]['macro']:8.4f}")
         print(f"{'chance':>14} {values['chance']:8.4f} {values['chance']:8.4f}")
-        print(command.write_metrics(setup, measured))
+        print(path)
     return 0
 
 

@@ -4,12 +4,10 @@ The mIoU goes to OUTPUT_DIR/metrics.json, some predictions to OUTPUT_DIR/segment
 """
 
 import sys
-from pathlib import Path
 
 from muse import cli
 from muse.evaluation import command
 from muse.evaluation.segmentation import SegmentRecipe, run_segment_probe
-from muse.utils.viz_utils import save_image
 
 
 @cli.entry
@@ -48,9 +46,7 @@ def main(argv=None) -> int:
     setup = command.set_up(args, cli.load_cfg(args))
     measured = run_segment_probe(setup, recipe, args.feature, baseline, args.num_pictures)
     if measured is not None:
-        path = command.write_metrics(setup, measured)
-        if measured.picture is not None:
-            save_image(measured.picture, Path(setup.output_dir) / "segmentation.png")
+        path = command.write_metrics(setup, measured, "segmentation.png")
         values = measured.values
         absent, classes = values["classes_absent"], values["classes"]
         print(

@@ -7,7 +7,7 @@ import sys
 
 from muse import cli
 from muse.evaluation import command
-from muse.evaluation.zero_shot import run_zero_shot
+from muse.evaluation.zero_shot import check_candidates, run_zero_shot
 
 
 @cli.entry
@@ -17,8 +17,9 @@ def main(argv=None) -> int:
     command.add_flag(
         parser,
         "classnames",
-        help="file, one name a line in the order of the labels; default: classes.txt beside the "
-        "shards, the class folders' names, else open_clip's ImageNet names",
+        help="file, one name a line in the order of the labels, or `imagenet`; default: "
+        "classes.txt beside the data, the class folders' names (WordNet ids have theirs), else "
+        "ImageNet's, if the labels are all of them",
     )
     command.add_flag(
         parser,
@@ -36,12 +37,14 @@ def main(argv=None) -> int:
     probe = "nothing is trained here; the linear probe is scripts/linear_probe.py"
     cli.refuse(parser, probe, *("--mode", "--lp_lr", "--lp_epochs", "--lr", "--epochs"))
     args = cli.parse(parser, argv)
+    check_candidates(args.retrieval)
     setup = command.set_up(args, cli.load_cfg(args))
     measured = run_zero_shot(setup, args.classnames, args.templates, args.retrieval)
     if measured is not None:
+        path = command.write_metrics(setup, measured)
         for name, value in measured.values.items():
             print(f"{name:>20} {value:.4f}" if isinstance(value, float) else f"{name:>20} {value}")
-        print(command.write_metrics(setup, measured))
+        print(path)
     return 0
 
 

@@ -5,6 +5,8 @@ what else the package needs takes seconds; a fork has it already, and is a proce
 everything else: arguments, folder, environment, files.
 """
 
+import atexit
+import gc
 import importlib
 import json
 import os
@@ -13,7 +15,9 @@ import signal
 import socket
 import subprocess
 import sys
+import traceback
 from pathlib import Path
+from typing import NoReturn
 
 PRELOADED = (
     "accelerate",
@@ -58,9 +62,10 @@ def start(folder: Path, environment: dict[str, str]) -> subprocess.Popen:
 
 
 def serve(address: str) -> None:
-    """Fork for each client, for ever. Only a fork returns, to end as a command does."""
+    """Fork for each client, for ever; a fork runs the client's command and ends."""
     for module in PRELOADED:
         importlib.import_module(module)
+    gc.freeze()  # a collection in a fork would copy all that was loaded
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(address)
     listener.listen()
@@ -71,13 +76,12 @@ def serve(address: str) -> None:
         if os.fork() == 0:
             listener.close()
             signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            if run_and_report(client):
-                return
+            report_or_run(client)
         client.close()
 
 
-def run_and_report(client: socket.socket) -> bool:
-    """Fork once more: True in the process that runs the command; the other one reports its end."""
+def report_or_run(client: socket.socket) -> NoReturn:
+    """Fork once more: one process runs the command, the other reports its exit code."""
     _, files, _, _ = socket.recv_fds(client, 1, 3)
     words, folder, environment = json.loads(b"".join(iter(lambda: client.recv(65536), b"")))
     if process := os.fork():
@@ -91,8 +95,22 @@ def run_and_report(client: socket.socket) -> bool:
     os.chdir(folder)
     os.environ.clear()
     os.environ.update(environment)
-    sys.argv = words
-    return True
+    code = 0
+    try:
+        run(words)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+        if end.code != code and end.code is not None:
+            print(end.code, file=sys.stderr)
+    except BaseException:  # a command's traceback is its own
+        traceback.print_exc()
+        code = 1
+    # Taking down an interpreter takes seconds where so much is loaded: only what a command has
+    # left to do is done.
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def run(words: list[str]) -> None:
@@ -113,4 +131,3 @@ def run(words: list[str]) -> None:
 
 if __name__ == "__main__":
     serve(sys.argv[1])
-    run(sys.argv)

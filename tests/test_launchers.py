@@ -202,6 +202,28 @@ def test_flags_of_the_authors_launchers_that_are_no_numbers(machine):
     assert "--master-port needs a number" in refusal(machine, "muse_1b", "--master-port")
 
 
+def test_a_stage_without_a_script_of_its_own(machine, tmp_path):
+    """A new stage is a line of `STAGES` and a configuration; `scripts/train.py` trains it."""
+    (line,) = dry_run(machine, "4", str(tmp_path / "stage4.yaml"), "a=b", script="train_stage.sh")
+    script = str(ROOT / "scripts/train.py")
+    assert line == [script, "--config", str(tmp_path / "stage4.yaml"), "a=b"]
+
+
+def test_launchers_give_a_save_its_time(machine, tmp_path):
+    """torchrun kills what has not ended 30 seconds after SIGTERM, unless this says more."""
+    spy = tmp_path / "bin/python"
+    spy.write_text(f"{PYTHON}".replace('exec "$REAL_PYTHON"', 'env >> "$CALLS" #'))
+    for more in ({}, {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": "45"}):
+        subprocess.run(
+            ["bash", ROOT / "tools/train_stage1.sh", "muse_1b"],
+            env={**machine, **more, "NUM_GPUS": "2"},
+            check=True,
+            timeout=60,
+        )
+    found = [line for line in open(machine["CALLS"]) if line.startswith("TORCH_ELASTIC_SHUTDOWN")]
+    assert [line.strip().split("=")[1] for line in found] == ["600", "45"]
+
+
 def test_settings_of_the_environment_come_before_the_user_s_overrides(machine):
     (line,) = dry_run(
         machine,
@@ -353,6 +375,7 @@ JOB = {
     "SLURM_JOB_NODELIST": "node-[a-b]",
     "SLURM_NNODES": "2",
     "SLURM_GPUS_ON_NODE": "4",
+    "SLURM_CPUS_PER_TASK": "64",
     "FAKE_GPUS": "4",
     "MUSE_ROOT": str(ROOT),
 }
@@ -360,14 +383,15 @@ JOB = {
 
 def test_slurm_runs_one_launcher_a_node_and_asks_slurm_for_the_first(machine):
     srun, *nodes = dry_run({**machine, **JOB}, "1", "muse_1b", *AWKWARD, script="slurm_train.sh")
-    assert srun[:5] == [
+    assert srun[:6] == [
         "srun",
         "--kill-on-bad-exit=1",
         "--nodes=2",
         "--ntasks=2",
         "--ntasks-per-node=1",
+        "--cpus-per-task=64",  # srun takes nothing over from sbatch here
     ]
-    assert srun[5:] == ["bash", str(ROOT / "tools/slurm_node.sh"), "1", "muse_1b", *AWKWARD]
+    assert srun[6:] == ["bash", str(ROOT / "tools/slurm_node.sh"), "1", "muse_1b", *AWKWARD]
     for rank, line in enumerate(nodes):
         assert line == [
             "-m",

@@ -17,13 +17,15 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--kind",
         default="stamps",
-        help="stamps (photo-like), shapes (drawn), edits or questions",
+        help="stamps (photo-like), everything (drawings too), shapes (drawn), edits or questions",
     )
     parser.add_argument(
         "--output", required=True, help="folder for the shards; reused when it holds the same data"
     )
     parser.add_argument(
-        "--images", type=int, help="training pictures; without it 3000, 512 for shapes"
+        "--images",
+        type=int,
+        help="training pictures; without it 3000, 512 for shapes, 24000 for everything",
     )
     parser.add_argument(
         "--val-images",

@@ -11,8 +11,8 @@ forward() {
   SIGNALS=$(( SIGNALS + 1 ))
   local pid
   for pid in $(descendants "$CHILD"); do
-    # Training processes and their data workers; not what these have started in turn, such as a download.
-    if tr '\0' ' ' < "/proc/$pid/cmdline" 2>/dev/null | grep -q "scripts/train_stage"; then kill -USR1 "$pid" 2>/dev/null || true; fi
+    # Training processes and their data workers, which ignore it; not what these have started in turn, such as a download.
+    if tr '\0' ' ' < "/proc/$pid/cmdline" 2>/dev/null | grep -q "scripts/train"; then kill -USR1 "$pid" 2>/dev/null || true; fi
   done
   kill -USR1 "$CHILD" 2>/dev/null || true  # a single process has no launcher above it
 }

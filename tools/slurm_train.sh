@@ -33,7 +33,10 @@ export NUM_NODES="${NUM_NODES:-1}" MASTER_ADDR="${MASTER_ADDR:-FIRST_NODE}"
 export MASTER_PORT="${MASTER_PORT:-$(( 20000 + ${SLURM_JOB_ID:-0} % 20000 ))}"  # two jobs on one node get different ports
 if [ -n "${NUM_GPUS:-}" ]; then export NUM_GPUS; else unset NUM_GPUS; fi
 
-STEP=(srun --kill-on-bad-exit=1 --nodes="$NUM_NODES" --ntasks="$NUM_NODES" --ntasks-per-node=1 bash "$ROOT/tools/slurm_node.sh" "$@")
+STEP=(srun --kill-on-bad-exit=1 --nodes="$NUM_NODES" --ntasks="$NUM_NODES" --ntasks-per-node=1)
+# srun does not take this over from sbatch by itself; without it all loader workers of a node would share one core.
+[ -z "${SLURM_CPUS_PER_TASK:-}" ] || STEP+=(--cpus-per-task="$SLURM_CPUS_PER_TASK")
+STEP+=(bash "$ROOT/tools/slurm_node.sh" "$@")
 if [ "$DRY" = 1 ]; then
   printf '%q ' "${STEP[@]}"; echo
   for (( rank = 0; rank < NUM_NODES; rank++ )); do NODE_RANK="$rank" bash "$ROOT/tools/train_stage.sh" "$@"; done

@@ -9,7 +9,9 @@ source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 usage() { fail "usage: tools/train_stage$1.sh [muse_1b|muse_3b|muse_tiny|CONFIG.yaml] [--recipe paper|release] [key=value ...]"; }
 [ $# -ge 1 ] || usage ""
 STAGE="$1"; shift
-case "$STAGE" in [0-9]) TRAIN="scripts/train_stage$STAGE.py" ;; *) TRAIN="scripts/train_$STAGE.py" ;; esac  # generator
+FILE="$ROOT/scripts/train_stage$STAGE.py"
+[ -f "$FILE" ] || FILE="$ROOT/scripts/train_$STAGE.py"  # such as generator
+[ -f "$FILE" ] || FILE="$ROOT/scripts/train.py"  # a stage of one's own needs no script
 take_flags "$@"
 set -- ${WORDS[@]+"${WORDS[@]}"}
 VARIANT=muse_1b
@@ -20,7 +22,7 @@ case "${1:-}" in
   *) VARIANT="$1"; shift ;;
 esac
 case "$VARIANT" in
-  -h|--help) exec "$PYTHON" "$ROOT/$TRAIN" --help ;;
+  -h|--help) exec "$PYTHON" "$FILE" --help ;;
   *.yaml) CONFIG="$VARIANT" ;;
   *) CONFIG="$ROOT/configs/$VARIANT/stage$STAGE.yaml"; [ -f "$CONFIG" ] || usage "$STAGE" ;;
 esac
@@ -40,9 +42,12 @@ done
 (( NODES == 1 )) || [ -n "${MASTER_ADDR:-}" ] || fail "NUM_NODES=$NODES needs MASTER_ADDR: the first machine's name or address"
 [ -z "${ACCELERATE_CONFIG:-}" ] || [ -f "$ACCELERATE_CONFIG" ] || fail "ACCELERATE_CONFIG=$ACCELERATE_CONFIG: no such file"
 TOTAL=$(( PER_NODE * NODES ))
-SCRIPT=("$ROOT/$TRAIN" --config "$CONFIG" ${OVERRIDES[@]+"${OVERRIDES[@]}"} "$@")
+SCRIPT=("$FILE" --config "$CONFIG" ${OVERRIDES[@]+"${OVERRIDES[@]}"} "$@")
 if [ "$TOTAL" -eq 1 ] && [ -z "${ACCELERATE_CONFIG:-}" ]; then launch "$PYTHON" "${SCRIPT[@]}"; fi
 
+# Both launchers pass Ctrl-C and SIGTERM on to the training processes, and kill those that have not ended after 30 seconds. A save of a
+# large model may take longer.
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
 LAUNCHER="${LAUNCHER:-$([ "$GPUS" -eq 0 ] && [ -z "${ACCELERATE_CONFIG:-}" ] && echo torchrun || echo accelerate)}"
 case "$LAUNCHER" in
   torchrun)

@@ -10,12 +10,14 @@ from muse.analysis.step_count import count_step
 ASSUMPTIONS = (
     "computed, not measured: a real step also spends time on normalisations, activations, data "
     "and communication; the utilisation stands for them",
-    "teachers and losses run in float32, outside of autocast, as the trainer runs them; the rest "
-    "at training.mixed_precision",
+    "teachers and perceptual networks at teacher.precision and losses.perceptual.precision, the "
+    "rest at training.mixed_precision",
     "every caption is embedded once a step; a memory of captions or maps saves more",
     "weights, gradients, AdamW's two moments and the running means in float32",
     "activations: what autograd keeps for the backward pass with fused attention, 16-bit copies of "
     "weights included; no workspace, no fragmentation, no CUDA context",
+    "bytes moved: what all operations but matrix products, convolutions and attention read and "
+    "write, run one by one; a compiler that fuses them moves less",
 )
 LABELS = {
     "weights": "weights of student (and discriminator)",
@@ -24,6 +26,7 @@ LABELS = {
     "ema": "running means",
     "teachers": "teachers, perceptual networks",
     "activations": "activations kept for the backward pass",
+    "recomputed": "largest piece computed again",
 }
 Row = tuple[str, list[str]]
 
@@ -36,6 +39,8 @@ def run_cost(
     utilisation: float = 0.4,
     peak: float = 989.0,
     peak_float32: float = 67.0,
+    peak_tf32: float = 494.0,
+    bandwidth: float = 3350.0,
 ) -> dict[str, Any]:
     """`count_step`, and what all steps of the stage take.
 
@@ -47,6 +52,8 @@ def run_cost(
         utilisation: share of the peaks that is reached.
         peak: 10^12 operations a second and GPU in mixed precision.
         peak_float32: the same in float32.
+        peak_tf32: the same in TF32.
+        bandwidth: 10^9 bytes a second between a GPU and its memory.
     """
     training = cfg.training
     step = count_step(cfg, batch or training.per_gpu_batch_size)
@@ -54,27 +61,20 @@ def run_cost(
         training.global_batch_size
         or training.per_gpu_batch_size * training.gradient_accumulation_steps * gpus
     )
-    total, share = step["flops_training"]["total"], step["float32_share"]
-    half = peak if training.mixed_precision != "no" else peak_float32
+    limits = {"float32": peak_float32, "tf32": peak_tf32}
+    limits["bf16"] = peak if training.mixed_precision != "no" else peak_float32
     everything = images * training.max_train_steps
-    mixed, single = (
-        total * everything * part / (limit * 1e12 * utilisation * 3600)
-        for part, limit in ((1 - share, half), (share, peak_float32))
-    )
-    recipe = {
-        "steps": training.max_train_steps,
-        "global_batch": images,
-        "images": everything,
-        "flops": total * everything,
-        "gpu_hours": mixed + single,
-        "gpu_hours_float32": single if half != peak_float32 else mixed + single,
-        "gpus": gpus,
-        "hours": (mixed + single) / gpus,
+    hours = {
+        kind: count * everything / (limits[kind] * 1e12 * utilisation * 3600)
+        for kind, count in step["flops_by_precision"].items()
     }
+    recipe = _recipe(step, training.max_train_steps, images, gpus, hours, bandwidth)
     assumed = {
         "utilisation": utilisation,
         "peak_tflops": peak,
         "peak_tflops_float32": peak_float32,
+        "peak_tflops_tf32": peak_tf32,
+        "bandwidth_gb": bandwidth,
         "notes": list(ASSUMPTIONS),
     }
     return {
@@ -85,6 +85,29 @@ def run_cost(
         **step,
         "recipe": recipe,
         "assumptions": assumed,
+    }
+
+
+def _recipe(
+    step: dict[str, Any],
+    steps: int,
+    images: int,
+    gpus: int,
+    hours: dict[str, float],
+    bandwidth: float,
+) -> dict[str, Any]:
+    """What all `steps` of `images` take; hours: GPU-hours by precision."""
+    everything = images * steps
+    return {
+        "steps": steps,
+        "global_batch": images,
+        "images": everything,
+        "flops": step["flops_training"]["total"] * everything,
+        "gpu_hours": sum(hours.values()),
+        "gpu_hours_float32": hours["float32"],
+        "gpu_hours_moving": step["bytes_moved"] * everything / (bandwidth * 1e9 * 3600),
+        "gpus": gpus,
+        "hours": sum(hours.values()) / gpus,
     }
 
 
@@ -125,7 +148,7 @@ def _sections(costs: Sequence[dict[str, Any]]) -> list[tuple[str, list[Row]]]:
         return {key: value for key, value in cost["memory"].items() if key != "buckets"}
 
     learning = ("learning", [million(cost["parameters"]["learning"]["total"]) for cost in costs])
-    recipe = [cost["recipe"] for cost in costs]
+    moved = [_giga(cost["bytes_moved"]) for cost in costs]
     return [
         (
             "parameters, millions",
@@ -144,7 +167,12 @@ def _sections(costs: Sequence[dict[str, Any]]) -> list[tuple[str, list[Row]]]:
             [
                 *_section(costs, lambda cost: cost["flops_training"], _giga),
                 ("of it in float32", [f"{100 * cost['float32_share']:.0f}%" for cost in costs]),
+                ("bytes moved by other operations, GB", moved),
             ],
+        ),
+        (
+            "activations kept for the backward pass, GB",
+            _section(costs, lambda cost: cost["activations"], _giga),
         ),
         (
             "memory of one process, GB (10⁹ bytes)",
@@ -154,21 +182,27 @@ def _sections(costs: Sequence[dict[str, Any]]) -> list[tuple[str, list[Row]]]:
                 ("more with DDP: buckets", [_giga(cost["memory"]["buckets"]) for cost in costs]),
             ],
         ),
+        ("the whole stage", _stage_rows([cost["recipe"] for cost in costs])),
+    ]
+
+
+def _stage_rows(recipe: Sequence[dict[str, Any]]) -> list[Row]:
+    """Steps, images, operations and hours of whole stages."""
+    return [
+        ("optimizer steps", [f"{part['steps']:,}" for part in recipe]),
+        ("images a step", [f"{part['global_batch']:,}" for part in recipe]),
+        ("images", [f"{part['images']:,}" for part in recipe]),
+        ("operations, 10¹⁸", [_number(part["flops"] / 1e18) for part in recipe]),
+        ("GPU-hours", [_number(part["gpu_hours"]) for part in recipe]),
+        ("of them in float32", [_number(part["gpu_hours_float32"]) for part in recipe]),
         (
-            "the whole stage",
-            [
-                ("optimizer steps", [f"{part['steps']:,}" for part in recipe]),
-                ("images a step", [f"{part['global_batch']:,}" for part in recipe]),
-                ("images", [f"{part['images']:,}" for part in recipe]),
-                ("operations, 10¹⁸", [_number(part["flops"] / 1e18) for part in recipe]),
-                ("GPU-hours", [_number(part["gpu_hours"]) for part in recipe]),
-                ("of them in float32", [_number(part["gpu_hours_float32"]) for part in recipe]),
-                (
-                    "hours on that many GPUs: "
-                    + ", ".join(dict.fromkeys(str(part["gpus"]) for part in recipe)),
-                    [_number(part["hours"]) for part in recipe],
-                ),
-            ],
+            "beside them, moving bytes unfused",
+            [_number(part["gpu_hours_moving"]) for part in recipe],
+        ),
+        (
+            "hours on that many GPUs: "
+            + ", ".join(dict.fromkeys(str(part["gpus"]) for part in recipe)),
+            [_number(part["hours"]) for part in recipe],
         ),
     ]
 
@@ -227,6 +261,7 @@ def _footnotes(costs: Sequence[dict[str, Any]]) -> list[str]:
     first = costs[0]["assumptions"]
     peak = (
         f"at {100 * first['utilisation']:.0f}% of {first['peak_tflops']:g} TFLOP/s in mixed "
-        f"precision and of {first['peak_tflops_float32']:g} TFLOP/s in float32, for each GPU"
+        f"precision, {first['peak_tflops_tf32']:g} in TF32 and {first['peak_tflops_float32']:g} in "
+        f"float32, for each GPU; {first['bandwidth_gb']:g} GB/s"
     )
     return [peak, *first["notes"]]

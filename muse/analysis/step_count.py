@@ -9,48 +9,48 @@ convolutions and attention count.
 
 import contextlib
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from muse.analysis.counters import FlopCounter, SavedTensors
+from muse.analysis.counters import FlopCounter, MovedBytes, SavedTensors
+from muse.analysis.step_sizes import (
+    MODULES,
+    TEACHERS,
+    Parts,
+    activation_rows,
+    largest_recomputed,
+    owners,
+    parameters_by_part,
+    step_memory,
+)
 from muse.config import plain
+from muse.config_checks import check_training_crop
 from muse.losses.adversarial import (
     build_discriminator,
     hinge_discriminator_loss,
     hinge_generator_loss,
 )
 from muse.losses.muse_loss import MuseLoss
-from muse.models.discriminator import PatchDiscriminator
 from muse.models.muse_vit import MUSE_ViT, StudentOutput
 from muse.stages import STAGES, select_trainable
+from muse.teachers.build import chosen_precision
 
-MODULES = {  # row of the table -> parts of the student
-    "encoder": ("encoder",),
-    "adapter": ("adapter_mlp",),
-    "blocks": ("muse_blocks",),
-    "latent": ("to_latent",),
-    "projector": ("semantic_projector", "logit_scale"),
-    "decoder": ("decoder_adapter", "decoder"),
-}
-TEACHERS = {  # term with a teacher -> row of the table
-    "topology": "topology teacher",
-    "itc": "text teacher",
-    "distillation": "feature teacher",
-}
 PRECISIONS = {"no": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-class Parts(NamedTuple):
-    """All networks of a run."""
+class Walk(NamedTuple):
+    """What was counted over one step."""
 
-    student: MUSE_ViT
-    loss: MuseLoss
-    discriminator: PatchDiscriminator | None
+    steps: dict[str, int]  # operations of each piece of the step
+    forward: dict[str, int]  # operations of the student's parts, forward
+    kept: dict[str, int]  # bytes kept for the backward pass, by row
+    recomputed: int  # bytes that the largest recomputed piece keeps while it is computed again
+    moved: int  # bytes that all other operations read and write
 
 
 def build_parts(cfg: DictConfig) -> Parts:
@@ -81,6 +81,7 @@ def count_step(cfg: DictConfig, batch: int) -> dict[str, Any]:
 
     `batch` is the number of images.
     """
+    check_training_crop(cfg)
     parts = build_parts(cfg)
     patterns = cfg.training.trainable
     if patterns is None:
@@ -92,61 +93,63 @@ def count_step(cfg: DictConfig, batch: int) -> dict[str, Any]:
             for module in network.modules():  # each once, though lpips names some of its own twice
                 module.to_empty(device="cpu", recurse=False)
         images = torch.empty(batch, 3, side, side)
-        steps, forward, saved = _walk(parts, images, PRECISIONS[cfg.training.mixed_precision])
-    flops = {name: count / batch for name, count in steps.items()}
+        walk = _walk(parts, images, PRECISIONS[cfg.training.mixed_precision])
+    flops = {name: count / batch for name, count in walk.steps.items()}
+    total = sum(flops.values())
+    by_precision = _by_precision(flops, cfg)
     return {
-        "parameters": _parameters(parts),
-        "flops_forward": {name: count / batch for name, count in forward.items()},
-        "flops_training": flops | {"total": sum(flops.values())},
-        "float32_share": _float32_flops(flops, cfg) / sum(flops.values()),
-        "memory": _memory(cfg, parts, saved),
+        "parameters": parameters_by_part(parts),
+        "flops_forward": {name: count / batch for name, count in walk.forward.items()},
+        "flops_training": flops | {"total": total},
+        "flops_by_precision": by_precision,
+        "float32_share": by_precision["float32"] / total,
+        "activations": walk.kept | {"total": sum(walk.kept.values())},
+        "bytes_moved": walk.moved / batch,
+        "memory": step_memory(cfg, parts, sum(walk.kept.values()), walk.recomputed),
     }
 
 
-def _walk(
-    parts: Parts, images: Tensor, dtype: torch.dtype
-) -> tuple[dict[str, int], dict[str, int], int]:
-    """Operations of the step's pieces and of the student's modules forward, and bytes kept.
-
-    The bytes are those that autograd holds when the backward pass begins.
-    """
+def _walk(parts: Parts, images: Tensor, dtype: torch.dtype) -> Walk:
+    """One step, piece by piece; what is kept counts when the backward pass begins."""
     names = [str(number) for number in range(len(images))]
     batch = {"images": images, "text": names, "keys": names}
     half = dtype != torch.float32
     autocast = torch.autocast("cpu", dtype if half else torch.bfloat16, enabled=half)
+    recomputed = largest_recomputed(parts.student, images, autocast)
     student, discriminator = parts.student.train(), parts.discriminator
-    with SavedTensors(*parts) as saved:
-        with FlopCounter() as forward, autocast:
-            out = student(images, **parts.loss.needs)
-        cut = _cut(out)
-        with FlopCounter() as losses:
-            total, _ = parts.loss(cut, batch)
+    with MovedBytes() as moved:
+        with SavedTensors(*parts, rows=activation_rows(parts)) as saved:
+            with FlopCounter() as forward, autocast:
+                out = student(images, **parts.loss.needs)
+            cut = _cut(out)
+            with FlopCounter() as losses:
+                total, _ = parts.loss(cut, batch)
+            if discriminator:
+                discriminator.requires_grad_(False)
+                with FlopCounter() as judged, autocast:
+                    generator = hinge_generator_loss(discriminator(cut.reconstruction))
+                discriminator.requires_grad_(True)
+            kept = saved.by_row()
+        with FlopCounter() as losses_backward:
+            total.backward()
+        teachers, in_teachers = _teachers(parts.loss, losses)
+        steps = teachers | {
+            "student forward": forward.get_total_flops(),
+            "losses forward": losses.get_total_flops() - in_teachers,
+            "losses backward": losses_backward.get_total_flops(),
+        }
         if discriminator:
-            discriminator.requires_grad_(False)
-            with FlopCounter() as judged, autocast:
-                generator = hinge_generator_loss(discriminator(cut.reconstruction))
-            discriminator.requires_grad_(True)
-        kept = saved.bytes()
-    with FlopCounter() as losses_backward:
-        total.backward()
-    teachers, in_teachers = _teachers(parts.loss, losses)
-    steps = teachers | {
-        "student forward": forward.get_total_flops(),
-        "losses forward": losses.get_total_flops() - in_teachers,
-        "losses backward": losses_backward.get_total_flops(),
-    }
-    if discriminator:
-        with FlopCounter() as adversary:
-            generator.backward()
-            with autocast:
-                both = torch.cat([images, cut.reconstruction.detach()])  # (2B,3,H,W)
-                real, fake = discriminator(both).chunk(2)  # each (B,1,h,w)
-            hinge_discriminator_loss(real, fake).backward()
-        steps["discriminator"] = judged.get_total_flops() + adversary.get_total_flops()
-    with FlopCounter() as backward:
-        _backward_through(out, cut)
-    steps["student backward"] = backward.get_total_flops()
-    return steps, _by_part(forward), kept
+            with FlopCounter() as adversary:
+                generator.backward()
+                with autocast:
+                    both = torch.cat([images, cut.reconstruction.detach()])  # (2B,3,H,W)
+                    real, fake = discriminator(both).chunk(2)  # each (B,1,h,w)
+                hinge_discriminator_loss(real, fake).backward()
+            steps["discriminator"] = judged.get_total_flops() + adversary.get_total_flops()
+        with FlopCounter() as backward:
+            _backward_through(out, cut)
+        steps["student backward"] = backward.get_total_flops()
+    return Walk(steps, _by_part(forward), kept, recomputed, moved.total)
 
 
 def _teachers(loss: MuseLoss, counter: FlopCounter) -> tuple[dict[str, int], int]:
@@ -197,7 +200,7 @@ def _tensors(out: StudentOutput) -> list[Tensor]:
 
 def _by_part(counter: FlopCounter) -> dict[str, int]:
     """Operations of the student's parts by the table's rows."""
-    rows, owner = dict.fromkeys(MODULES, 0), _owners()
+    rows, owner = dict.fromkeys(MODULES, 0), owners()
     for path, count in counter.by_module().items():
         part, _, inner = path.removeprefix("MUSE_ViT.").partition(".")
         # Each part is called once as a module, but for the list of blocks: there each block is.
@@ -206,65 +209,16 @@ def _by_part(counter: FlopCounter) -> dict[str, int]:
     return rows | {"total": counter.get_total_flops()}
 
 
-def _owners() -> dict[str, str]:
-    return {part: row for row, parts in MODULES.items() for part in parts}
+def _by_precision(flops: dict[str, float], cfg: DictConfig) -> dict[str, float]:
+    """Operations an image in float32, in TF32 and in 16 bits.
 
-
-def _float32_flops(flops: dict[str, float], cfg: DictConfig) -> float:
-    if cfg.training.mixed_precision == "no":
-        return sum(flops.values())
-    return sum(
-        count
-        for name, count in flops.items()
-        if name.endswith("teacher") or name.startswith("losses")
-    )
-
-
-# ------------------------------------------------------------------------------------------- sizes
-def _count(parameters: Iterable[nn.Parameter]) -> int:
-    return sum(parameter.numel() for parameter in parameters)
-
-
-def _parameters(parts: Parts) -> dict[str, dict[str, int]]:
-    """Of the student by part (and how many of them learn), and of the networks beside it."""
-    student, learning = dict.fromkeys(MODULES, 0), dict.fromkeys(MODULES, 0)
-    owner, terms = _owners(), parts.loss.terms
-    for name, parameter in parts.student.named_parameters():
-        row = owner[name.split(".")[0]]
-        student[row] += parameter.numel()
-        learning[row] += parameter.numel() if parameter.requires_grad else 0
-    beside = {
-        row: _count(terms[term].teacher.parameters())
-        for term, row in TEACHERS.items()
-        if term in terms
-    }
-    if "perceptual" in terms:
-        networks = terms["perceptual"].network.parts
-        beside |= {part: _count(network.parameters()) for part, network in networks.items()}
-    if parts.loss.heads():
-        beside["loss heads"] = _count(parts.loss.heads().values())
-    if parts.discriminator:
-        beside["discriminator"] = _count(parts.discriminator.parameters())
-    return {
-        "student": student | {"total": sum(student.values())},
-        "learning": learning | {"total": sum(learning.values())},
-        "beside": beside,
-    }
-
-
-def _memory(cfg: DictConfig, parts: Parts, saved: int) -> dict[str, int]:
-    """Bytes of one process; `buckets` is what DDP adds on more than one."""
-    student = _count(parts.student.parameters())
-    learning = _count(p for p in parts.student.parameters() if p.requires_grad)
-    heads = _count(parts.loss.heads().values())
-    discriminator = _count(parts.discriminator.parameters()) if parts.discriminator else 0
-    trained = learning + heads + discriminator
-    memory = {
-        "weights": 4 * (student + heads + discriminator),
-        "gradients": 4 * trained,
-        "optimizer": 8 * trained,
-        "ema": 4 * learning if cfg.training.use_ema else 0,
-        "teachers": 4 * (_count(parts.loss.parameters()) - heads),
-        "activations": saved,
-    }
-    return memory | {"total": sum(memory.values()), "buckets": 4 * trained}
+    Of the losses only the perceptual networks multiply matrices worth mentioning.
+    """
+    student = "float32" if cfg.training.mixed_precision == "no" else "bf16"
+    teachers = chosen_precision(cfg, cfg.teacher.precision)
+    perceptual = chosen_precision(cfg, cfg.losses.perceptual.precision)
+    sums = {"float32": 0.0, "tf32": 0.0, "bf16": 0.0}
+    for name, count in flops.items():
+        of_loss = perceptual if name.startswith("losses") else student
+        sums[teachers if name in TEACHERS.values() else of_loss] += count
+    return sums

@@ -20,6 +20,7 @@ from muse.data.decode import (
 from muse.data.masks import decode_mask, reduce_zero_label
 from muse.data.records import Record
 from muse.data.transforms import Transform, to_float
+from muse.data.workers import outlive_stop_signals
 from muse.errors import ConfigError
 
 FIELDS = ("images", "text", "labels", "masks")
@@ -126,4 +127,5 @@ def torch_loader(
         collate_fn=_as_it_is,
         # Without one of its own, starting the workers would draw from the global generator.
         generator=torch.Generator().manual_seed(seed),
+        worker_init_fn=outlive_stop_signals,
     )

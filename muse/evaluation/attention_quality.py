@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 
 from muse.data.masks import IGNORE_INDEX
-from muse.evaluation.segmentation import cell_targets
+from muse.evaluation.mask_cells import cell_targets
 from muse.losses.topology import attention_kl, positional_prior, resize_attention
 from muse.utils.distributed import all_sum
 

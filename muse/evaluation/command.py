@@ -1,6 +1,8 @@
 """What every measuring command shares: its flags, its processes, and the file that it leaves."""
 
 import argparse
+import math
+import os
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -8,10 +10,13 @@ import torch
 from omegaconf import DictConfig
 
 from muse import cli
-from muse.evaluation.measurement import Measured, Setup
+from muse.evaluation.measurement import Measured, Setup, check_number
 from muse.models.muse_vit import FEATURES
 from muse.utils.distributed import join_processes
 from muse.utils.io import writable_directory, write_json
+from muse.utils.viz_utils import save_image
+
+METRICS_FILE = "metrics.json"
 
 
 def add_flag(parser: argparse.ArgumentParser, *names: str, **options) -> None:
@@ -33,7 +38,12 @@ def add_data_flags(parser: argparse.ArgumentParser, output_dir: str, train: bool
     add_flag(parser, "output_dir", default=output_dir, help="where metrics.json goes")
     add_flag(parser, "batch_size", type=int, help="images at a time; changes no result")
     add_flag(parser, "num_workers", type=int, default=0, help="loader processes")
-    add_flag(parser, "max_images", type=int, help="only the first so many of each set")
+    add_flag(
+        parser,
+        "max_images",
+        type=int,
+        help="only so many of each set, drawn evenly from all of it by training.seed",
+    )
     cli.refuse(parser, cli.ONE_PROCESS, *cli.LAUNCHER_FLAGS)
 
 
@@ -60,22 +70,69 @@ def add_feature_flags(parser: argparse.ArgumentParser, feature: str) -> None:
 
 
 def set_up(args: argparse.Namespace, cfg: DictConfig) -> Setup:
-    """The `Setup` of a command's flags, once results can be written.
+    """The `Setup` of a command's flags, once they are checked and results can be written.
 
+    The metrics.json of an earlier run goes: it must not be taken for the result of one that fails.
     Joins the process group that a launcher (torchrun, accelerate) has prepared, if any, and takes
     this process's device.
     """
+    check_number("num_pictures", getattr(args, "num_pictures", None), 0)
     given = {f.name: getattr(args, f.name) for f in fields(Setup) if hasattr(args, f.name)}
     setup = Setup(cfg, **given | {"device": cli.device(args.device)})
-    writable_directory(setup.output_dir)
+    clear_metrics(setup.output_dir)
     # trained weights make denormal activations, which a CPU computes three times slower
     torch.set_flush_denormal(True)
     return replace(setup, device=join_processes(setup.device))
 
 
-def write_metrics(setup: Setup, measured: Measured) -> Path:
-    """OUTPUT_DIR/metrics.json: the values, and a `protocol` that says what was measured."""
-    path = writable_directory(setup.output_dir) / "metrics.json"
-    protocol = cli.protocol(setup, setup.cfg, **measured.facts)
-    write_json(path, {**measured.values, "protocol": protocol})
-    return path
+def clear_metrics(output_dir: str | Path) -> Path:
+    """A directory that can be written to and holds no metrics.json."""
+    folder = writable_directory(output_dir)
+    if os.environ.get("RANK", "0") == "0":
+        (folder / METRICS_FILE).unlink(missing_ok=True)
+    return folder
+
+
+def write_metrics(setup: Setup, measured: Measured, picture: str | None = None) -> Path:
+    """OUTPUT_DIR/metrics.json: the values, and a `protocol` that says what was measured.
+
+    Args:
+        setup: of the measurement.
+        measured: what it gave.
+        picture: a file in OUTPUT_DIR for its picture, drawn once the values are safe.
+    """
+    folder = writable_directory(setup.output_dir)
+    loading = {
+        "batch_size": setup.images_at_a_time(),
+        "num_workers": setup.num_workers,
+        "processes": int(os.environ.get("WORLD_SIZE", "1")),
+    }
+    protocol = cli.protocol(setup, setup.cfg, **measured.facts, loading=loading)
+    write_values(folder / METRICS_FILE, measured.values, protocol)
+    if picture is not None and measured.picture is not None:
+        save_image(measured.picture(), folder / picture)
+    return folder / METRICS_FILE
+
+
+def write_values(path: str | Path, values: dict, protocol: dict) -> None:
+    """Write metrics.json, with null for what JSON has no number for.
+
+    `protocol.not_finite` then says by its path what stood there: `inf` (as the PSNR of equal
+    pictures), `-inf` or `nan`.
+    """
+    odd: dict[str, str] = {}
+    values = _finite(values, "", odd)
+    protocol = {**protocol, "not_finite": odd} if odd else protocol
+    write_json(path, {**values, "protocol": protocol})
+
+
+def _finite(value, path: str, odd: dict[str, str]):
+    """`value` with None for numbers that are not finite, each noted in `odd` under its path."""
+    if isinstance(value, dict):
+        return {key: _finite(one, f"{path}{key}.", odd) for key, one in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(one, f"{path}{index}.", odd) for index, one in enumerate(value)]
+    if isinstance(value, float) and not math.isfinite(value):
+        odd[path.rstrip(".")] = str(value)
+        return None
+    return value

@@ -4,6 +4,7 @@ It takes image pairs and gives numbers. It streams, and gives the same result fo
 number of processes. A new metric is one function or class and one line of `METRICS`.
 """
 
+import functools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
@@ -35,8 +36,7 @@ METRICS: dict[str, Callable] = {
 
 def build_metrics(names: Sequence[str], options: MetricOptions) -> list:
     """The metrics by name; rfid and is share one. ConfigError on a name that is not known."""
-    if not names:
-        raise ConfigError("no metric was named: give at least one, such as psnr")
+    check_metric_names(names)
     metrics = []
     inception = tuple(name for name in names if name in ("rfid", "is"))
     for name in dict.fromkeys(names):
@@ -46,6 +46,15 @@ def build_metrics(names: Sequence[str], options: MetricOptions) -> list:
         else:
             metrics.append(METRICS[_key(name)](name, options))
     return metrics
+
+
+def check_metric_names(names: Sequence[str]) -> None:
+    """ConfigError unless there is a name, and every one is known."""
+    if not names:
+        raise ConfigError("no metric was named: give at least one, such as psnr")
+    for name in names:
+        if name not in ("rfid", "is"):
+            _key(name)
 
 
 def _key(name: str) -> str:
@@ -218,5 +227,6 @@ def measure_reconstruction(
         values = evaluator.compute()
     if not leave_processes():
         return None
-    sheet = comparison_sheet(*map(torch.cat, zip(*first, strict=True))) if first else None
+    pairs = [torch.cat(side) for side in zip(*first, strict=True)]
+    sheet = functools.partial(comparison_sheet, *pairs) if pairs else None
     return Measured(values, evaluator.protocol() | facts, sheet)

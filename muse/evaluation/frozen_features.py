@@ -86,7 +86,7 @@ def frozen_features(
         "target": target,
         "pooled": pooled,
         "relabel": relabel and relabel.__name__,
-        "max_images": setup.max_images,
+        "selection": measurement.selection(setup, loader),
         "shards": source_facts(loader.stream.source),
         "model": plain(setup.cfg.model),
     }

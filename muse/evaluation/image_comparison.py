@@ -4,7 +4,6 @@ The measurement of scripts/evaluate_images.py, in one process. A set is read onc
 that is of its distribution, with one pass of Inception, and once more where pairs are compared.
 """
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from muse.errors import ConfigError, DataError
 from muse.evaluation.image_sets import ImageSet
-from muse.evaluation.metrics.frechet import RunningMoments, frechet_distance
+from muse.evaluation.metrics.frechet import RunningMoments, frechet_distance, warn_of_few
 from muse.evaluation.metrics.inception import Inception, inception_score
 from muse.evaluation.metrics.lpips import Lpips
 from muse.evaluation.metrics.networks import load_feature_network
@@ -22,9 +21,6 @@ from muse.evaluation.metrics.psnr_ssim import psnr, ssim
 from muse.evaluation.metrics.spatial_frechet import SpatialTap
 from muse.evaluation.recipes import ReconstructionRecipe
 
-logger = logging.getLogger(__name__)
-
-ENOUGH = 50_000  # pictures of each set that the field's distances are measured on
 MANIFOLD = ("precision", "recall")
 INCEPTION = ("fid", "sfid", "is", *MANIFOLD)
 
@@ -64,17 +60,25 @@ PAIRED: dict[str, Callable] = {
 }
 
 
+def check_names(names: Sequence[str]) -> list[str]:
+    """The names without repetition. ConfigError for an unknown one, or for none."""
+    names = list(dict.fromkeys(names))
+    if not names:
+        raise ConfigError("no metric was named: give at least one, such as fid")
+    for name in names:
+        if name not in INCEPTION and name not in PAIRED and not _is_feature_distance(name):
+            known = ", ".join((*INCEPTION, "fd_<network>", *PAIRED))
+            raise ConfigError(f"unknown metric '{name}': one of {known}")
+    return names
+
+
 def check_metrics(names: Sequence[str], real: ImageSet, fake: ImageSet) -> list[str]:
     """The names without repetition. ConfigError for an unknown one, DataError for impossible ones.
 
     A set of statistics alone serves the distances that it has statistics of; pairs need two sets of
     one count.
     """
-    names = list(dict.fromkeys(names))
-    for name in names:
-        if name not in INCEPTION and name not in PAIRED and not _is_feature_distance(name):
-            known = ", ".join((*INCEPTION, "fd_<network>", *PAIRED))
-            raise ConfigError(f"unknown metric '{name}': one of {known}")
+    names = check_names(names)
     for images in (real, fake):
         possible = [name for name in names if images.count != 0 or name in images.statistics]
         if images is real:  # the Inception Score is of the other set
@@ -91,8 +95,6 @@ def check_metrics(names: Sequence[str], real: ImageSet, fake: ImageSet) -> list[
             f"{pairs[0]} compares pairs, but {real.name} holds {real.count} pictures and "
             f"{fake.name} {fake.count}"
         )
-    if not names:
-        raise ConfigError("no metric was named: give at least one, such as fid")
     return names
 
 
@@ -229,14 +231,7 @@ class _SetFeatures:
         """Mean and covariance: the set's own statistics where it has them."""
         if name in self.images.statistics:
             return self.images.statistics[name]
-        if self.count < ENOUGH:
-            logger.warning(
-                "%s: %d pictures of %s; below %d a distance is biased upwards",
-                name,
-                self.count,
-                self.images.name,
-                ENOUGH,
-            )
+        warn_of_few(name, self.count, self.images.name)
         return self.moments[name].compute()[1:]
 
     def facts(self) -> dict:

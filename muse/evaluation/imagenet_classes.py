@@ -39,7 +39,8 @@ def imagenet_wordnet_ids() -> tuple[str, ...]:
 
 
 @functools.cache
-def _imagenet_names() -> tuple[str, ...]:
+def imagenet_names() -> tuple[str, ...]:
+    """open_clip's names of the 1000 classes, the field's default."""
     from open_clip import IMAGENET_CLASSNAMES  # noqa: PLC0415  takes seconds, and few runs need it
 
     return tuple(IMAGENET_CLASSNAMES)
@@ -91,7 +92,7 @@ def _by_numbers(folders: Sequence[str]) -> FolderClasses:
 
 
 def _imagenet(indices: tuple[int, ...], how: str) -> FolderClasses:
-    names = _imagenet_names()
+    names = imagenet_names()
     return FolderClasses(
         tuple(names[index] for index in indices),
         indices,
@@ -110,5 +111,6 @@ def check_guess(labels: Sequence[int], count: int) -> None:
         seen = f"{len(present)} classes, {present[0]} to {present[-1]}" if present else "no labels"
         raise DataError(
             f"no class names are given, and the data ({seen}) does not hold each of the {count} of "
-            "ImageNet: give them with --classnames FILE, or as classes.txt beside the data"
+            "ImageNet: give them with --classnames FILE, or as classes.txt beside the data; if the "
+            "labels are ImageNet's all the same, --classnames imagenet says so"
         )

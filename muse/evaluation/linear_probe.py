@@ -1,19 +1,19 @@
 """Linear probe on frozen features: BatchNorm without affine parameters, then one linear layer.
 
 SGD with Nesterov momentum and a cosine schedule. Several learning rates train at once, a linear
-head each: every batch of features is read and normalised once for all of them.
+head each: every batch of features is read and normalised once for all of them. Rate and epoch are
+chosen on a part of the training set that is held out (held_out.py); what is reported is measured on
+the validation set.
 """
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
-from torch import nn
-from torch.nn.utils import skip_init
 
 from muse.evaluation.frozen_features import frozen_sets, probe_facts, read_rows
+from muse.evaluation.held_out import split_training_set
 from muse.evaluation.measurement import (
     Measured,
     Setup,
@@ -23,35 +23,53 @@ from muse.evaluation.measurement import (
 )
 from muse.evaluation.metrics.accuracy_iou import (
     Accuracy,
-    accuracy,
     check_labels,
     majority_accuracy,
+)
+from muse.evaluation.probe_heads import (
+    HeadScore,
+    LinearProbe,
+    cosine_schedule,
+    probe_batch,
+    probe_optimizer,
+    probe_step,
 )
 from muse.evaluation.probed_network import pixel_maps, probed_network
 from muse.utils.distributed import leave_processes
 
 LEARNING_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-EVAL_BLOCK = 4096
-LARGEST_RATE = 1e38  # float32 holds no larger step; a head with such a rate diverges all the same
+
+
+@dataclass(frozen=True)
+class BestOnValidation(Accuracy):
+    """The greatest accuracy over all rates and epochs, chosen on the pictures that it is of."""
+
+    epoch: int
+    learning_rate: float
 
 
 @dataclass(frozen=True)
 class ProbeResult:
-    """`last` is the final epoch and `best` the best epoch, each of the rate that did best there.
+    """Accuracies on the validation set.
 
-    Both learning rates are chosen on the validation set, as the field does; `by_rate` gives the
-    last epoch of all of them.
+    `last` is the final epoch, of the rate that was best there on the held-out training samples;
+    `best` is the epoch and the rate that were best on them. `by_rate` gives the final epoch of
+    every rate. `best_on_validation` is chosen on the validation set itself, as much of the field
+    does, and so reads too high.
     """
 
     last: Accuracy
     best: Accuracy
     best_epoch: int
+    best_learning_rate: float
     learning_rate: float
     by_rate: dict[str, Accuracy]
+    best_on_validation: BestOnValidation
     chance: float
     majority: Accuracy
     classes: int
     train_samples: int
+    held_out: int  # of the training samples; 0 where no class has two, and then all choose
     val_samples: int
 
     def as_dict(self) -> dict:
@@ -59,68 +77,12 @@ class ProbeResult:
         return asdict(self)
 
 
-class LinearProbe(nn.Module):
-    """BatchNorm (momentum .1, no affine) and R linear heads C → K, one a learning rate."""
+class EpochScores(NamedTuple):
+    """Of all heads after an epoch."""
 
-    def __init__(self, channels: int, num_classes: int, rates: Sequence[float], seed: int):
-        super().__init__()
-        self.norm = nn.BatchNorm1d(channels, affine=False)
-        generator = torch.Generator().manual_seed(seed)
-        start = torch.randn(channels, num_classes, generator=generator) * 0.01
-        # skip_init: a measurement must not draw from the global generator
-        self.heads = nn.ModuleList(skip_init(nn.Linear, channels, num_classes) for _ in rates)
-        for head in self.heads:  # all rates start from the same weights
-            head.weight.data.copy_(start.T)
-            nn.init.zeros_(head.bias)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """(n, C) -> (n, R, K)"""
-        weight = torch.cat([head.weight for head in self.heads])  # (R*K, C): one product for all
-        bias = torch.cat([head.bias for head in self.heads])
-        return F.linear(self.norm(features), weight, bias).unflatten(1, (len(self.heads), -1))
-
-    def diverged(self) -> torch.Tensor:
-        """(R,) whether a head's weights are no longer finite."""
-        return torch.stack([~head.weight.isfinite().all() for head in self.heads])
-
-    @torch.no_grad()
-    def predict(self, features) -> torch.Tensor:
-        """(N, C) tensor or array -> (R, N) class indices on the CPU; -1 of a head that diverged."""
-        self.eval()
-        device = self.norm.running_mean.device
-        blocks = [slice(i, i + EVAL_BLOCK) for i in range(0, len(features), EVAL_BLOCK)]
-        guesses = torch.cat(
-            [
-                self(read_rows(features, block).float().to(device)).argmax(-1).T.cpu()
-                for block in blocks
-            ],
-            dim=1,
-        )
-        guesses[self.diverged().cpu()] = -1
-        return guesses
-
-
-def probe_optimizer(probe: LinearProbe, rates: Sequence[float]) -> torch.optim.SGD:
-    """Nesterov SGD with a parameter group, and so a learning rate, for each head."""
-    groups = [
-        {"params": head.parameters(), "lr": min(rate, LARGEST_RATE)}
-        for head, rate in zip(probe.heads, rates, strict=True)
-    ]
-    return torch.optim.SGD(groups, momentum=0.9, nesterov=True)
-
-
-def probe_step(
-    probe: LinearProbe, optimizer: torch.optim.SGD, features: torch.Tensor, labels: torch.Tensor
-) -> None:
-    """One step of every head on one batch: features (n, C), labels (n,), on the probe's device."""
-    probe.train()
-    logits = probe(features)  # (n, R, K)
-    targets = labels.repeat_interleave(logits.shape[1])
-    # mean over samples, sum over heads: the heads' gradients do not touch each other
-    loss = F.cross_entropy(logits.flatten(0, 1), targets, reduction="sum") / len(features)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
+    epoch: int
+    chosen_on: list[HeadScore]
+    reported: list[HeadScore]
 
 
 def train_linear_probe(
@@ -137,12 +99,14 @@ def train_linear_probe(
 ) -> ProbeResult:
     """Probe of frozen features, evaluated after every epoch (at most 50 times).
 
+    A tenth of the training samples (at most 10,000) is not fitted: rate and epoch are chosen on it.
+
     ValueError on labels out of range, missing samples, features of two widths, or when every rate
     diverges.
 
     Memory: batches of rows are copied from the array as they are needed, never the whole; beside
     them stand the heads (with gradient and momentum 3·R·C·K floats) and logits of at most
-    max(batch_size, EVAL_BLOCK)·R·K floats.
+    max(batch_size, EVAL_BLOCK)·R·K floats, twice.
 
     Args:
         train_features: (N, C) tensor or memory-mapped array.
@@ -152,24 +116,23 @@ def train_linear_probe(
         num_classes: None is the largest training label + 1.
         rates: learning rates for a batch of 256; they scale with the batch, as usual.
         epochs: passes over the training set.
-        batch_size: None makes sixteen batches an epoch, of 64 to 1024.
-        seed: of the first weights and the order of samples.
+        batch_size: see `probe_batch`.
+        seed: of the first weights, the order of samples and the choice of those held out.
         device: where the heads are.
     """
     num_classes = _check_sets(train_features, train_labels, val_features, val_labels, num_classes)
-    count = len(train_labels)
-    batch_size = min(batch_size or min(max(count // 16, 64), 1024), count)
+    fitted, held = split_training_set(train_labels, seed)
+    chosen_on = held if len(held) else fitted
+    count = len(fitted)
+    batch_size = probe_batch(count, batch_size)
     probe = LinearProbe(train_features.shape[1], num_classes, rates, seed).to(device)
     optimizer = probe_optimizer(probe, [rate * batch_size / 256 for rate in rates])
-    steps = epochs * (count // batch_size)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps))
-    )
+    schedule = cosine_schedule(optimizer, epochs * (count // batch_size))
     generator = torch.Generator().manual_seed(seed)
     evaluate_every = max(1, epochs // 50)
-    history: list[tuple[int, list[Accuracy]]] = []
+    history: list[EpochScores] = []
     for epoch in range(1, epochs + 1):
-        order = torch.randperm(count, generator=generator)
+        order = fitted[torch.randperm(count, generator=generator)]
         # the odd rest waits for another epoch
         for batch in order[: count // batch_size * batch_size].split(batch_size):
             index = batch.sort().values  # reads of a mapped file in file order
@@ -177,11 +140,11 @@ def train_linear_probe(
             probe_step(probe, optimizer, rows.to(device), train_labels[index].to(device))
             schedule.step()
         if epoch % evaluate_every == 0 or epoch == epochs:
-            scores = [accuracy(row, val_labels, num_classes) for row in probe.predict(val_features)]
-            history.append((epoch, scores))
+            choice = probe.score(train_features, train_labels, chosen_on)
+            history.append(EpochScores(epoch, choice, probe.score(val_features, val_labels)))
     if probe.diverged().all():
         raise ValueError("the probe diverged at every learning rate: give smaller ones")
-    return _result(history, rates, train_labels, val_labels, num_classes)
+    return _result(history, rates, train_labels, val_labels, num_classes, len(held))
 
 
 def _check_sets(
@@ -202,23 +165,36 @@ def _check_sets(
     return num_classes
 
 
-def _result(history, rates, train_labels, val_labels, num_classes) -> ProbeResult:
-    last = history[-1][1]
-    chosen = max(range(len(rates)), key=lambda i: last[i].micro)
-    best_epoch, best = max(
-        ((epoch, score) for epoch, scores in history for score in scores),
-        key=lambda pair: pair[1].micro,
-    )
+def _result(
+    history: list[EpochScores],
+    rates: Sequence[float],
+    train_labels: torch.Tensor,
+    val_labels: torch.Tensor,
+    num_classes: int,
+    held_out: int,
+) -> ProbeResult:
+    last = history[-1]
+    chosen = max(range(len(rates)), key=lambda head: last.chosen_on[head].rank())
+    both = [(scores, head) for scores in history for head in range(len(rates))]
+    best, best_head = max(both, key=lambda pair: pair[0].chosen_on[pair[1]].rank())
+    top, top_head = max(both, key=lambda pair: pair[0].reported[pair[1]].rank())
+    on_validation = top.reported[top_head].accuracy
+    by_rate = zip(rates, last.reported, strict=True)
     return ProbeResult(
-        last=last[chosen],
-        best=best,
-        best_epoch=best_epoch,
+        last=last.reported[chosen].accuracy,
+        best=best.reported[best_head].accuracy,
+        best_epoch=best.epoch,
+        best_learning_rate=rates[best_head],
         learning_rate=rates[chosen],
-        by_rate={f"{rate:g}": score for rate, score in zip(rates, last, strict=True)},
+        by_rate={f"{rate:g}": score.accuracy for rate, score in by_rate},
+        best_on_validation=BestOnValidation(
+            on_validation.micro, on_validation.macro, top.epoch, rates[top_head]
+        ),
         chance=1 / num_classes,
         majority=majority_accuracy(train_labels, val_labels, num_classes),
         classes=num_classes,
         train_samples=len(train_labels),
+        held_out=held_out,
         val_samples=len(val_labels),
     )
 
@@ -243,12 +219,16 @@ class ProbeRecipe:
         check_number("probe_batch_size", self.batch_size, 2)
         check_number("learning_rates", self.learning_rates, 0.0)
 
-    def facts(self) -> dict:
-        """For the protocol."""
+    def facts(self, result: ProbeResult, seed: int) -> dict:
+        """For the protocol: the settings that `result` was had with."""
+        held = f"{result.held_out} held-out training samples, of all classes (seed {seed})"
         return {
+            "num_classes": result.classes,
             "epochs": self.epochs,
-            "batch_size": self.batch_size,
+            "batch_size": probe_batch(result.train_samples - result.held_out, self.batch_size),
             "learning_rates": list(self.learning_rates),
+            "rate_and_epoch_chosen_on": held if result.held_out else "the fitted training samples",
+            "fitted_samples": result.train_samples - result.held_out,
         }
 
 
@@ -265,7 +245,7 @@ def run_linear_probe(
         feature: a kind of `MUSE_ViT.features`.
         baseline: encoder or pixels, probed instead, see `probed_network`.
     """
-    network = probed_network(setup, feature, baseline)
+    network, seed = probed_network(setup, feature, baseline), setup.cfg.training.seed
     train, val = frozen_sets(setup, network, "labels", pooled=True)
     if not leave_processes():
         return None
@@ -280,7 +260,8 @@ def run_linear_probe(
             recipe.learning_rates,
             recipe.epochs,
             recipe.batch_size,
-            setup.cfg.training.seed,
+            seed,
             setup.device,
         )
-    return Measured(result.as_dict(), probe_facts(network, recipe.facts(), train, val))
+    facts = probe_facts(network, recipe.facts(result, seed), train, val)
+    return Measured(result.as_dict(), facts)

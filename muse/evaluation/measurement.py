@@ -8,12 +8,12 @@
 
 import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from muse.config import plain
 from muse.data.dataloader import eval_loader
@@ -48,11 +48,15 @@ class Crop(NamedTuple):
 
 
 class Measured(NamedTuple):
-    """What a measurement gives: the values, the facts for `protocol`, perhaps a (3,h,w) picture."""
+    """What a measurement gives.
+
+    The picture is drawn when it is called for, after the values have been written: a sheet that
+    cannot be drawn costs no result.
+    """
 
     values: dict
-    facts: dict
-    picture: torch.Tensor | None = None
+    facts: dict  # for `protocol`
+    picture: Callable[[], torch.Tensor] | None = None  # gives (3,h,w)
 
 
 @dataclass(frozen=True)
@@ -70,7 +74,7 @@ class Setup:
         cache_dir: where extracted features stay; None is `output_dir`/features.
         batch_size: images at a time, which changes no result; None takes the configuration's.
         num_workers: loader processes.
-        max_images: only the first so many of each set.
+        max_images: only so many of each set, drawn evenly from all of it by `training.seed`.
     """
 
     cfg: DictConfig
@@ -94,6 +98,30 @@ class Setup:
         preprocessing = self.cfg.dataset.preprocessing
         return self.crop or Crop(preprocessing.resize_shorter_edge, preprocessing.crop_size)
 
+    def images_at_a_time(self) -> int:
+        """`batch_size`, or the configuration's."""
+        return self.batch_size or self.cfg.dataset.params.eval_batch_size
+
+    def source(self, part: str) -> object:
+        """The data of `train` or `val`: as given, or the configuration's.
+
+        ConfigError where the configuration's training data is a mixture, which has no end.
+        """
+        given, key = {
+            "train": (self.train_url, "train_shards_path_or_url"),
+            "val": (self.val_url, "eval_shards_path_or_url"),
+        }[part]
+        if given is not None:
+            return given
+        # not resolved yet: the variables of a mixture may be unset
+        kept = OmegaConf.to_container(self.cfg.dataset.params, resolve=False)[key]
+        if isinstance(kept, list) and any(isinstance(one, Mapping) for one in kept):
+            raise ConfigError(
+                f"--{part}_url is needed: dataset.params.{key} is a mixture of {len(kept)} "
+                "sources, and a measurement reads one set"
+            )
+        return plain(self.cfg.dataset.params[key])
+
     def load_model(self) -> MUSE_ViT:
         """The checkpoint's model on the device, in eval mode."""
         if self.checkpoint is None:
@@ -113,21 +141,17 @@ def eval_data(setup: Setup, part: str, wanted: Sequence[str], **options) -> Eval
         wanted: fields that a sample must have, out of images, labels, masks, text.
         options: further options of `eval_loader`.
     """
-    params = setup.cfg.dataset.params
-    source, default = {
-        "train": (setup.train_url, "train_shards_path_or_url"),
-        "val": (setup.val_url, "eval_shards_path_or_url"),
-    }[part]
     world = world_size()
     return eval_loader(
-        plain(params[default]) if source is None else source,
-        batch_size=setup.batch_size or params.eval_batch_size,
+        setup.source(part),
+        batch_size=setup.images_at_a_time(),
         fields=tuple(wanted),
         **setup.picture_crop()._asdict(),
         num_workers=setup.num_workers,
         rank=process_index(),
         world=world,
         max_images=setup.max_images,
+        sample_seed=setup.cfg.training.seed,
         max_bad_fraction=setup.cfg.dataset.max_bad_fraction if world == 1 else 1.0,
         **options,
     )
@@ -189,16 +213,34 @@ def check_classes(train: dict, val: dict) -> None:
 
 
 def data_facts(setup: Setup, loader: EvalLoader) -> dict:
-    """For the protocol: which data, which crop, what was skipped."""
-    crop = setup.picture_crop()
+    """For the protocol: which data, which of it, which crop, what was skipped."""
+    crop, source = setup.picture_crop(), loader.stream.source
+    masks = getattr(source, "mask_folder", None)
     return {
-        "data": loader.stream.source.name,
+        "data": source.name,
+        **({"masks": masks} if masks else {}),
+        "selection": selection(setup, loader),
         "crop": {
             "resize_shorter_edge": crop.resize_shorter_edge,
             "center_crop": crop.crop_size,
         },
         "samples": skipped(loader, setup.cfg.dataset.max_bad_fraction),
     }
+
+
+def selection(setup: Setup, loader: EvalLoader) -> str | dict:
+    """For the protocol: which samples of a set are measured."""
+    stream = loader.stream
+    if setup.max_images is None:
+        return "all"
+    if not stream.source.local:
+        return {"max_images": setup.max_images, "how": "the first ones, of shards read as streams"}
+    total = sum(stream.counts)
+    if setup.max_images >= total:
+        return "all"
+    seed = setup.cfg.training.seed
+    how = "one at random from each of as many stretches of the set"
+    return {"max_images": setup.max_images, "of": total, "how": how, "seed": seed}
 
 
 @contextlib.contextmanager

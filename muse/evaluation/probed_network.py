@@ -27,13 +27,14 @@ class BareEncoder(nn.Module):
         super().__init__()
         self.encoder = build_encoder(config.encoder.source, plain(config.encoder.config), True)
         self.patch, self.unshuffle = self.encoder.config.patch_size[0], config.unshuffle
+        self.cell = self.patch * self.unshuffle  # pixels of a cell of the latent grid
         for name, values in (("mean", IMAGENET_MEAN), ("std", IMAGENET_STD)):
             self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1))
         self.eval()
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
         """(B,3,H,W) in [0,1] -> (B,C,h,w) on the latent grid, as `MUSE_ViT.features` has them."""
-        rows, columns = padding_to_multiple(images.shape[-2:], self.patch * self.unshuffle)
+        rows, columns = padding_to_multiple(images.shape[-2:], self.cell)
         if rows or columns:
             images = F.pad(images, (0, columns, 0, rows), mode="replicate")
         tokens = self.encoder(pixel_values=(images - self.mean) / self.std).last_hidden_state[:, 1:]
@@ -52,6 +53,7 @@ class ProbedNetwork(NamedTuple):
     features: Callable[[torch.Tensor], torch.Tensor]  # (B,3,H,W) -> (B,C,h,w)
     facts: dict
     pool: Callable[[torch.Tensor], torch.Tensor] = _grid_mean  # (B,C,h,w) -> (B,C')
+    cell: int | None = None  # pixels of a cell, to whose multiples pictures are padded; None: never
 
 
 def pixel_maps(images: torch.Tensor) -> torch.Tensor:
@@ -76,10 +78,13 @@ def probed_network(setup: Setup, feature: str, baseline: str | None = None) -> P
         encoder = BareEncoder(model).to(device)
         facts = {
             "feature": "bare encoder",
+            "cell": encoder.cell,
             "source": model.encoder.source,
             "weights_sha256": state_sha256(encoder),
         }
-        return ProbedNetwork(lambda images: encoder.features(images.to(device)), facts)
+        return ProbedNetwork(
+            lambda images: encoder.features(images.to(device)), facts, cell=encoder.cell
+        )
     if setup.checkpoint is None:
         raise CheckpointError(
             "--checkpoint is needed: only --baseline pixels, and the bare encoder of a pretrained "
@@ -88,8 +93,11 @@ def probed_network(setup: Setup, feature: str, baseline: str | None = None) -> P
     student, kind = setup.load_model(), "encoder" if baseline else feature
     facts = {
         "feature": kind,
+        "cell": student.cell,
         "checkpoint_sha256": file_sha256(weights_file(setup.checkpoint)),
         "routing": model.routing,
         "join_semantics": model.join_semantics,
     }
-    return ProbedNetwork(lambda images: student.features(images.to(device), kind), facts)
+    return ProbedNetwork(
+        lambda images: student.features(images.to(device), kind), facts, cell=student.cell
+    )

@@ -1,6 +1,6 @@
 """Segmentation probe: BatchNorm and a 1×1 convolution on frozen features, mIoU over all pixels."""
 
-import math
+import functools
 from dataclasses import dataclass
 
 import numpy
@@ -11,6 +11,12 @@ from torch import nn
 from muse.data.masks import IGNORE_INDEX
 from muse.errors import ConfigError
 from muse.evaluation.frozen_features import FeatureSet, frozen_sets, probe_facts, read_rows
+from muse.evaluation.mask_cells import (
+    cell_targets,
+    count_classes,
+    covered_size,
+    foreground_masks,
+)
 from muse.evaluation.measurement import (
     Measured,
     Setup,
@@ -19,47 +25,12 @@ from muse.evaluation.measurement import (
     one_line_errors,
 )
 from muse.evaluation.metrics.accuracy_iou import ConfusionMatrix, IoU
+from muse.evaluation.probe_heads import cosine_schedule
 from muse.evaluation.probed_network import probed_network
 from muse.utils.distributed import leave_processes
 from muse.utils.viz_utils import segmentation_sheet
 
 ADE20K_CLASSES = 150
-
-
-def cell_targets(
-    masks: torch.Tensor, grid: tuple[int, int], num_classes: int, ignore: int = IGNORE_INDEX
-) -> torch.Tensor:
-    """(B,H,W) labels -> (B,h*w,K) share of every class among a cell's pixels, ignored ones none.
-
-    Cross-entropy against these shares, summed, equals pixel-wise cross-entropy on logits repeated
-    over the cell's pixels, at a fraction of the cost. Masks are cut to whole cells by nearest
-    resizing where the grid does not divide them.
-
-    Args:
-        masks: (B,H,W) labels.
-        grid: (h, w).
-        num_classes: K.
-        ignore: the label that counts nothing.
-    """
-    height, width = masks.shape[-2:]
-    rows, columns = max(1, round(height / grid[0])), max(1, round(width / grid[1]))
-    masks = masks.long()
-    if (rows * grid[0], columns * grid[1]) != (height, width):
-        size = (rows * grid[0], columns * grid[1])
-        masks = F.interpolate(masks[:, None].float(), size, mode="nearest")[:, 0].long()
-    ignored = masks == ignore
-    low, high = (int(bound) for bound in torch.aminmax(masks.masked_fill(ignored, 0)))
-    if low < 0 or high >= num_classes:
-        raise ValueError(f"mask labels {low}..{high} do not fit {num_classes} classes")
-    # a class of its own, dropped below: far cheaper than picking the others out
-    labels = masks.masked_fill(ignored, num_classes)
-    batch, cells = len(masks), grid[0] * grid[1]
-    tiles = labels.view(batch, grid[0], rows, grid[1], columns).permute(0, 1, 3, 2, 4)
-    tiles = tiles.reshape(batch * cells, rows * columns)  # the pixels of each cell
-    places = torch.arange(batch * cells, device=masks.device)[:, None] * (num_classes + 1) + tiles
-    counts = torch.bincount(places.flatten(), minlength=batch * cells * (num_classes + 1))
-    shares = counts.view(-1, num_classes + 1)[:, :num_classes].float()
-    return (shares / (rows * columns)).view(batch, cells, num_classes)
 
 
 class SegmentationProbe(nn.Module):
@@ -76,10 +47,22 @@ class SegmentationProbe(nn.Module):
         return self.classify(self.norm(features.float()))
 
     @torch.no_grad()
-    def predict(self, features: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-        """(B,C,h,w) -> (B,*size) class indices: logits resized bilinearly, then the best class."""
+    def predict(
+        self, features: torch.Tensor, size: tuple[int, int], cell: int | None = None
+    ) -> torch.Tensor:
+        """(B,C,h,w) -> (B,*size) class indices: logits resized bilinearly, then the best class.
+
+        The logits cover the padded picture; what lies beyond `size` is cut off.
+
+        Args:
+            features: (B,C,h,w).
+            size: (H,W) of the pictures before any padding.
+            cell: see `covered_size`.
+        """
         self.eval()
-        return F.interpolate(self(features), size, mode="bilinear", align_corners=False).argmax(1)
+        covered = covered_size(size, cell)
+        logits = F.interpolate(self(features), covered, mode="bilinear", align_corners=False)
+        return logits[..., : size[0], : size[1]].argmax(1)
 
 
 def train_segmentation_probe(
@@ -91,6 +74,7 @@ def train_segmentation_probe(
     learning_rate: float = 3e-3,
     seed: int = 0,
     device: str | torch.device = "cpu",
+    cell: int | None = None,
 ) -> SegmentationProbe:
     """A trained probe: AdamW, cosine to zero, cross-entropy on the cells' class shares.
 
@@ -105,6 +89,7 @@ def train_segmentation_probe(
         learning_rate: at the start.
         seed: of the first weights and the batches.
         device: where the probe is.
+        cell: see `covered_size`.
     """
     if len(features) != len(masks) or not len(features):
         raise ValueError(f"{len(features)} feature maps and {len(masks)} masks")
@@ -112,14 +97,13 @@ def train_segmentation_probe(
         torch.manual_seed(seed)
         probe = SegmentationProbe(features.shape[1], num_classes).to(device)
     optimizer = torch.optim.AdamW(probe.parameters(), lr=learning_rate, weight_decay=1e-4)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps))
-    )
-    generator = torch.Generator().manual_seed(seed)
+    schedule = cosine_schedule(optimizer, steps)
+    generator, grid = torch.Generator().manual_seed(seed), features.shape[-2:]
     probe.train()
     for _ in range(steps):
         index = torch.randperm(len(features), generator=generator)[:batch_size].sort().values
-        target = cell_targets(read_rows(masks, index).to(device), features.shape[-2:], num_classes)
+        labels = read_rows(masks, index).to(device)
+        target = cell_targets(labels, grid, num_classes, cell=cell)  # (B, h*w, K)
         logits = probe(read_rows(features, index).to(device))  # (B, K, h, w)
         log_shares = logits.log_softmax(1).flatten(2).transpose(1, 2)  # (B, h*w, K)
         loss = -(target * log_shares).sum() / target.sum().clamp_min(1e-6)
@@ -135,21 +119,26 @@ def train_segmentation_probe(
 
 
 @torch.no_grad()
-def evaluate_segmentation(probe: SegmentationProbe, features, masks, batch_size: int = 32) -> IoU:
-    """IoU of the probe at the masks' own size; tensors or memory-mapped arrays."""
+def evaluate_segmentation(
+    probe: SegmentationProbe, features, masks, batch_size: int = 32, cell: int | None = None
+) -> IoU:
+    """IoU of the probe at the masks' own size.
+
+    Args:
+        probe: a trained one.
+        features: (N,C,h,w) tensor or memory-mapped array.
+        masks: (N,H,W), likewise.
+        batch_size: maps at a time.
+        cell: see `covered_size`.
+    """
     confusion = ConfusionMatrix(probe.classify.out_channels)
     device = probe.classify.weight.device
     for start in range(0, len(features), batch_size):
         block = slice(start, start + batch_size)
         truth = read_rows(masks, block)
         maps = read_rows(features, block).to(device)
-        confusion.update(probe.predict(maps, truth.shape[-2:]).cpu(), truth)
+        confusion.update(probe.predict(maps, truth.shape[-2:], cell).cpu(), truth)
     return confusion.compute()
-
-
-def foreground_masks(masks: torch.Tensor) -> torch.Tensor:
-    """Object masks -> 0 background, 1 any object; ignored pixels stay ignored."""
-    return torch.where(masks == IGNORE_INDEX, IGNORE_INDEX, (masks > 0).long())
 
 
 def foreground_iou(
@@ -172,18 +161,6 @@ def foreground_iou(
     return float(
         evaluate_segmentation(probe, val_features, foreground_masks(val_masks)).per_class[1]
     )
-
-
-def count_classes(masks: numpy.ndarray, block: int = 256) -> int:
-    """Largest label + 1 over (N,H,W) masks, ignored pixels left out."""
-    largest = -1
-    for start in range(0, len(masks), block):
-        part = numpy.asarray(masks[start : start + block])
-        labelled = part[part != IGNORE_INDEX]
-        largest = max(largest, int(labelled.max()) if labelled.size else -1)
-    if largest < 0:
-        raise ValueError("the training masks hold no labelled pixel")
-    return largest + 1
 
 
 @dataclass(frozen=True)
@@ -232,10 +209,11 @@ class SegmentRecipe:
             )
         return classes
 
-    def facts(self) -> dict:
+    def facts(self, num_classes: int) -> dict:
         """For the protocol."""
         return {
             "labels": self.labels,
+            "num_classes": num_classes,
             "steps": self.steps,
             "probe_batch_size": self.batch_size,
             "learning_rate": self.learning_rate,
@@ -274,21 +252,27 @@ def run_segment_probe(
             recipe.learning_rate,
             setup.cfg.training.seed,
             setup.device,
+            network.cell,
         )
-        result = evaluate_segmentation(probe, val.features, val.targets)
-    sheet = _sheet(setup, recipe, probe, val, num_pictures) if num_pictures else None
-    facts = probe_facts(network, recipe.facts(), train, val)
-    return Measured(result.as_dict(), facts, sheet)
+        result = evaluate_segmentation(probe, val.features, val.targets, cell=network.cell)
+    sheet = functools.partial(_sheet, setup, recipe, probe, val, network.cell, num_pictures)
+    facts = probe_facts(network, recipe.facts(probe.classify.out_channels), train, val)
+    return Measured(result.as_dict(), facts, sheet if num_pictures else None)
 
 
 def _sheet(
-    setup: Setup, recipe: SegmentRecipe, probe: SegmentationProbe, val: FeatureSet, count: int
+    setup: Setup,
+    recipe: SegmentRecipe,
+    probe: SegmentationProbe,
+    val: FeatureSet,
+    cell: int | None,
+    count: int,
 ) -> torch.Tensor:
-    """The first pictures of the validation set with their true and predicted labels."""
+    """The first `count` pictures of the validation set with their true and predicted labels."""
     ignored = recipe.loading()["zero_label_ignored"]
     loader = eval_data(setup, "val", ("images", "masks"), zero_label_ignored=ignored)
     images = next(iter(loader))["images"][:count]
     truth = read_rows(val.targets, slice(len(images))).long()
     maps = read_rows(val.features, slice(len(images))).to(probe.classify.weight.device)
-    guess = probe.predict(maps, truth.shape[-2:]).cpu()
+    guess = probe.predict(maps, truth.shape[-2:], cell).cpu()
     return segmentation_sheet(images, truth, guess, probe.classify.out_channels)

@@ -18,6 +18,7 @@ from muse.evaluation.attention_quality import (
     object_cells,
     teacher_maps,
 )
+from muse.evaluation.class_names import read_class_names
 from muse.evaluation.evaluator import Evaluator
 from muse.evaluation.linear_probe import pixel_features, train_linear_probe
 from muse.evaluation.segmentation import (
@@ -25,7 +26,7 @@ from muse.evaluation.segmentation import (
     foreground_iou,
     train_segmentation_probe,
 )
-from muse.evaluation.zero_shot import read_lines, retrieval, zero_shot
+from muse.evaluation.zero_shot import retrieval, zero_shot
 from muse.models.muse_vit import MUSE_ViT
 from muse.teachers import class_embeddings
 
@@ -101,8 +102,8 @@ class Yardstick:
         self.targets = [
             teacher_maps(topology_teacher, b["images"], self.grid) for b in self.val.batches()
         ]
-        self.classes = read_lines(
-            Path(str(params.train_shards_path_or_url)).parent / "classes.txt", "class names"
+        self.classes = read_class_names(
+            Path(str(params.train_shards_path_or_url)).parent / "classes.txt"
         )
         with torch.no_grad():
             self.text = text_teacher(self.val.text)

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -12,7 +11,8 @@ import torch
 from omegaconf import DictConfig
 
 from muse.data.eval import EvalLoader
-from muse.errors import ConfigError, DataError
+from muse.errors import ConfigError
+from muse.evaluation.class_names import class_names, read_lines
 from muse.evaluation.frozen_features import store_key
 from muse.evaluation.measurement import (
     Measured,
@@ -23,6 +23,7 @@ from muse.evaluation.measurement import (
     one_line_errors,
 )
 from muse.evaluation.metrics.accuracy_iou import Accuracy, check_labels, hit_probability
+from muse.evaluation.retrieval import retrieval
 from muse.models.muse_vit import MUSE_ViT
 from muse.teachers import build_text_teacher, class_embeddings
 from muse.teachers.prompts import Template, imagenet_templates, prompts
@@ -31,25 +32,6 @@ from muse.utils.distributed import all_objects, all_rows, is_main_process, leave
 from muse.utils.weights import state_sha256
 
 logger = logging.getLogger(__name__)
-
-
-def imagenet_names() -> list[str]:
-    """open_clip's names of the 1000 classes, the field's default."""
-    from open_clip import IMAGENET_CLASSNAMES  # noqa: PLC0415  takes seconds, and few runs need it
-
-    return list(IMAGENET_CLASSNAMES)
-
-
-def read_lines(path: str | Path, what: str) -> list[str]:
-    """The non-empty lines of a UTF-8 text file; DataError when it is missing or without any."""
-    try:
-        text = Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"{what} file {path} cannot be read: {error}") from error
-    lines = [line.strip() for line in text.splitlines() if line.strip()]
-    if not lines:
-        raise DataError(f"{what} file {path} has no lines")
-    return lines
 
 
 def zero_shot(
@@ -89,82 +71,6 @@ def zero_shot(
         "classes_present": int(present.sum()),
         "images": len(labels),
     }
-
-
-def retrieval(
-    image_embeds: torch.Tensor,
-    text_embeds: torch.Tensor,
-    captions: Sequence[str],
-    group: int = 32,
-    groups: int = 1000,
-    seed: int = 0,
-) -> dict[str, float]:
-    """R@1 and R@5 among few candidates, image → text and text → image, averaged over random groups.
-
-    Every group holds `group` distinct captions, each with one of its images at random. Chance is
-    1/group and 5/group.
-
-    Args:
-        image_embeds: (N, E), L2-normalised.
-        text_embeds: (N, E), in pairs with the images.
-        captions: N.
-        group: candidates; fewer distinct captions make the group smaller.
-        groups: how many are drawn.
-        seed: of the draw.
-    """
-    if not len(image_embeds) == len(text_embeds) == len(captions):
-        raise ValueError("images, texts and captions differ in number")
-    distinct = {caption: i for i, caption in enumerate(dict.fromkeys(captions))}
-    if len(distinct) < 2:
-        raise ValueError(f"retrieval needs at least two distinct captions, got {len(distinct)}")
-    caption_of = torch.tensor([distinct[caption] for caption in captions])
-    group = min(group, len(distinct))
-    members = _draw_groups(
-        caption_of, len(distinct), group, groups, torch.Generator().manual_seed(seed)
-    )
-    similarity = image_embeds.float() @ text_embeds.float().T
-    scores = similarity[members[:, :, None], members[:, None, :]]  # (groups, images, texts)
-    targets = torch.arange(group).repeat(groups)
-    result: dict[str, float] = {
-        "group": group,
-        "groups": groups,
-        "captions": len(distinct),
-        "images": len(captions),
-    }
-    for name, matrix in (("image_to_text", scores), ("text_to_image", scores.transpose(1, 2))):
-        for k in (1, 5):
-            result[f"{name}_r{k}"] = float(hit_probability(matrix.flatten(0, 1), targets, k).mean())
-    return result | {"chance_r1": 1 / group, "chance_r5": min(5 / group, 1.0)}
-
-
-def _draw_groups(
-    caption_of: torch.Tensor, distinct: int, group: int, groups: int, generator: torch.Generator
-) -> torch.Tensor:
-    """(groups, group) sample indices with distinct captions in each row."""
-    chosen = torch.rand(groups, distinct, generator=generator).argsort(1)[:, :group]
-    order = caption_of.argsort(stable=True)  # samples of one caption lie together
-    counts = torch.bincount(caption_of, minlength=distinct)
-    starts = counts.cumsum(0) - counts
-    within = (torch.rand(groups, group, generator=generator) * counts[chosen]).long()
-    return order[starts[chosen] + within]
-
-
-def class_names(loader: EvalLoader, file: str | None = None) -> tuple[list[str], str]:
-    """The classes' names and where they are from.
-
-    That is the file; `classes.txt` beside local data; the class folders; open_clip's ImageNet list.
-    """
-    if file:
-        return read_lines(file, "class name"), file
-    source = loader.stream.source
-    folder = Path(source.root) if hasattr(source, "root") else Path(source.shards[0]).parent
-    beside = folder / "classes.txt"
-    if beside.is_file():
-        return read_lines(beside, "class name"), str(beside)
-    folders = list(loader.classes)
-    if folders and not all(re.fullmatch(r"n\d{8}", name) for name in folders):
-        return [name.replace("_", " ") for name in folders], "class folders"
-    return imagenet_names(), "open_clip's ImageNet names"
 
 
 def text_weights(
@@ -236,6 +142,12 @@ def _text_tower(cfg: DictConfig, device: str) -> tuple[TextTeacher, dict]:
     return teacher.to(device), facts | {"weights_sha256": state_sha256(teacher)}
 
 
+def check_candidates(count: int) -> None:
+    """ConfigError unless retrieval among `count` captions is none (0) or a choice."""
+    if count < 0 or count == 1:
+        raise ConfigError(f"--retrieval must be 0 (none) or at least 2 candidates, not {count}")
+
+
 def run_zero_shot(
     setup: Setup,
     classnames: str | None = None,
@@ -246,19 +158,17 @@ def run_zero_shot(
 
     Args:
         setup: what is measured, on which data.
-        classnames: file of names in the order of the labels; None as in `class_names`.
+        classnames: file of names in the order of the labels, or `imagenet`; see `class_names`.
         templates: file of templates; None is open_clip's 80.
         candidates: also caption retrieval among so many; 0 is none.
     """
-    if candidates < 0 or candidates == 1:
-        raise ConfigError(
-            f"--retrieval must be 0 (none) or at least 2 candidates, not {candidates}"
-        )
+    check_candidates(candidates)
     fields = ("images", "labels") + (("text",) if candidates else ())
     loader = eval_data(setup, "val", fields)
-    names, names_from = class_names(loader, classnames)
+    classes = class_names(loader, classnames)
+    names = classes.names
     if is_main_process():
-        logger.info("%d class names: %s", len(names), names_from)
+        logger.info("%d class names: %s", len(names), classes.source)
     phrases = read_lines(templates, "template") if templates else imagenet_templates()
     model = setup.load_model()
     teacher, tower = _text_tower(setup.cfg, setup.device)
@@ -267,6 +177,7 @@ def run_zero_shot(
         images, labels, captions = embed_data(model, loader, setup.device, fields)
         data = data_facts(setup, loader)
         check_count(loader, data, len(images))
+        classes.check(labels.tolist())
         if not leave_processes():
             return None
         values = zero_shot(images, labels, weights)
@@ -277,7 +188,8 @@ def run_zero_shot(
             values |= {f"retrieval_{name}": value for name, value in found.items()}
     text = json.dumps([prompts("{}", phrases), names])
     prompt_facts = {
-        "classnames": names_from,
+        "classnames": classes.source,
+        "classes": len(names),
         "templates": len(phrases),
         "sha256": hashlib.sha256(text.encode()).hexdigest(),
     }

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from muse.losses.term import Term, ask
 from muse.models.muse_vit import MUSE_ViT, StudentOutput
-from muse.teachers.build import build_feature_teacher
+from muse.teachers.build import build_feature_teacher, chosen_precision
 
 
 class FeatureDistillation(nn.Module):
@@ -95,4 +95,5 @@ def build_distillation_term(
     """The term of `losses.distillation` with the teacher of `teacher.feature`."""
     section = cfg.losses.distillation
     teacher = build_feature_teacher(cfg.teacher.feature, pretrained=pretrained)
+    teacher.set_precision(chosen_precision(cfg, cfg.teacher.precision))
     return DistillationTerm(section.weight, teacher, section.pixel_weight, student)

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from muse.losses.contrastive import build_itc_term
 from muse.losses.distillation import build_distillation_term
 from muse.losses.perceptual import build_perceptual_term
+from muse.losses.recognition import build_recognition_term
 from muse.losses.reconstruction import build_reconstruction_term
 from muse.losses.term import Needs, Term
 from muse.losses.topology import build_topology_term
@@ -28,6 +29,7 @@ TERMS: dict[str, Callable[[DictConfig, MUSE_ViT, bool], Term]] = {
     "topology": build_topology_term,
     "itc": build_itc_term,
     "distillation": build_distillation_term,
+    "recognition": build_recognition_term,
 }
 
 

@@ -17,6 +17,7 @@ from muse.errors import ConfigError
 from muse.losses.perceptual_parts import PARTS
 from muse.losses.term import Needs, Term
 from muse.models.muse_vit import MUSE_ViT, StudentOutput
+from muse.teachers.build import chosen_precision
 
 
 def parse_perceptual_name(name: str) -> dict[str, float]:
@@ -57,6 +58,7 @@ class PerceptualLoss(nn.Module):
         weights: part -> file of its weights (`losses.perceptual.weights`).
         blocks: of EfficientNet-Lite0 (`losses.perceptual.blocks`), None for its default.
         pretrained: False makes the architectures without weights.
+        precision: how the networks compute (`float32`, `tf32`, `bf16`); distances are in float32.
 
     Raises ConfigError for a bad name or a file given for an unknown part, CheckpointError when
     weights cannot be had.
@@ -68,6 +70,7 @@ class PerceptualLoss(nn.Module):
         weights: Mapping[str, str | Path] | None = None,
         blocks: Sequence[int] | None = None,
         pretrained: bool = True,
+        precision: str = "float32",
     ):
         super().__init__()
         weights = dict(weights or {})
@@ -85,6 +88,8 @@ class PerceptualLoss(nn.Module):
                 for part in self.part_weights
             }
         )
+        for part in self.parts.values():
+            part.precision = precision
 
     def train(self, mode: bool = True) -> "PerceptualLoss":
         """Stay in eval mode: the networks are frozen."""
@@ -122,7 +127,8 @@ def build_perceptual_term(
 ) -> PerceptualTerm:
     """The term of `losses.perceptual`."""
     section = cfg.losses.perceptual
+    precision = chosen_precision(cfg, section.precision)
     network = PerceptualLoss(
-        section.name, plain(section.weights), plain(section.blocks), pretrained
+        section.name, plain(section.weights), plain(section.blocks), pretrained, precision
     )
     return PerceptualTerm(section.weight, network)

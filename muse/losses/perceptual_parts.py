@@ -16,6 +16,7 @@ from torchvision.models import ConvNeXt_Small_Weights, VGG16_Weights, convnext_s
 
 from muse.errors import CheckpointError, ConfigError
 from muse.models.layers import IMAGENET_MEAN, IMAGENET_STD
+from muse.teachers.base import frozen_precision
 from muse.teachers.efficientnet_lite import load_efficientnet_lite0
 from muse.utils.weights import load_into, read_state_dict
 
@@ -79,7 +80,12 @@ def lpips_network(net: str, state: State | None, source: str = "", what: str = "
 
 
 class PerceptualPart(nn.Module):
-    """A frozen network that compares pictures. It gives gradient to its first input alone."""
+    """A frozen network that compares pictures. It gives gradient to its first input alone.
+
+    The network computes in `precision`, the distance of what it gives in float32.
+    """
+
+    precision = "float32"
 
     def freeze(self) -> None:
         self.requires_grad_(False)
@@ -103,10 +109,13 @@ class PerceptualPart(nn.Module):
 
     def forward(self, images: Tensor, target: Tensor) -> Tensor:
         """Distance of each image from its target, (B,) float32. No gradient reaches the target."""
-        with torch.autocast(images.device.type, enabled=False):
+        with frozen_precision(self.precision, images.device):
             with torch.no_grad():
                 theirs = self.compare(target.float())
-            return self.distance(self.compare(images.float()), theirs)
+            ours = self.compare(images.float())
+        with torch.autocast(images.device.type, enabled=False):
+            ours, theirs = ([layer.float() for layer in side] for side in (ours, theirs))
+            return self.distance(ours, theirs)
 
 
 def _unit_difference(a: Tensor, b: Tensor) -> Tensor:
@@ -171,7 +180,10 @@ class ConvNeXtDistance(PerceptualPart):
         images = F.interpolate(
             images, size=(224, 224), mode="bilinear", align_corners=False, antialias=True
         )
-        return [self.network((images - self.mean) / self.std)]  # (B,1000)
+        network, pixels = self.network, (images - self.mean) / self.std
+        pooled = network.avgpool(network.features(pixels))
+        with torch.autocast(images.device.type, enabled=False):  # logits differ by their last bits
+            return [network.classifier(pooled.float())]  # (B,1000)
 
     def distance(self, ours: list[Tensor], theirs: list[Tensor]) -> Tensor:
         return (ours[0] - theirs[0]).square().mean(dim=1)

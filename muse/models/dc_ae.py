@@ -141,13 +141,13 @@ class SameTypeRMSNorm(nn.Module):
         self.weight, self.bias, self.eps = weight, bias, eps
 
     def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            if x.is_cuda and x.dtype != torch.float32:  # one kernel, which sums in float32
-                weight = self.weight.to(x.dtype)
+        if x.is_cuda and x.dtype != torch.float32:
+            weight = self.weight.to(x.dtype)
+            with torch.autocast("cuda", enabled=False):  # one kernel, which sums in float32
                 normed = F.rms_norm(x, weight.shape, weight, self.eps)
-            else:
-                normed = _RMSNorm.apply(x, self.weight.float(), self.eps)
-            return normed if self.bias is None else normed + self.bias.to(x.dtype)
+        else:
+            normed = _RMSNorm.apply(x, self.weight.float(), self.eps)
+        return normed if self.bias is None else normed + self.bias.to(x.dtype)
 
 
 class _RMSNorm(torch.autograd.Function):

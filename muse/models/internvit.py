@@ -1,6 +1,7 @@
 """InternViT, the student's encoder, as transformers' `InternVLVisionModel`.
 
-Its source is a hub id, a local directory in either InternVL layout, or `random` (no network). Where
+Its source is a hub id, a local directory in either InternVL layout, a saved MUSE model (a packaged
+one by name: `muse_tiny`), or `random` (no network). Where
 `config` is given, it alone fixes the architecture and the source gives only weights, so a
 checkpoint loads without its sources.
 """
@@ -162,6 +163,8 @@ def _vision_config(config: dict[str, Any], directory: Path | None) -> Any:
 def _stored_fields(directory: Path, known: Collection[str]) -> dict[str, Any]:
     """The vision fields of any InternVL's config.json: full model or tower alone, either layout."""
     stored = read_config(directory)
+    if stored.get("model_type") == "muse":
+        stored = stored["model"]["encoder"]["config"]
     vision = stored.get("vision_config", stored)
     fields = {name: vision[name] for name in known if name in vision and name not in _NOTES}
     if "qkv_bias" in vision:  # the original layout's words
@@ -180,7 +183,8 @@ def _vision_tensors(directory: Path, encoder: nn.Module) -> dict[str, Tensor]:
 def _read_tower(files: TensorFiles) -> Iterator[tuple[str, Tensor]]:
     """(transformers' name, tensor in float32) of the vision tower, in whichever layout it lies."""
     names = files.keys()
-    prefix = next(p for p in _PREFIXES if p == "" or any(name.startswith(p) for name in names))
+    prefixes = ("encoder.", *_PREFIXES) if "encoder.embeddings.cls_token" in names else _PREFIXES
+    prefix = next(p for p in prefixes if p == "" or any(name.startswith(p) for name in names))
     wanted = {name: name.removeprefix(prefix) for name in names if name.startswith(prefix)}
     original = is_original_layout(list(wanted.values()))
     for name, short in wanted.items():

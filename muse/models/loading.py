@@ -14,7 +14,7 @@ from muse.errors import CheckpointError
 from muse.models.muse_vit import MUSE_ViT
 from muse.models.pretrained import CONFIG_FILE, WEIGHTS_FILE, read_model_config
 from muse.models.release_weights import is_release_file, load_release_checkpoint
-from muse.utils.weights import load_into, read_state_dict
+from muse.utils.weights import load_into, packaged, read_state_dict
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +46,7 @@ def latest_checkpoint(output_dir: str | Path) -> Path | None:
 
 def weights_file(checkpoint: str | Path) -> Path:
     """The file whose weights `load_model` uses: running means where the checkpoint has them."""
-    path = Path(checkpoint).expanduser()
+    path = packaged(checkpoint) or Path(checkpoint).expanduser()
     if path.is_file():
         return path
     if not path.is_dir():
@@ -68,8 +68,9 @@ def load_model(checkpoint: str | Path, config: Any, device: str | torch.device =
     """A model in eval mode from any form of checkpoint.
 
     Args:
-        checkpoint: a `save_pretrained` directory, a training `checkpoint-N`, a `.safetensors` file,
-            or the authors' file or the directory that holds it.
+        checkpoint: a packaged model's name, a `save_pretrained` directory, a training
+            `checkpoint-N`, a `.safetensors` file, or the authors' file or the directory that holds
+            it.
         config: the `model` section.
         device: where the model goes.
 
@@ -99,7 +100,7 @@ def initial_model(cfg: DictConfig) -> MUSE_ViT:
     source = cfg.experiment.init_from
     if source is None:
         return MUSE_ViT(cfg.model)
-    path = Path(source).expanduser()
+    path = packaged(source) or Path(source).expanduser()
     if (path / "final").is_dir():
         path = path / "final"
     elif path.is_dir() and not (path / WEIGHTS_FILE).is_file():

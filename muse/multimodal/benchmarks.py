@@ -24,6 +24,7 @@ from torchvision.transforms.functional import to_tensor
 from muse.data.decode import BadSample, decode_image
 from muse.errors import DataError
 from muse.multimodal.umm import MUSE_UMM
+from muse.utils.io import atomic_file
 
 CIRCLE = 1_000_000
 # The sentence of LLaVA-1.5's data, on which InternVL learnt to answer with a letter alone.
@@ -146,7 +147,11 @@ def rotated(questions: Sequence[Question]) -> list[Question]:
 
 # ----------------------------------------------------------------------------------------- asking
 def ask_benchmark(
-    umm: MUSE_UMM, questions: Sequence[Question], batch_size: int = 16, pictures: bool = True
+    umm: MUSE_UMM,
+    questions: Sequence[Question],
+    batch_size: int = 16,
+    pictures: bool = True,
+    max_new_tokens: int = 16,
 ) -> list[str]:
     """The model's answer to every question, in order.
 
@@ -155,6 +160,7 @@ def ask_benchmark(
         questions: rows of a benchmark.
         batch_size: questions that are asked at once.
         pictures: False asks without them: what the text alone gives away.
+        max_new_tokens: of an answer; a letter needs few.
     """
     answers: list[str] = []
     device = umm.queries.device
@@ -165,8 +171,23 @@ def ask_benchmark(
             images = torch.cat([umm.resize(question.image()[None]) for question in batch])
             images = images.to(device)
         prompts = [question.prompt() for question in batch]
-        answers += umm.answer(images, prompts, max_new_tokens=16)
+        answers += umm.answer(images, prompts, max_new_tokens)
     return answers
+
+
+def write_predictions(
+    path: str | Path, questions: Sequence[Question], answers: Sequence[str]
+) -> None:
+    """A TSV of the questions with the column `prediction`, without their pictures."""
+    letters = sorted({letter for question in questions for letter in question.options})
+    with atomic_file(path) as partial, partial.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, delimiter="\t")
+        columns = ["category", "l2-category", "hint", "question", *letters, "answer"]
+        writer.writerow(["index", *columns, "prediction"])
+        for asked, said in zip(questions, answers, strict=True):
+            options = [asked.options.get(letter, "") for letter in letters]
+            about = [asked.category, asked.l2_category, asked.hint, asked.text]
+            writer.writerow([asked.index, *about, *options, asked.answer or "", said])
 
 
 # --------------------------------------------------------------------------------------- matching
@@ -236,13 +257,18 @@ BENCHMARKS: dict[str, Callable[[Sequence[Question], Sequence[str]], dict[str, fl
 }
 
 
+def require_answers(questions: Sequence[Question]) -> None:
+    """`DataError` where a question's answer is not known."""
+    for question in questions:
+        if question.answer is None:
+            raise DataError(f"question {question.index} has no answer: a test split is not scored")
+
+
 def _right(questions: Sequence[Question], answers: Sequence[str]) -> tuple[list[bool], float]:
     """Whether each answer chose the right letter, and the share that chose none."""
     if not questions or len(questions) != len(answers):
         raise ValueError(f"{len(questions)} questions, but {len(answers)} answers")
-    for question in questions:
-        if question.answer is None:
-            raise DataError(f"question {question.index} has no answer: a test split is not scored")
+    require_answers(questions)
     chosen = [chosen_letter(text, q.options) for q, text in zip(questions, answers)]
     right = [choice == q.answer for q, choice in zip(questions, chosen)]
     return right, _mean(choice is None for choice in chosen)

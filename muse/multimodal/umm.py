@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from muse.errors import ConfigError
+from muse.generation.embeddings import sine_table
 from muse.generation.latents import LatentStatistics, check_tokenizer
 from muse.models.loading import weights_file
 from muse.multimodal.chat_prompts import ChatPrompts
@@ -165,7 +166,7 @@ class MUSE_UMM(UMMInferenceMixin, UMMCheckpointMixin, nn.Module):
 
     def read_pictures(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) in [0, 1] -> what the language model reads of them, (B, P, W)."""
-        tokens = self.tokenizer.encoder_features(self.resize(images))  # (B, C, he, we)
+        tokens = self.tokenizer.encoder_features(self._resized(images))  # (B, C, he, we)
         shuffled = self.internvl.model.pixel_shuffle(
             tokens.permute(0, 2, 3, 1), self.internvl.config.downsample_ratio
         )  # (B, he/2, we/2, 4C)
@@ -178,6 +179,10 @@ class MUSE_UMM(UMMInferenceMixin, UMMCheckpointMixin, nn.Module):
             return images
         resized = F.interpolate(images, (side, side), mode="bicubic", antialias=True)
         return resized.clamp(0, 1)
+
+    def _resized(self, images: Tensor) -> Tensor:
+        """Images as the tokenizer reads them, in the precision of its weights."""
+        return self.resize(images).to(self.tokenizer.to_latent.weight.dtype)
 
     def require_chat(self) -> ChatPrompts:
         """The chat template; `ConfigError` where the model has no text tokenizer."""
@@ -199,9 +204,12 @@ class MUSE_UMM(UMMInferenceMixin, UMMCheckpointMixin, nn.Module):
         tokens = {"language": outputs, "encoder": pictures}
         if "latent" in self.config["source_tokens"]:
             with torch.no_grad():
-                latent = self.tokenizer.encode(self.resize(images)).latent  # (B, C, h, w)
-                latent = self.latent_scale.normalise(latent).flatten(2).transpose(1, 2)
-            tokens["latent"] = self.latent_tokens(latent.to(pictures.dtype))  # (B, h*w, W)
+                latent = self.tokenizer.encode(self._resized(images)).latent  # (B, C, h, w)
+                latent = self.latent_scale.normalise(latent)
+            # A latent says what is there, not where; the encoder's tokens know their places.
+            places = sine_table(latent.shape[-2:], pictures.shape[-1]).to(pictures)  # (h*w, W)
+            latent = latent.flatten(2).transpose(1, 2).to(pictures.dtype)  # (B, h*w, C)
+            tokens["latent"] = self.latent_tokens(latent) + places
         return [tokens[kind] for kind in self.config["source_tokens"]]
 
     def _answer_loss(

@@ -77,7 +77,8 @@ class UMMConfig:
         ["encoder"],
         "editing: what the connector reads of the source picture, each one token a place: "
         "language (the language model's outputs), encoder (what the language model reads there, "
-        "as UniLIP), latent (MUSE's latent through a linear layer); several are put in a row",
+        "as UniLIP), latent (MUSE's latent through a linear layer, and its place); several stand "
+        "in a row",
     )
     generator_reads: str = key(
         "all",

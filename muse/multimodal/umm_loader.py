@@ -106,6 +106,7 @@ def build_kinds_loader(
             world=world,
             shuffle_buffer=params.shuffle_buffer,
             resampled=params.resampled,
+            mix=params.mix,
             cache_in_memory=params.cache_in_memory,
             max_bad_fraction=cfg.dataset.max_bad_fraction,
             fields=_FIELDS,

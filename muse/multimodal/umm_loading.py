@@ -44,11 +44,7 @@ def open_umm(
         device: where the model goes.
         changes: keys of the configuration that replace the saved ones.
     """
-    path = Path(source).expanduser()
-    if (path / "final").is_dir():
-        path = path / "final"
-    elif path.is_dir() and not (path / WEIGHTS_FILE).is_file():
-        path = latest_checkpoint(path) or path
+    path = resolve_checkpoint(source)
     if path.is_file():
         raise CheckpointError(f"{source}: a file; a multimodal checkpoint is a directory")
     model = MUSE_UMM.from_pretrained(path if path.is_dir() else source, "cpu", changes)
@@ -58,6 +54,16 @@ def open_umm(
             raise CheckpointError(f"{path / EMA_FILE}: {unknown[0]} is no tensor of the model")
         model.load_state_dict(means, strict=False)
     return model.to(device)
+
+
+def resolve_checkpoint(source: str | Path) -> Path:
+    """The directory that holds the weights: of a run's `final`, else its newest checkpoint."""
+    path = Path(source).expanduser()
+    if (path / "final").is_dir():
+        return path / "final"
+    if path.is_dir() and not (path / WEIGHTS_FILE).is_file():
+        return latest_checkpoint(path) or path
+    return path
 
 
 def initial_umm(cfg: DictConfig) -> MUSE_UMM:

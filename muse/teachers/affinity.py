@@ -106,7 +106,8 @@ class AffinityTeacher(FrozenTeacher):
         check_images(images, wait=False)
         # One picture at a time is as fast on a CPU, and its map then does not depend on its batch.
         parts = images.split(1) if images.device.type == "cpu" else (images,)
-        features = [layer_features(self.extractor, part, self.layers) for part in parts]
+        with self.inside_precision():
+            features = [layer_features(self.extractor, part, self.layers) for part in parts]
         grid = grid or self.grid or tuple(features[0][-1].shape[-2:])
         with torch.autocast(images.device.type, enabled=False):
             cosines = torch.cat(

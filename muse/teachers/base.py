@@ -1,7 +1,8 @@
 """What every teacher shares: it is frozen, takes [0,1] pixels, and names its options in errors."""
 
+import contextlib
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,21 @@ class TopologyTarget(NamedTuple):
 
 
 class FrozenTeacher(nn.Module):
-    """A module without gradients that stays in eval mode. Call `freeze()` once it is built."""
+    """A module without gradients that stays in eval mode. Call `freeze()` once it is built.
+
+    Its network runs within `inside_precision()`; what it makes of the network's answer (softmax of
+    cosines, unit length) stays in float32.
+    """
+
+    precision = "float32"
+
+    def set_precision(self, precision: str) -> "FrozenTeacher":
+        """How the network computes from now on: `float32`, `tf32` or `bf16`."""
+        self.precision = precision
+        return self
+
+    def inside_precision(self) -> contextlib.AbstractContextManager:
+        return frozen_precision(self.precision, self.device)
 
     def freeze(self) -> "FrozenTeacher":
         self.requires_grad_(False)
@@ -38,6 +53,29 @@ class FrozenTeacher(nn.Module):
     def device(self) -> torch.device:
         tensors = [*self.parameters(), *self.buffers()]
         return tensors[0].device if tensors else torch.device("cpu")
+
+
+@contextlib.contextmanager
+def frozen_precision(precision: str, device: torch.device) -> Iterator[None]:
+    """Within: how a network that does not learn computes, whatever autocast says around it.
+
+    Args:
+        precision: `float32`; `tf32` (a GPU multiplies matrices with 10 bits of mantissa and adds in
+            float32; elsewhere as float32); `bf16` (autocast).
+        device: where it computes.
+    """
+    if not torch.amp.is_autocast_available(device.type):  # the meta device computes nothing
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    if precision == "tf32" and device.type == "cuda":
+        torch.set_float32_matmul_precision("high")
+    try:
+        with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16"):
+            yield
+    finally:
+        if torch.get_float32_matmul_precision() != before:
+            torch.set_float32_matmul_precision(before)
 
 
 class Normalise(nn.Module):

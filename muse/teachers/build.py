@@ -103,14 +103,19 @@ def _cached(teacher: FrozenTeacher, cache: bool | int) -> FrozenTeacher:
     return CachedTeacher(teacher, max_bytes=megabytes << 20)
 
 
+def chosen_precision(cfg: DictConfig, chosen: str | None) -> str:
+    """How frozen networks compute where a key `precision` says `chosen`; null: as the run does."""
+    return chosen or ("bf16" if cfg.training.mixed_precision == "bf16" else "float32")
+
+
 @functools.lru_cache(maxsize=4)
-def _teacher(kind: str, options: str, *arguments: Any) -> nn.Module:
+def _teacher(kind: str, options: str, precision: str, *arguments: Any) -> nn.Module:
     """Teachers are frozen, so successive stages of one process share one and its memo."""
     # Building draws random numbers and a teacher that is shared draws none, so the run's own
     # generator must not move here, nor decide what is drawn.
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(0)
-        return _BUILDERS[kind](json.loads(options), *arguments)
+        return _BUILDERS[kind](json.loads(options), *arguments).set_precision(precision)
 
 
 _BUILDERS = {"topology": build_topology_teacher, "text": build_text_teacher}
@@ -124,10 +129,12 @@ def shared_topology_teacher(
     A teacher without weights (`pretrained=False`) is not shared: it is the caller's own.
     """
     options = {**plain(cfg.teacher.topology), "heads": cfg.losses.topology.heads}
+    precision, blocks = chosen_precision(cfg, cfg.teacher.precision), cfg.model.num_blocks
     if not pretrained:
-        return build_topology_teacher(options, cfg.model.num_blocks, grid, pretrained=False)
+        teacher = build_topology_teacher(options, blocks, grid, pretrained=False)
+        return teacher.set_precision(precision)
     text = json.dumps(options, sort_keys=True)
-    return _teacher("topology", text, cfg.model.num_blocks, tuple(grid))
+    return _teacher("topology", text, precision, blocks, tuple(grid))
 
 
 def shared_text_teacher(cfg: DictConfig, pretrained: bool = True) -> nn.Module:
@@ -135,11 +142,11 @@ def shared_text_teacher(cfg: DictConfig, pretrained: bool = True) -> nn.Module:
 
     `pretrained` as above.
     """
-    options = plain(cfg.teacher.text)
+    options, precision = plain(cfg.teacher.text), chosen_precision(cfg, cfg.teacher.precision)
     if pretrained:
-        teacher = _teacher("text", json.dumps(options, sort_keys=True))
+        teacher = _teacher("text", json.dumps(options, sort_keys=True), precision)
     else:
-        teacher = build_text_teacher(options, pretrained=False)
+        teacher = build_text_teacher(options, pretrained=False).set_precision(precision)
     if teacher.dim != cfg.model.semantic_dim:
         raise ConfigError(
             f"model.semantic_dim={cfg.model.semantic_dim} but the text teacher "

@@ -35,6 +35,10 @@ class CachedTeacher(FrozenTeacher):
         self._entries: dict[tuple[str, tuple[int, int] | None], _Entry] = {}
         self.freeze()
 
+    def set_precision(self, precision: str) -> "CachedTeacher":
+        self.teacher.set_precision(precision)
+        return super().set_precision(precision)
+
     @property
     def dim(self) -> int:
         """Channels of a feature teacher."""

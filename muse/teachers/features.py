@@ -275,7 +275,9 @@ class FeatureTeacher(FrozenTeacher):
     def forward(self, images: Tensor, grid: tuple[int, int] | None = None) -> Tensor:
         """Features of images (B,3,H,W) in [0,1]. Raises ValueError outside the pixel contract."""
         check_images(images, wait=False)
-        features = [one.float() for one in layer_features(self.extractor, images, self.layers)]
+        with self.inside_precision():
+            features = layer_features(self.extractor, images, self.layers)
+        features = [feature.float() for feature in features]
         grid = grid or self.grid or tuple(features[0].shape[-2:])
         features = [resize_features(feature, grid) for feature in features]
         if self.normalize:

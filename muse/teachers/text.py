@@ -74,7 +74,9 @@ class TextTeacher(FrozenTeacher):
         _check_texts(texts)
         starts = range(0, len(texts), self.batch_size)
         batches = [list(texts[start : start + self.batch_size]) for start in starts]
-        return torch.cat([F.normalize(self._embed(batch).float(), dim=-1) for batch in batches])
+        with self.inside_precision():
+            embedded = [self._embed(batch) for batch in batches]
+        return torch.cat([F.normalize(rows.float(), dim=-1) for rows in embedded])  # (B,E)
 
     def _embed(self, texts: list[str]) -> Tensor:
         """Strings -> (B,E), of any length and type."""

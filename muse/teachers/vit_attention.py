@@ -40,10 +40,7 @@ ADVICE = (
     "teacher.topology.source to a local directory (transformers or timm layout) or to a timm name "
     "(timm:vit_huge_plus_patch16_dinov3.lvd1689m), or use teacher.topology.kind=affinity."
 )
-NO_WEIGHTS_ADVICE = (
-    "For its cost without weights name a directory that holds its config.json, or timm:NAME, as "
-    "the source."
-)
+NO_WEIGHTS_ADVICE = "For its cost name a directory that holds its config.json, or timm:NAME."
 # transformers' model_type -> its class. All put the class token first, then the registers.
 MODEL_CLASSES = {
     "dinov3_vit": "DINOv3ViTModel",
@@ -102,6 +99,14 @@ class AttentionTeacher(FrozenTeacher):
         self._method = method
         self.freeze()
 
+    def set_precision(self, precision: str) -> "AttentionTeacher":
+        """In bf16 the weights of linear layers are kept as autocast would make them each time."""
+        if precision == "bf16":
+            for module in self.network.modules():
+                if isinstance(module, nn.Linear):
+                    module.to(torch.bfloat16)
+        return super().set_precision(precision)
+
     def input_size(self, size: tuple[int, int]) -> tuple[int, int]:
         """The size (H, W) at which the network sees an image of `size`: whole patches."""
         wanted = self.image_size or size
@@ -122,7 +127,8 @@ class AttentionTeacher(FrozenTeacher):
             for layer, module in self._sources.items()
         ]
         try:
-            getattr(self.network, self._method)(pixels)
+            with self.inside_precision():
+                getattr(self.network, self._method)(pixels)
         finally:
             for hook in hooks:
                 hook.remove()

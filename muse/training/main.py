@@ -1,4 +1,4 @@
-"""The command line of the stage scripts."""
+"""The command line of the training scripts."""
 
 import logging
 from collections.abc import Sequence
@@ -9,9 +9,13 @@ from muse.errors import ConfigError
 log = logging.getLogger(__name__)
 
 
-def stage_main(stage: str, argv: Sequence[str] | None) -> int:
-    """Parse, check that the configuration is of this stage, train."""
-    parser = cli.parser(f"Train one stage of MUSE ({stage}).", recipe=True)
+def stage_main(stage: str | None, argv: Sequence[str] | None) -> int:
+    """Parse, check that the configuration is of this stage, train.
+
+    stage: the only one that the script trains; None: whichever the configuration names.
+    """
+    named = stage or "the one that the configuration names"
+    parser = cli.parser(f"Train one stage of MUSE ({named}).", recipe=True)
     cli.refuse(parser, cli.ONE_PROCESS, *cli.LAUNCHER_FLAGS)
     cli.refuse(
         parser, "training counts optimizer steps; use training.max_train_steps=N", "--epochs"
@@ -19,7 +23,7 @@ def stage_main(stage: str, argv: Sequence[str] | None) -> int:
     cli.refuse(parser, "use optimizer.params.learning_rate=X", "--lr")
     args = cli.parse(parser, argv)
     cfg = cli.load_cfg(args)
-    if cfg.training.stage != stage:
+    if stage is not None and cfg.training.stage != stage:
         raise ConfigError(
             f"{args.config} has training.stage={cfg.training.stage}, this script trains {stage}"
         )

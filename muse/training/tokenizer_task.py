@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from muse.analysis.gradients import gradient_report, objectives, take_gradients
 from muse.config import model_config, resolved
+from muse.config_checks import check_training_crop
 from muse.data.dataloader import build_eval_loader, build_train_loader, sample_images
 from muse.data.train import TrainLoader
 from muse.errors import ConfigError
@@ -43,6 +44,7 @@ class TokenizerTask(TrainingTask):
     # ------------------------------------------------------------------------------- building
     def build(self, accelerator: Any) -> MUSE_ViT:
         """The student with the tensors of its stage to learn, and its loss with the teachers."""
+        check_training_crop(self.cfg)
         training, self.accelerator = self.cfg.training, accelerator
         self.model = initial_model(self.cfg)
         patterns = training.trainable
@@ -155,7 +157,7 @@ class TokenizerTask(TrainingTask):
     def continues(self, saved: dict[str, Any]) -> bool:
         """The same architecture and routing in the same stage; the rest may differ.
 
-        Sources, what is recomputed and the gradient's scale change no output.
+        Sources, what is recomputed, the gradient's scale and stochastic depth change no output.
         """
         try:
             models = [resolved(model_config(saved["model"])), resolved(self.cfg.model)]
@@ -164,6 +166,7 @@ class TokenizerTask(TrainingTask):
         for model in models:
             del model["gradient_checkpointing"], model["grad_scale"]
             del model["encoder"]["source"], model["decoder"]["source"]
+            del model["encoder"]["drop_path"]
         return models[0] == models[1] and saved["training"]["stage"] == self.cfg.training.stage
 
     def state_dict(self) -> dict[str, Any]:

@@ -120,7 +120,7 @@ class Trainer:
                     raise SystemExit(0)
                 if self._due(self.cfg.experiment.save_every) and self.progress.step < last:
                     self.checkpointer.save()
-        final = self.checkpointer.write_final()
+            final = self.checkpointer.write_final()
         self._log_the_end(final)
         return final
 

@@ -28,6 +28,8 @@ from muse.errors import CheckpointError, ConfigError
 
 log = logging.getLogger(__name__)
 
+# Trained models that are installed with muse (docs/muse_tiny.md); `./NAME` is a local directory.
+PACKAGED = Path(__file__).parents[1] / "pretrained"
 # What is fetched of a source: its configuration and weights, never code or pickles.
 SOURCE_FILES = ("config.json", "*.safetensors", "*.safetensors.index.json")
 # What `torch.load(weights_only=True)` and safetensors raise on a foreign file: read as a pickle, a
@@ -48,12 +50,19 @@ _UNREADABLE = (
 
 
 # ------------------------------------------------------------------------------------------ sources
+def packaged(name: str | Path) -> Path | None:
+    """The directory of a model that comes with muse, such as `muse_tiny`; None for another name."""
+    path = PACKAGED / str(name)
+    return path if str(name).isidentifier() and path.is_dir() else None
+
+
 def locate(source: str, patterns: Sequence[str] = SOURCE_FILES) -> Path:
-    """The local directory of `source`: itself, a copy under CHECKPOINT_DIR, or the hub's snapshot.
+    """The local directory of `source`: a packaged model, itself, a copy under CHECKPOINT_DIR, or
+    the hub's snapshot.
 
     A hub id is downloaded when it can be reached. Raises CheckpointError where it is none of them.
     """
-    path = Path(source).expanduser()
+    path = packaged(source) or Path(source).expanduser()
     if path.is_dir():
         return path
     if path.is_absolute() or source.startswith((".", "~")) or source.count("/") != 1:

@@ -14,7 +14,7 @@ from torchvision.models import ConvNeXt_Small_Weights, VGG16_Weights
 
 from muse import load_config
 from muse.analysis.cost import run_cost
-from muse.analysis.counters import FlopCounter, SavedTensors
+from muse.analysis.counters import FlopCounter, MovedBytes, SavedTensors
 from muse.analysis.step_count import build_parts, count_step
 from muse.models.layers import SwiGLU
 from muse.teachers.hub import DINOV3
@@ -257,6 +257,85 @@ def test_activations_follow_the_batch_the_precision_and_checkpointing(shapes_dat
     assert extra == pytest.approx(base["flops_forward"]["blocks"] - last, rel=0.01)
 
 
+def test_activations_are_counted_by_the_module_that_keeps_them():
+    """A linear layer keeps its input; a tensor that two layers keep counts where it came first."""
+    first, second = nn.Linear(8, 16), nn.Linear(16, 4)
+    rows = {first: "first", second: "second"}
+    x = torch.rand(5, 8, requires_grad=True)
+    with SavedTensors(first, second, rows=rows) as saved:
+        hidden = first(x)
+        out = second(hidden), second(hidden), hidden.exp()
+    kept = {"first": 4 * 5 * 8, "second": 4 * 5 * 16, "other": 4 * 5 * 16}
+    assert saved.by_row() == kept and saved.bytes() == sum(kept.values())
+    assert not first._forward_hooks and not second._forward_pre_hooks
+    del out
+
+
+def test_bytes_moved_by_hand():
+    """Reads and writes of all but products; a view moves nothing, an in-place sum moves three."""
+    a, b, weight = torch.rand(6, 4), torch.rand(6, 4), torch.rand(4, 4)
+    size = 4 * 24
+    for operation, wanted in (
+        (lambda: a + b, 3 * size),
+        (lambda: a.exp(), 2 * size),
+        (lambda: a.clone().add_(b), 5 * size),
+        (lambda: a.t().reshape(2, 12).bfloat16(), 2 * size + size + size // 2),
+        (lambda: a.view(4, 6)[1:].unsqueeze(0), 0),
+        (lambda: a @ weight, 0),
+        (lambda: nn.functional.linear(a, weight).relu_(), 2 * size),
+    ):
+        with MovedBytes() as moved, FlopCounter():
+            operation()
+        assert moved.total == wanted
+
+
+@pytest.mark.parametrize("mode", ["none", "blocks", "all"])
+def test_activations_are_those_of_a_real_step(mode, shapes_data, tmp_path):
+    """The same bytes with real tensors, and what is recomputed is the largest piece's share."""
+    path = run_config(tmp_path / "c.yaml", shapes_data, tmp_path / "run", "synergistic_tuning")
+    adversarial = ["losses.adversarial.weight=0", f"model.gradient_checkpointing={mode}"]
+    cfg = load_config(path, adversarial)
+    trainer = Trainer(cfg, TokenizerTask(cfg))
+    images, names = random_images(4, 32, 32), list("abcd")
+    trainer.model.train()
+    with SavedTensors(trainer.model, trainer.task.loss) as saved:
+        batch = {"images": images, "text": names, "keys": names}
+        loss, _ = trainer.task.compute_loss(trainer.wrapped, batch, 0)
+    step = count_step(cfg, batch=4)
+    assert step["memory"]["activations"] == pytest.approx(saved.bytes(), rel=0.02)
+    del loss
+    assert step["activations"]["total"] == step["memory"]["activations"]
+    if mode == "none":
+        assert "recomputed" not in step["memory"]
+        return
+    model = trainer.model.eval()
+    blocks = list(model.muse_blocks)
+    if mode == "all":
+        blocks += [
+            *model.encoder.encoder.layer,
+            *(one for s in model.decoder.up_blocks for one in s),
+        ]
+    sizes = []
+    for block in blocks:
+        with SavedTensors(model, rows={block: "it"}) as kept:
+            out = model(images)
+            sizes.append(kept.by_row()["it"])
+        del out
+    assert step["memory"]["recomputed"] == max(sizes) > 0
+
+
+RECIPE = [ROOT / f"configs/muse_1b/stage{stage}.yaml" for stage in (2, 3)]
+
+
+@pytest.mark.parametrize("file", RECIPE, ids=lambda file: f"{file.parent.name}-{file.stem}")
+def test_the_shipped_batches_fit_the_card_they_are_configured_for(file):
+    """At the release's batches: 70 GB as configured, 40 GB with everything recomputed."""
+    for overrides, limit in (([], 70e9), (["model.gradient_checkpointing=all"], 40e9)):
+        cfg = load_config(file, overrides)
+        memory = count_step(cfg, batch=cfg.training.per_gpu_batch_size)["memory"]
+        assert memory["total"] + memory["buckets"] <= limit
+
+
 def test_sizes_are_those_of_a_real_run(shapes_data, tmp_path):
     cfg = load_config(
         run_config(tmp_path / "c.yaml", shapes_data, tmp_path / "run", "synergistic_tuning")
@@ -301,8 +380,9 @@ def test_hours_of_a_stage_by_hand(shapes_data, tmp_path):
         "topology_warmup",
         {"training": {"max_train_steps": 500}},
     )
+    precise = ["teacher.precision=float32", "losses.perceptual.precision=float32"]
     found = run_cost(
-        load_config(path, ["training.mixed_precision=bf16"]),
+        load_config(path, ["training.mixed_precision=bf16", *precise]),
         gpus=3,
         utilisation=0.5,
         peak=2e-3,
@@ -320,6 +400,30 @@ def test_hours_of_a_stage_by_hand(shapes_data, tmp_path):
         load_config(path, ["training.global_batch_size=8"]), gpus=2, batch=64
     )  # the batch is for the memory alone
     assert fixed["recipe"]["images"] == 500 * 8 and fixed["batch"] == 64
+
+
+def test_hours_follow_the_precision_of_each_frozen_network(shapes_data, tmp_path):
+    """Peaks of 1, 2 and 4 units: each piece's hours are its operations over its own peak."""
+    path = run_config(tmp_path / "c.yaml", shapes_data, tmp_path / "run")
+
+    def parts(*overrides):
+        cfg = load_config(path, ["training.mixed_precision=bf16", *overrides])
+        peaks = {"peak": 4e-3, "peak_tf32": 2e-3, "peak_float32": 1e-3}
+        found = run_cost(cfg, gpus=1, utilisation=1.0, **peaks)
+        seconds = found["recipe"]["gpu_hours"] * 3600 / found["recipe"]["images"] * 1e9
+        return found["flops_training"], seconds, found["flops_by_precision"]
+
+    flops, seconds, by_precision = parts()  # null: everything as the run, in 16 bits
+    assert seconds == pytest.approx(flops["total"] / 4)
+    assert by_precision == {"float32": 0, "tf32": 0, "bf16": pytest.approx(flops["total"])}
+    flops, seconds, by_precision = parts(
+        "teacher.precision=tf32", "losses.perceptual.precision=float32"
+    )
+    teacher = flops["topology teacher"]
+    losses = flops["losses forward"] + flops["losses backward"]
+    rest = flops["total"] - teacher - losses
+    assert by_precision == {"float32": losses, "tf32": teacher, "bf16": pytest.approx(rest)}
+    assert seconds == pytest.approx(losses + teacher / 2 + rest / 4)
 
 
 def test_the_command_prints_and_writes_the_recipe(shapes_data, tmp_path, capsys):

@@ -7,13 +7,17 @@ from unittest import mock
 
 import numpy as np
 import pytest
+import scipy.linalg
 import torch
 import torch_fidelity.feature_extractor_inceptionv3 as fidelity
 from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics_to_metric
+from torch_fidelity.metric_isc import isc_features_to_metric
 
 from muse.errors import ConfigError, DataError
 from muse.evaluation.evaluator import Evaluator
-from muse.evaluation.metrics.inception import InceptionScores, rounded_bytes
+from muse.evaluation.metrics.frechet import FrechetDistance
+from muse.evaluation.metrics.inception import InceptionScores
+from muse.evaluation.metrics.networks import rounded_bytes
 
 
 def image_pairs(count, size=32, seed=0):
@@ -69,6 +73,60 @@ def test_rfid_is_torch_fidelitys(inception_file):
     assert set(got) == {"rfid", "is", "is_std"}
 
 
+def small_network(features=24):
+    """A stand-in for Inception's: images -> (B, features) and logits (B, 10), not linear."""
+    generator = torch.Generator().manual_seed(1)
+    first = torch.randn(3 * 8 * 8, 64, generator=generator) / 10
+    second = torch.randn(64, features + 10, generator=generator)
+
+    def network(images):
+        hidden = torch.nn.functional.adaptive_avg_pool2d(images, 8).flatten(1) @ first
+        return (torch.tanh(hidden) @ second).split([features, 10], dim=1)
+
+    return network
+
+
+@pytest.mark.parametrize("count", [64, 300])
+def test_rfid_of_more_samples_than_features(count):
+    """Covariances of full rank: torch-fidelity's distance, and SciPy's root of the matrix."""
+    real, fake = image_pairs(count, seed=3)
+    network = small_network()
+    scores = InceptionScores(("rfid", "is"), network)
+    for a, b, index in zip(real.split(50), fake.split(50), torch.arange(count).split(50)):
+        scores.update(a, b, index)
+    got = scores.compute()
+    rows = [network(images)[0].double() for images in (real, fake)]
+    stats = [fid_features_to_statistics(one) for one in rows]
+    assert all(np.linalg.matrix_rank(one["sigma"]) == 24 for one in stats)
+    theirs = fid_statistics_to_metric(*stats, verbose=False)["frechet_inception_distance"]
+    means, covs = zip(*[(one.mean(0).numpy(), np.cov(one.numpy().T)) for one in rows])
+    root = scipy.linalg.sqrtm(covs[0] @ covs[1]).real
+    scipys = ((means[0] - means[1]) ** 2).sum() + np.trace(covs[0] + covs[1] - 2 * root)
+    assert got["rfid"] == pytest.approx(theirs, rel=1e-6)
+    assert got["rfid"] == pytest.approx(scipys, rel=1e-6) and got["rfid"] > 0.1
+    logits = network(fake)[1]
+    want = isc_features_to_metric(logits, splits=10, shuffle=True, rng_seed=2020)
+    assert got["is"] == pytest.approx(want["inception_score_mean"], rel=1e-6)
+
+
+def test_distances_see_bytes_as_rfid_does():
+    """What a PNG would not keep changes neither; fd_ can be asked for pictures as they are."""
+    real, fake = image_pairs(40)
+    stored = (fake * 255).round() / 255
+    network = small_network()
+
+    def distance(images, rounded):
+        metric = FrechetDistance("fd", lambda x: network(x)[0], rounded=rounded)
+        metric.update(real, images, None)
+        return metric.compute()["fd"]
+
+    assert distance(fake, True) == distance(stored, True)
+    assert distance(fake, False) != distance(stored, False)
+    inception = InceptionScores(("rfid",), lambda x: network(rounded_bytes(x) / 255))
+    inception.update(real, fake, None)
+    assert distance(fake, True) == pytest.approx(inception.compute()["rfid"], rel=1e-9)
+
+
 def test_inception_score_in_data_set_order():
     """exp of the mean KL to the split's mean distribution, in torch-fidelity's ten parts."""
     logits = 3 * torch.randn(53, 7, generator=torch.Generator().manual_seed(0))
@@ -114,8 +172,9 @@ def test_frechet_distance_of_the_pooled_features():
         fake,
         9,
     )
+    # of the pictures as bytes, as rfid's
     stats = [
-        fid_features_to_statistics(images[:, :, :2, :2].flatten(1).double())
+        fid_features_to_statistics((images[:, :, :2, :2].flatten(1) * 255).round().double() / 255)
         for images in (real, fake)
     ]
     assert got["fd_corner"] == pytest.approx(
@@ -141,7 +200,7 @@ def test_small_sets_are_warned_of(caplog):
             fake,
             4,
         )
-    assert "from 4 images" in caplog.text and "2048" in caplog.text
+    assert "fd_mean from 4 images: below 50000 a Fréchet distance is biased upwards" in caplog.text
 
 
 def test_refusals(tmp_path):

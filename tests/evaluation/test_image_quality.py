@@ -1,5 +1,7 @@
 """PSNR, SSIM and LPIPS against scikit-image and the lpips package, on photographs."""
 
+from pathlib import Path
+
 import lpips
 import numpy as np
 import pytest
@@ -9,7 +11,7 @@ import torchvision
 from skimage import data
 from skimage.metrics import peak_signal_noise_ratio, structural_similarity
 
-from muse.evaluation.metrics.lpips import Lpips
+from muse.evaluation.metrics.lpips import LPIPS_NETS, Lpips
 from muse.evaluation.metrics.psnr_ssim import check_pair, psnr, ssim
 
 
@@ -74,12 +76,18 @@ def test_range_and_nan_are_refused():
         check_pair(images, images[..., :8])
 
 
-def test_lpips_is_the_packages(pairs, tmp_path):
+@pytest.mark.parametrize("net", ["squeeze", "alex", "vgg"])
+def test_lpips_is_the_packages(net, pairs, tmp_path):
+    """The package's own heads on a random backbone, which both get."""
     torch.manual_seed(0)
-    backbone = torchvision.models.squeezenet1_1(weights=None)
-    torch.save(backbone.state_dict(), tmp_path / "squeeze.pth")
-    ours = Lpips("squeeze", tmp_path / "squeeze.pth")
-    theirs = lpips.LPIPS(net="squeeze", pnet_rand=True, verbose=False)
+    backbone = getattr(torchvision.models, LPIPS_NETS[net])(weights=None)
+    torch.save(backbone.state_dict(), tmp_path / f"{net}.pth")
+    ours = Lpips(net, tmp_path / f"{net}.pth")
+    theirs = lpips.LPIPS(net=net, pnet_rand=True, verbose=False)
+    file = Path(lpips.__file__).parent / f"weights/v0.1/{net}.pth"
+    heads = torch.load(file, weights_only=True, map_location="cpu")
+    for index, head in enumerate(theirs.lins):
+        assert torch.equal(head.model[1].weight, heads[f"lin{index}.model.1.weight"])
     for name, own in theirs.net.named_parameters():
         own.data.copy_(backbone.get_parameter("features." + name.split(".", 1)[1]))
     with torch.no_grad():

@@ -9,17 +9,17 @@ from open_clip.zero_shot_classifier import build_zero_shot_classifier
 from sklearn.linear_model import LogisticRegression
 from sklearn.metrics import balanced_accuracy_score
 from sklearn.preprocessing import StandardScaler
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from muse.errors import ConfigError, DataError
-from muse.evaluation.linear_probe import (
-    LinearProbe,
-    pixel_features,
-    probe_optimizer,
-    probe_step,
-    train_linear_probe,
-)
+from muse.evaluation import retrieval as retrieval_module
+from muse.evaluation.class_names import read_class_names, read_lines
+from muse.evaluation.held_out import split_training_set
+from muse.evaluation.linear_probe import pixel_features, train_linear_probe
 from muse.evaluation.metrics.accuracy_iou import accuracy, hit_probability
-from muse.evaluation.zero_shot import read_lines, retrieval, zero_shot
+from muse.evaluation.probe_heads import LinearProbe, probe_optimizer, probe_step
+from muse.evaluation.retrieval import retrieval
+from muse.evaluation.zero_shot import zero_shot
 from muse.teachers.prompts import class_embeddings, prompts
 
 
@@ -45,7 +45,7 @@ def test_probe_is_within_a_point_of_logistic_regression():
     assert 0.7 < (answers == yv.numpy()).mean() < 0.97  # the classes do overlap
     assert result.last.micro == pytest.approx((answers == yv.numpy()).mean(), abs=0.01)
     assert result.last.macro == pytest.approx(balanced_accuracy_score(yv, answers), abs=0.02)
-    assert result.best.micro >= result.last.micro
+    assert result.best_on_validation.micro >= max(result.best.micro, result.last.micro)
     assert result.majority.macro == pytest.approx(0.2) and result.majority.micro == pytest.approx(
         float((yv == 0).float().mean())
     )
@@ -61,6 +61,39 @@ def test_heads_side_by_side_equal_heads_alone():
             x.numpy(), y, xv.numpy(), yv, rates=(rate,), epochs=4, batch_size=100
         ).by_rate[f"{rate:g}"]
         assert alone.micro == pytest.approx(together[f"{rate:g}"].micro, abs=1 / 300)
+
+
+def test_rate_and_epoch_are_not_chosen_on_what_is_reported():
+    """Validation labels that are the training's turned by one class.
+
+    A choice on them would take the rate that learns least. The fitted heads are the same whatever
+    the validation set says, so their scores on either set follow from each other.
+    """
+    (x, y), (xv, yv) = overlapping_classes(1000, 4), overlapping_classes(500, 5)
+    options = dict(rates=(1e-6, 0.1), epochs=6, batch_size=50)
+    honest = train_linear_probe(x, y, xv, yv, **options)
+    turned = train_linear_probe(x, y, xv, (yv + 1) % 5, **options)
+    assert honest.learning_rate == turned.learning_rate == 0.1
+    assert honest.best_epoch == turned.best_epoch
+    assert turned.last == turned.by_rate["0.1"] and turned.last.micro < 0.2
+    assert turned.best_on_validation.learning_rate == 1e-6
+    assert turned.best_on_validation.micro > 2 * turned.last.micro
+    assert (honest.train_samples, honest.held_out) == (1000, 100)
+
+
+def test_the_held_out_part_is_of_all_classes_and_no_part_of_what_is_fitted():
+    labels = torch.arange(10).repeat_interleave(torch.arange(10, 110, 10))  # 10, 20, ... 100
+    labels = labels[torch.randperm(550)]
+    fitted, held = split_training_set(labels, seed=7)
+    assert sorted([*fitted.tolist(), *held.tolist()]) == list(range(550)) and len(held) == 55
+    counts = torch.bincount(labels[held], minlength=10)
+    assert (counts - torch.arange(1, 11)).abs().max() <= 1  # a tenth of each class
+    assert torch.equal(split_training_set(labels, seed=7)[1], held)
+    assert not torch.equal(split_training_set(labels, seed=8)[1], held)
+    assert len(split_training_set(torch.arange(200_000) % 1000, seed=0)[1]) == 10_000
+    # one sample of a class is needed to fit it
+    assert split_training_set(torch.tensor([0, 1, 1]), seed=0)[1].tolist() in ([1], [2])
+    assert split_training_set(torch.tensor([0, 1, 2]), seed=0)[1].tolist() == []
 
 
 def test_one_nesterov_step_is_torchs():
@@ -172,6 +205,36 @@ def test_retrieval_with_all_candidates_is_plain_ranking():
     assert 0.1 < got["image_to_text_r1"] < 0.9
 
 
+class _Largest(TorchDispatchMode):
+    """The number of values in the largest tensor that any operation makes."""
+
+    numbers = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor):
+            self.numbers = max(self.numbers, result.numel())
+        return result
+
+
+def test_retrieval_among_many_holds_one_block_of_similarities(monkeypatch):
+    """4000 candidates have 16 million similarities; in memory are 65,536, and the rows."""
+    monkeypatch.setattr(retrieval_module, "BLOCK", 2**16)
+    generator = torch.Generator().manual_seed(0)
+    text = F.normalize(torch.randn(4000, 8, generator=generator), dim=-1)
+    images = F.normalize(text + 0.2 * torch.randn(4000, 8, generator=generator), dim=-1)
+    with _Largest() as largest:
+        got = retrieval(images, text, [f"c{i}" for i in range(4000)], group=4000, groups=1)
+    assert largest.numbers <= 2**16
+    ranks = (images @ text.T).argsort(1, descending=True)
+    for k in (1, 5):
+        want = np.mean([i in ranks[i, :k] for i in range(4000)])
+        assert got[f"image_to_text_r{k}"] == pytest.approx(want, abs=1e-9)
+    assert got["chance_r5"] == 5 / 4000 and 0.05 < got["image_to_text_r1"] < 0.9
+    # by default no more queries than for the usual 32
+    assert retrieval(images, text, [f"c{i}" for i in range(4000)], group=2000)["groups"] == 16
+
+
 def test_retrieval_groups_hold_distinct_captions():
     """Two images a caption with equal texts: right only if a caption is never its own rival."""
     text = torch.eye(10).repeat_interleave(3, 0)
@@ -190,3 +253,20 @@ def test_line_files(tmp_path):
     assert read_lines(tmp_path / "names.txt", "class name") == ["zebra", "cow"]
     with pytest.raises(DataError, match="missing.txt"):
         read_lines(tmp_path / "missing.txt", "class name")
+
+
+def test_a_blank_line_never_shifts_a_label(tmp_path):
+    file = tmp_path / "classes.txt"
+    file.write_text(
+        "zebra\n cow \n\n  \n", encoding="utf-8"
+    )  # below the last name it means nothing
+    assert read_class_names(file) == ["zebra", "cow"]
+    file.write_text("\ufeffzebra\r\n\r\ncow\r\n", encoding="utf-8")
+    with pytest.raises(DataError, match="line 2 is blank, but a label is the place of a line"):
+        read_class_names(file)
+    file.write_text("\nzebra\n", encoding="utf-8")
+    with pytest.raises(DataError, match="line 1 is blank"):
+        read_class_names(file)
+    file.write_text("\n\n", encoding="utf-8")
+    with pytest.raises(DataError, match="has no lines"):
+        read_class_names(file)

@@ -6,9 +6,10 @@ import torch.nn.functional as F
 from torchmetrics import JaccardIndex
 
 from muse.data.masks import IGNORE_INDEX
+from muse.evaluation.mask_cells import cell_targets, covered_size
 from muse.evaluation.metrics.accuracy_iou import ConfusionMatrix
 from muse.evaluation.segmentation import (
-    cell_targets,
+    SegmentationProbe,
     evaluate_segmentation,
     foreground_iou,
     train_segmentation_probe,
@@ -73,6 +74,62 @@ def test_cell_shares_give_pixelwise_cross_entropy():
     torch.testing.assert_close(
         got, F.cross_entropy(pixels, masks, ignore_index=IGNORE_INDEX), rtol=1e-6, atol=0
     )
+
+
+# pictures of 20x22 and cells of 8: the model pads them to 24x24, a grid of 3x3
+SIZE, CELL, GRID = (20, 22), 8, (3, 3)
+
+
+def test_cells_cover_the_padded_picture():
+    assert covered_size((256, 256), 28) == (280, 280)
+    assert covered_size((512, 448), 28) == (532, 448)
+    assert covered_size(SIZE, CELL) == (24, 24)
+    assert covered_size(SIZE, None) == SIZE
+
+
+def test_padded_cells_count_the_pictures_pixels_alone():
+    masks = random_labels(3, (2, *SIZE), 4)
+    masks[0, :5, :7] = IGNORE_INDEX
+    targets = cell_targets(masks, GRID, 4, cell=CELL).double()
+    for row in range(3):
+        for column in range(3):
+            tile = masks[:, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8].flatten(1)
+            want = [[(one == label).sum() / 64 for label in range(4)] for one in tile]
+            assert targets[:, 3 * row + column].tolist() == want
+    logits = torch.randn(
+        2, 4, *GRID, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
+    log_shares = logits.log_softmax(1).flatten(2).transpose(1, 2)
+    got = -(targets * log_shares).sum() / targets.sum()
+    pixels = logits.repeat_interleave(8, 2).repeat_interleave(8, 3)[..., :20, :22]
+    torch.testing.assert_close(
+        got, F.cross_entropy(pixels, masks, ignore_index=IGNORE_INDEX), rtol=1e-6, atol=0
+    )
+
+
+def test_padding_is_cut_off_before_a_mask_is_compared():
+    """Nine cells of nine classes: each pixel gets its own cell's, in pictures of any size."""
+    masks = torch.arange(9).view(1, 3, 3).repeat_interleave(8, 1).repeat_interleave(8, 2)
+    masks = masks[:, :20, :22].contiguous()
+    features = F.one_hot(torch.arange(9)).float().view(9, 1, 3, 3).transpose(0, 1)
+    probe = SegmentationProbe(9, 9).eval()
+    with torch.no_grad():
+        probe.classify.weight.copy_(torch.eye(9).view(9, 9, 1, 1))
+    assert torch.equal(probe.predict(features, SIZE, CELL), masks)
+    assert evaluate_segmentation(probe, features, masks, cell=CELL).mean == 1
+    # laid over the picture alone, as if they did not cover the padding, they miss
+    assert evaluate_segmentation(probe, features, masks).mean < 0.95
+
+
+def test_the_probe_trains_on_padded_pictures():
+    """Features and masks of whole cells, of which each picture shows a part."""
+    (x, y), (xv, yv) = blocky_scene(60, 4, 0), blocky_scene(20, 4, 1)
+    y, yv = y[:, :27, :45], yv[:, :27, :45]  # of 32x48
+    probe = train_segmentation_probe(x, y, 4, steps=150, cell=8)
+    coarse = probe.predict(xv, (32, 48), 8)[:, 4::8, 4::8]
+    assert float((coarse == blocky_scene(20, 4, 1)[1][:, ::8, ::8]).float().mean()) > 0.99
+    shown = evaluate_segmentation(probe, xv, yv, cell=8).mean
+    assert shown > evaluate_segmentation(probe, xv, yv).mean + 0.02
 
 
 def blocky_scene(count, classes, seed):

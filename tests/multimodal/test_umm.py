@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from muse.errors import CheckpointError, ConfigError
+from muse.generation.embeddings import sine_table
 from muse.generation.latents import LatentStatistics
 from muse.generation.sampler import noise_for
 from muse.multimodal import MUSE_UMM
@@ -178,7 +179,7 @@ def test_what_the_connector_reads_of_the_source_picture(make_umm, monkeypatch, k
     latent = umm.tokenizer.encode(images).latent * 1.5  # of the factor
     tokens = {"encoder": pictures}
     if "latent" in kinds:
-        tokens["latent"] = umm.latent_tokens(latent.flatten(2).mT)
+        tokens["latent"] = umm.latent_tokens(latent.flatten(2).mT) + sine_table((2, 2), 32)
     outputs = []
     for i, text in enumerate(["a cat", "a longer instruction"]):
         ids = umm.chat.editing(text)

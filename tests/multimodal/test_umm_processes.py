@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import yaml
 from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 
@@ -15,9 +14,8 @@ from muse.multimodal.umm_loading import open_umm
 from muse.multimodal.umm_run_config import load_umm_config
 from muse.multimodal.umm_task import UmmTask, train_umm
 from muse.training.trainer import Trainer
-from tests.helpers import ROOT
 from tests.multimodal.runs import write_kinds, write_umm_config
-from tests.training.processes import Forked, free_port
+from tests.training.processes import Forked, free_port, fsdp_environment
 from tools.killing import records
 
 STEPS = {
@@ -25,15 +23,6 @@ STEPS = {
     "experiment": {"eval_every": 2, "generate_every": 4, "log_grad_every": 2},
     "training": {"max_train_steps": 6, "per_gpu_batch_size": 2, "drop_text": 0.0},
 }
-
-
-def fsdp_environment() -> dict[str, str]:
-    """What `accelerate launch --config_file configs/accelerate/fsdp_umm.yaml` sets."""
-    file = ROOT / "configs/accelerate/fsdp_umm.yaml"
-    section = yaml.safe_load(file.read_text())["fsdp_config"]
-    names = {"fsdp_transformer_layer_cls_to_wrap": "FSDP_TRANSFORMER_CLS_TO_WRAP"}
-    values = {names.get(name, name.upper()): str(value) for name, value in section.items()}
-    return {"ACCELERATE_USE_FSDP": "true", **values}
 
 
 def one_of_two(rank: int, port: int, fsdp: bool, config: str, log: str) -> None:

@@ -2,13 +2,15 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from muse.losses.contrastive import itc_loss
 from muse.losses.muse_loss import TERMS, MuseLoss
 from muse.models.muse_vit import MUSE_ViT
 from muse.stages import STAGES, select_trainable
 from muse.teachers import build
-from tests.helpers import random_images, run_settings, tiny_model
+from scripts import train as train_script
+from tests.helpers import random_images, run_config, run_settings, tiny_model
 
 PAPER_STAGES = ("topology_warmup", "semantic_injection", "synergistic_tuning")
 
@@ -197,6 +199,15 @@ def test_the_composite_is_the_weighted_sum_written_by_hand(settings):
     } == pytest.approx(
         {"reconstruction": float(pixels), "topology": float(kl), "itc": float(contrast)}, abs=1e-4
     )
+
+
+@pytest.mark.parametrize("stage", ["topology_warmup", "synergistic_tuning"])
+def test_one_script_trains_the_stage_that_is_configured(stage, shapes_data, tmp_path):
+    config = run_config(tmp_path / "c.yaml", shapes_data, tmp_path / "run", stage)
+    assert train_script.main(["--config", str(config), "--device", "cpu"]) == 0
+    trained = load_file(tmp_path / "run/checkpoint-2/ema.safetensors")
+    expected = select_trainable(tiny_model(unshuffle=1), STAGES[stage].trainable)
+    assert sorted(trained) == sorted(expected)
 
 
 def test_settings_of_the_tests_name_real_stages(shapes_data, tmp_path):

@@ -20,13 +20,16 @@ from muse.evaluation.metrics.networks import (
     MetricOptions,
     load_feature_network,
     network_protocol,
+    rounded_bytes,
 )
 from muse.evaluation.metrics.psnr_ssim import float64
 from muse.utils.distributed import all_rows, all_sum, is_main_process
 
 logger = logging.getLogger(__name__)
 
-MIN_IMAGES = 2048  # below this a Fréchet distance is dominated by its own bias
+# What the field measures on. From fewer pictures a distance comes out too large, the more so the
+# more features there are.
+ENOUGH_IMAGES = 50_000
 
 
 def _cholesky(cov: torch.Tensor) -> torch.Tensor | None:
@@ -179,15 +182,45 @@ class RunningMoments:
         return total, mean, scatter.div_(total - 1)
 
 
-class FrechetDistance:
-    """Fréchet distance of real and fake features of `network(images) -> (B, D)`."""
+def warn_of_few(name: str, count: int, source: str = "") -> None:
+    """A warning where a distance is of fewer than ENOUGH_IMAGES.
 
-    def __init__(self, name: str, network: Callable, protocol: dict | None = None):
-        self.name, self.network, self.protocol = name, network, protocol or {}
+    Args:
+        name: of the metric.
+        count: images.
+        source: where they are from, if that is to be said.
+    """
+    if count < ENOUGH_IMAGES and is_main_process():
+        logger.warning(
+            "%s from %d images%s: below %d a Fréchet distance is biased upwards",
+            name,
+            count,
+            f" of {source}" if source else "",
+            ENOUGH_IMAGES,
+        )
+
+
+class FrechetDistance:
+    """Fréchet distance of real and fake features of `network(images) -> (B, D)`.
+
+    Args:
+        name: of the metric.
+        network: gets images in [0,1].
+        protocol: what names the network.
+        rounded: the images are rounded to bytes first, as for rfid and as in a saved PNG.
+    """
+
+    def __init__(
+        self, name: str, network: Callable, protocol: dict | None = None, rounded: bool = True
+    ):
+        self.name, self.network, self.rounded = name, network, rounded
+        self.protocol = {**protocol, "rounded_to_bytes": rounded} if protocol else {}
         self.real, self.fake = RunningMoments(), RunningMoments()
 
     def update(self, real: torch.Tensor, fake: torch.Tensor, indices: torch.Tensor | None) -> None:
         """Add (B,3,H,W) pairs."""
+        if self.rounded:
+            real, fake = (rounded_bytes(images).to(images.dtype) / 255 for images in (real, fake))
         self.add(self.network(real), self.network(fake))
 
     def add(self, real: torch.Tensor, fake: torch.Tensor) -> None:
@@ -206,13 +239,7 @@ class FrechetDistance:
             raise ValueError(f"{self.name}: no images were given")
         count, mean1, cov1 = self.real.compute(dim)
         _, mean2, cov2 = self.fake.compute(dim)
-        if count < MIN_IMAGES and is_main_process():
-            logger.warning(
-                "%s from %d images: under %d a Fréchet distance is biased upwards",
-                self.name,
-                count,
-                MIN_IMAGES,
-            )
+        warn_of_few(self.name, count)
         return {self.name: frechet_distance(mean1, cov1, mean2, cov2)}
 
 

@@ -12,15 +12,10 @@ from torch import nn
 
 from muse.errors import DataError
 from muse.evaluation.metrics.frechet import FrechetDistance
-from muse.evaluation.metrics.networks import MetricOptions, network_protocol
+from muse.evaluation.metrics.networks import MetricOptions, network_protocol, rounded_bytes
 from muse.utils.distributed import all_rows, world_size
 from muse.utils.io import file_sha256
 from muse.utils.weights import read_state_dict
-
-
-def rounded_bytes(images: torch.Tensor) -> torch.Tensor:
-    """(B,3,H,W) float, nominal [0,1] -> uint8, clamped and rounded (not truncated)."""
-    return (images.clamp(0, 1) * 255).round().to(torch.uint8)
 
 
 def cached_weights_path() -> Path:

@@ -31,6 +31,11 @@ class MetricOptions:
     lpips_weights: str | None = None
 
 
+def rounded_bytes(images: torch.Tensor) -> torch.Tensor:
+    """(B,3,H,W) float, nominal [0,1] -> uint8, clamped and rounded (not truncated)."""
+    return (images.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
 class FeatureNetwork(nn.Module):
     """A frozen network and what a protocol must say of it: `name`, `weights_sha256`."""
 

@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 
 from muse.errors import CheckpointError, ConfigError, DataError
-from muse.experiments.demo_data import edits, questions, shapes, stamps
+from muse.experiments.demo_data import edits, everything, questions, shapes, stamps
 from muse.experiments.demo_data.datacard import write_card
 from muse.experiments.demo_data.sample import Kind
 from muse.experiments.demo_data.shapes import CLASSES as SHAPE_CLASSES
@@ -17,11 +17,23 @@ logger = logging.getLogger(__name__)
 
 KINDS = {
     "stamps": Kind(stamps.VERSION, STAMP_CLASSES, stamps.prepare_stamps),
+    "everything": Kind(
+        everything.VERSION,
+        STAMP_CLASSES,
+        everything.prepare_everything,
+        everything.EXTRA_SPLITS,
+    ),
     "shapes": Kind(shapes.VERSION, shapes.CLASSES, shapes.prepare_shapes),
     "edits": Kind(edits.VERSION, STAMP_CLASSES, edits.prepare_edits),
     "questions": Kind(questions.VERSION, STAMP_CLASSES, questions.prepare_questions),
 }
-DEFAULT_IMAGES = {"stamps": 3000, "shapes": 512, "edits": 3000, "questions": 3000}
+DEFAULT_IMAGES = {
+    "stamps": 3000,
+    "everything": 24000,
+    "shapes": 512,
+    "edits": 3000,
+    "questions": 3000,
+}
 # What is shown, by kind, the default first; `shapes` has no choice.
 OBJECTS = {
     "stamps": ("photo", "all"),
@@ -47,8 +59,8 @@ def make_demo_data(
     """Write WebDataset shards of demo pictures to `output`, or reuse what the same arguments wrote.
 
     Args:
-        kind: stamps (cut-outs on photographs, from Debian packages), shapes (drawn, needs
-            nothing), edits (pairs of pictures and an instruction) or questions.
+        kind: stamps (cut-outs on photographs, from Debian packages), everything (drawings too),
+            shapes (drawn, needs nothing), edits (pairs with an instruction) or questions.
         output: the folder.
         images: training pictures; DEFAULT_IMAGES when None.
         size: side in pixels.
@@ -158,7 +170,7 @@ def _fill(folder: Path, manifest: dict, workers: int | None) -> dict:
     shards = []
     for split, images, fewest in (
         ("train", manifest["images"], TRAIN_SHARDS),
-        ("val", manifest["val_images"], VAL_SHARDS),
+        *((name, manifest["val_images"], VAL_SHARDS) for name in ("val", *kind.extra_splits)),
     ):
         count = max(fewest, -(-images // MAX_PER_SHARD))
         shards += plan_shards(folder, split, images, count)

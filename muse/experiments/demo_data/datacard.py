@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+from muse.experiments.demo_data import everything
 from muse.experiments.demo_data.stamps import EXTRA_SHARE
 
 FILES = """\
@@ -60,9 +61,15 @@ def write_card(manifest: dict, records: list[dict]) -> str:
         "## Split",
         *_split(kind, drawn, manifest["objects"], records),
         "",
-        DRAWN if drawn else LICENCES,
+        _licences(kind, drawn),
     ]
     return "\n".join(lines)
+
+
+def _licences(kind: str, drawn: bool) -> str:
+    if drawn:
+        return DRAWN
+    return LICENCES + everything.LICENCES if kind == "everything" else LICENCES
 
 
 def _split(kind: str, drawn: bool, objects: str | None, records: list[dict]) -> list[str]:
@@ -79,6 +86,8 @@ def _split(kind: str, drawn: bool, objects: str | None, records: list[dict]) -> 
         ]
     if drawn:
         return ["Val shows only colour + shape pairs and backgrounds that train never shows."]
+    if kind == "everything":
+        return everything.describe_parts(records)
     shown = {
         split: Counter(record["background"] for record in records if record["split"] == split)
         for split in ("train", "val")

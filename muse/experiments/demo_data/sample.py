@@ -55,3 +55,4 @@ class Kind(NamedTuple):
     classes: tuple[str, ...]
     # (size, seed, objects) -> a function (split, index) -> Sample
     prepare: Callable[[int, int, str], Callable[[str, int], Sample]]
+    extra_splits: tuple[str, ...] = ()  # parts beside train and val, each of `val_images` pictures
