@@ -3,7 +3,6 @@
 The values go to OUTPUT_DIR/metrics.json.
 """
 
-import os
 import sys
 
 from muse import __version__, cli
@@ -12,6 +11,7 @@ from muse.evaluation import command
 from muse.evaluation.image_comparison import ComparisonOptions, check_names, compare_image_sets
 from muse.evaluation.image_sets import open_image_set
 from muse.evaluation.protocols import describe, find_protocol, protocol_names, with_cut
+from muse.utils.distributed import join_processes, leave_processes
 from muse.utils.io import versions
 
 COMMAND = "evaluate_images"
@@ -48,23 +48,22 @@ def flags():
 @cli.entry
 def main(argv=None) -> int:
     args = cli.parse(flags(), argv)
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise ConfigError("evaluate_images.py runs in one process")
     for name, least in (("batch_size", 1), ("num_workers", 0)):
         if getattr(args, name) < least:
             raise ConfigError(f"--{name} must be at least {least}, not {getattr(args, name)}")
     recipe = with_cut(find_protocol(args.protocol, COMMAND), None, args.resize, args.crop)
     metrics = args.metrics.split(",") if args.metrics is not None else recipe.metrics
     names = check_names([name.strip() for name in metrics if name.strip()])
+    device = cli.device(args.device)
+    output = command.clear_metrics(args.output_dir)
     options = ComparisonOptions(
-        cli.device(args.device),
+        join_processes(device),
         args.batch_size,
         args.num_workers,
         args.inception_weights,
         args.feature_weights,
         args.lpips_weights,
     )
-    output = command.clear_metrics(args.output_dir)
     real, fake = (open_image_set(source, recipe.crop) for source in (args.real, args.fake))
     try:
         values, facts = compare_image_sets(real, fake, names, recipe, options)
@@ -72,11 +71,14 @@ def main(argv=None) -> int:
         raise
     except ValueError as error:  # too few pictures, NaN: a fact of the data
         raise DataError(f"{args.fake}: {error}") from error
+    if not leave_processes():
+        return 0
     for name, value in values.items():
         print(f"{name:>24} {value:.4f}")
     facts |= {
         "protocol": describe(args.protocol, COMMAND, recipe),
         "device": options.device,
+        "loading": command.loading_facts(options.batch_size, options.num_workers),
         "muse": __version__,
         "versions": versions(),
     }

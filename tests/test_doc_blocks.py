@@ -22,6 +22,7 @@ from muse.config import load_config
 from muse.generation.generator_config import load_generator_config
 from tests import forked_python
 from tests.helpers import ROOT
+from tests.training.processes import free_port
 
 DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
@@ -139,6 +140,7 @@ def environment(project, tmp_path_factory):
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "CUDA_VISIBLE_DEVICES": "",
+        "MASTER_PORT": str(free_port()),  # another run may have the default one
     }
     server = forked_python.start(programs, variables)
     yield variables

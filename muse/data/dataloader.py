@@ -183,18 +183,21 @@ def build_eval_loader(
         cfg: a configuration.
         source: see `open_source`; the configuration's evaluation set when None.
         fields: what a sample must have.
-        max_images: only the first so many; the configuration's number when None.
+        max_images: only the first so many; when None, the configuration's number of its own
+            evaluation set, and all of another source.
     """
     params, preprocessing = cfg.dataset.params, cfg.dataset.preprocessing
+    if source is None:
+        source, max_images = params.eval_shards_path_or_url, max_images or params.max_eval_images
     return eval_loader(
-        plain(params.eval_shards_path_or_url) if source is None else source,
+        plain(source),
         batch_size=params.eval_batch_size,
         fields=fields,
         resize_shorter_edge=preprocessing.resize_shorter_edge,
         crop_size=preprocessing.crop_size,
         rank=rank,
         world=world,
-        max_images=max_images or params.max_eval_images,
+        max_images=max_images,
         max_bad_fraction=cfg.dataset.max_bad_fraction,
     )
 

@@ -102,16 +102,18 @@ def write_metrics(setup: Setup, measured: Measured, picture: str | None = None) 
         picture: a file in OUTPUT_DIR for its picture, drawn once the values are safe.
     """
     folder = writable_directory(setup.output_dir)
-    loading = {
-        "batch_size": setup.images_at_a_time(),
-        "num_workers": setup.num_workers,
-        "processes": int(os.environ.get("WORLD_SIZE", "1")),
-    }
+    loading = loading_facts(setup.images_at_a_time(), setup.num_workers)
     protocol = cli.protocol(setup, setup.cfg, **measured.facts, loading=loading)
     write_values(folder / METRICS_FILE, measured.values, protocol)
     if picture is not None and measured.picture is not None:
         save_image(measured.picture(), folder / picture)
     return folder / METRICS_FILE
+
+
+def loading_facts(batch_size: int, num_workers: int) -> dict:
+    """For the protocol: what should change no result, and would have to be known if it did."""
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    return {"batch_size": batch_size, "num_workers": num_workers, "processes": processes}
 
 
 def write_values(path: str | Path, values: dict, protocol: dict) -> None:

@@ -1,7 +1,8 @@
 """Two sets of pictures against each other: FID, sFID, IS, precision, recall, fd_<network>, pairs.
 
-The measurement of scripts/evaluate_images.py, in one process. A set is read once for everything
-that is of its distribution, with one pass of Inception, and once more where pairs are compared.
+The measurement of scripts/evaluate_images.py. A set is read once for everything that is of its
+distribution, with one pass of Inception, and once more where pairs are compared. Several processes
+read a stretch of each set, and put their rows together in the order of the set.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,6 +21,7 @@ from muse.evaluation.metrics.precision_recall import precision_recall
 from muse.evaluation.metrics.psnr_ssim import psnr, ssim
 from muse.evaluation.metrics.spatial_frechet import SpatialTap
 from muse.evaluation.recipes import ReconstructionRecipe
+from muse.utils.distributed import all_objects, process_index, world_size
 
 MANIFOLD = ("precision", "recall")
 INCEPTION = ("fid", "sfid", "is", *MANIFOLD)
@@ -46,8 +48,9 @@ class ComparisonOptions:
     lpips_weights: str | None = None
 
     def batches(self, images: ImageSet):
-        """(B,3,H,W) of a set on the device."""
-        for batch in images.batches(self.batch_size, self.num_workers):
+        """(B,3,H,W) of this process's stretch of a set, on the device."""
+        part = process_index(), world_size()
+        for batch in images.batches(self.batch_size, self.num_workers, *part):
             yield batch.to(self.device)
 
 
@@ -109,7 +112,7 @@ def compare_image_sets(
     recipe: ReconstructionRecipe | None = None,
     options: ComparisonOptions | None = None,
 ) -> tuple[dict[str, float], dict]:
-    """Values by metric, and the facts for the protocol.
+    """Values by metric, and the facts for the protocol. All processes call it.
 
     ValueError where a metric cannot be had from so few pictures, or a network gives NaN.
 
@@ -137,7 +140,7 @@ def compare_image_sets(
             gaussians = [side.gaussian(name) for side in sides]
             values[name] = frechet_distance(*gaussians[0], *gaussians[1])
     if "is" in names:
-        logits = torch.cat(sides[1].logits)
+        logits = sides[1].rows("logits")
         values["is"], values["is_std"] = (
             inception_score(logits, recipe.is_splits)
             if recipe.is_part is None
@@ -145,8 +148,8 @@ def compare_image_sets(
         )
     if of_sets & set(MANIFOLD):
         both = precision_recall(
-            torch.cat(sides[0].pooled)[: recipe.manifold_images],
-            torch.cat(sides[1].pooled),
+            sides[0].rows("pooled")[: recipe.manifold_images],
+            sides[1].rows("pooled"),
             recipe.manifold_k,
             dtype=getattr(torch, recipe.manifold_dtype),
             device=options.device,
@@ -213,7 +216,15 @@ class _SetFeatures:
             self.count += len(batch)
         if tap is not None:
             tap.remove()
+        self.count = sum(all_objects(self.count))
         return self
+
+    def rows(self, kept: str) -> Tensor:
+        """The `pooled` or `logits` of all processes in the order of the set."""
+        parts = [rows for part in all_objects(getattr(self, kept)) for rows in part]
+        if not parts:
+            raise ValueError("no pictures were given")
+        return torch.cat(parts)
 
     def _keep(self, needed: set[str], pooled: Tensor, logits: Tensor) -> None:
         if "fid" in needed:
@@ -232,7 +243,9 @@ class _SetFeatures:
         if name in self.images.statistics:
             return self.images.statistics[name]
         warn_of_few(name, self.count, self.images.name)
-        return self.moments[name].compute()[1:]
+        moments = self.moments.setdefault(name, RunningMoments())
+        width = max(all_objects(moments.dim or 0))  # a process may have no picture
+        return moments.compute(width or None)[1:]
 
     def facts(self) -> dict:
         """For the protocol."""
@@ -273,4 +286,6 @@ def _pair_means(
         for name, measure in pairs.items():
             sums[name] += float(measure(a, b).double().sum())
         count += len(a)
-    return {name: value / count for name, value in sums.items()}
+    parts = all_objects((sums, count))
+    count = sum(part[1] for part in parts)
+    return {name: sum(part[0][name] for part in parts) / count for name in sums}

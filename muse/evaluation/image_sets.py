@@ -40,17 +40,31 @@ class ImageSet:
         count: number of pictures, 0 where there are statistics alone; None for remote shards.
         statistics: metric (fid, sfid) -> mean (D,) and covariance (D,D) that stand for the
             pictures' own.
-        read: (batch size, workers) -> batches (B,3,H,W) in [0,1], in order.
+        read: (batch size, workers, part of parts) -> batches (B,3,H,W) in [0,1], in order.
     """
 
     name: str
     count: int | None
-    read: Callable[[int, int], Iterator[Tensor]]
+    read: Callable[[int, int, int, int], Iterator[Tensor]]
     statistics: dict[str, tuple[numpy.ndarray, numpy.ndarray]] = field(default_factory=dict)
 
-    def batches(self, batch_size: int = 64, num_workers: int = 0) -> Iterator[Tensor]:
-        """All pictures in order, (B,3,H,W) in [0,1]. DataError for one that cannot be used."""
-        return self.read(batch_size, num_workers)
+    def batches(
+        self, batch_size: int = 64, num_workers: int = 0, part: int = 0, parts: int = 1
+    ) -> Iterator[Tensor]:
+        """Pictures in order, (B,3,H,W) in [0,1]. DataError for one that cannot be used.
+
+        Args:
+            batch_size: pictures at a time.
+            num_workers: loader processes.
+            part: which stretch of the set, from 0.
+            parts: equal stretches; more than one need a set that can be counted.
+        """
+        if parts > 1 and self.count is None:
+            raise DataError(
+                f"{self.name} is read as a stream, which several processes cannot share out: start "
+                "one process, or name local files"
+            )
+        return self.read(batch_size, num_workers, part, parts)
 
 
 def open_image_set(source: object, crop: PictureCrop | None = None) -> ImageSet:
@@ -65,9 +79,9 @@ def open_image_set(source: object, crop: PictureCrop | None = None) -> ImageSet:
     opened = open_source(source)
     counts = count_samples(opened) if opened.local else []
 
-    def read(batch_size: int, num_workers: int) -> Iterator[Tensor]:
+    def read(batch_size: int, num_workers: int, part: int, parts: int) -> Iterator[Tensor]:
         maker = SampleMaker(transform=crop or _OneSize(_first_size(opened)), fields=("images",))
-        stream = EvalStream(opened, maker, batch_size, counts=counts)
+        stream = EvalStream(opened, maker, batch_size, part, parts, counts=counts)
         for batch, _, faults in DataLoader(stream, batch_size=None, num_workers=num_workers):
             for kind, key in faults:
                 raise DataError(f"{opened.name}: {key} {_REASONS.get(kind, f'({kind})')}")
@@ -131,8 +145,9 @@ def _open_npz(path: Path, crop: PictureCrop | None) -> ImageSet:
         with _array(path) as (_, shape):
             count = shape[0]
 
-    def read(batch_size: int, num_workers: int) -> Iterator[Tensor]:
-        for block in _npz_blocks(path, batch_size):
+    def read(batch_size: int, num_workers: int, part: int, parts: int) -> Iterator[Tensor]:
+        first, last = count * part // parts, count * (part + 1) // parts
+        for block in _npz_blocks(path, batch_size, first, last):
             if crop is None:
                 yield to_float(torch.from_numpy(block).permute(0, 3, 1, 2).contiguous())
             else:
@@ -175,12 +190,14 @@ def _array(path: Path):
         yield file, shape
 
 
-def _npz_blocks(path: Path, rows: int) -> Iterator[numpy.ndarray]:
-    """arr_0 in blocks of (rows,H,W,3): what is not in a block is not in memory."""
+def _npz_blocks(path: Path, rows: int, first: int, last: int) -> Iterator[numpy.ndarray]:
+    """arr_0[first:last] in blocks of (rows,H,W,3): what is not in a block is not in memory."""
     with _array(path) as (file, shape):
         size = shape[1] * shape[2] * shape[3]
-        for start in range(0, shape[0], rows):
-            count = min(rows, shape[0] - start)
+        if first:
+            file.seek(first * size, 1)
+        for start in range(first, last, rows):
+            count = min(rows, last - start)
             try:
                 data = file.read(count * size)
             except (zipfile.BadZipFile, OSError, EOFError) as error:

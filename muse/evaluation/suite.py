@@ -56,7 +56,7 @@ class Pictures:
     def load(cls, cfg: DictConfig, source: Any, limit: int | None = None) -> "Pictures":
         """The first `limit` pictures of a source."""
         batches = list(
-            build_eval_loader(cfg, source=plain(source), fields=FIELDS, max_images=limit or 10**9)
+            build_eval_loader(cfg, source=plain(source), fields=FIELDS, max_images=limit)
         )
         return cls(
             torch.cat([b["images"] for b in batches]),

@@ -40,11 +40,12 @@ class MuseLoss(nn.Module):
         terms: the active ones.
         clamp_reconstruction: the terms see reconstructions clamped to [0,1]; outside of it no
             gradient comes back (docs/fidelity.md row 44).
+        judged: a discriminator reads the reconstruction, so that it is made in any case.
     """
 
-    def __init__(self, terms: list[Term], clamp_reconstruction: bool = False):
+    def __init__(self, terms: list[Term], clamp_reconstruction: bool = False, judged: bool = False):
         super().__init__()
-        self.clamp_reconstruction = clamp_reconstruction
+        self.clamp_reconstruction, self.judged = clamp_reconstruction, judged
         self.terms = nn.ModuleDict({term.name: term for term in terms})
 
     @classmethod
@@ -59,15 +60,17 @@ class MuseLoss(nn.Module):
         """
         active = [name for name in TERMS if cfg.losses[name].weight > 0]
         terms = [TERMS[name](cfg, student, pretrained) for name in active]
-        return cls(terms, cfg.losses.clamp_reconstruction)
+        judged = cfg.losses.adversarial.weight > 0
+        return cls(terms, cfg.losses.clamp_reconstruction, judged)
 
     @property
     def needs(self) -> dict[str, bool]:
-        """Arguments for the student's forward: only what the active terms read."""
+        """Arguments for the student's forward: only what the active terms and a judge read."""
         needs = {
             part: any(getattr(term.needs, part) for term in self.terms.values())
             for part in Needs._fields
         }
+        needs["reconstruction"] |= self.judged
         return {**needs, "encoder_only": not any(needs.values())}
 
     def heads(self) -> dict[str, nn.Parameter]:

@@ -81,7 +81,7 @@ class RecognitionTerm(Term):
     @torch.no_grad()
     def _teach(self, images: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Unit-length features of BLOCKS at `grid` (B,Ct,h,w), and the pooled features (B,1280)."""
-        *maps, last = self.network.features(images, (*BLOCKS, _LAST_BLOCK))
+        *maps, last = self.network(images, (*BLOCKS, _LAST_BLOCK))
         pooled = F.relu6(self.network.head(last)).mean(dim=(2, 3))
         return torch.cat([F.normalize(resize_features(m, grid), dim=1) for m in maps], 1), pooled
 

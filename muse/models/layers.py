@@ -156,7 +156,7 @@ def scale_gradient(x: Tensor, scale: float) -> Tensor:
 def convolution_layout(images: Tensor) -> Tensor:
     """(B, C, H, W) as convolutions want it: channels last on a GPU, whose matrix units read it so.
 
-    Each convolution hands the layout on. A CPU is as fast either way (docs/performance.md).
+    Each convolution hands the layout on. On a CPU the layout stays as it is.
     """
     return images.contiguous(memory_format=torch.channels_last) if images.is_cuda else images
 

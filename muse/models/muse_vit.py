@@ -257,7 +257,9 @@ class MUSE_ViT(PretrainedMixin, nn.Module):
                 "reconstruct() takes any size"
             )
         pixels = (images - self.pixel_mean) / self.pixel_std
-        trained = torch.is_grad_enabled() and next(self.encoder.parameters()).requires_grad
+        trained = torch.is_grad_enabled() and any(
+            p.requires_grad for p in self.encoder.parameters()
+        )
         with torch.set_grad_enabled(trained):  # a frozen encoder keeps no graph
             tokens = self.encoder(pixel_values=pixels).last_hidden_state[:, 1:]
         return tokens, (height // self.patch_size, width // self.patch_size)

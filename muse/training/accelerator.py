@@ -14,20 +14,14 @@ from omegaconf import DictConfig
 from muse.errors import ConfigError
 
 
-def build_accelerator(cfg: DictConfig, find_unused: bool = False) -> Accelerator:
-    """The accelerator that the launcher's environment and the configuration ask for.
-
-    find_unused: whether DDP looks for parameters without gradient, where the configuration does
-    not say (`training.find_unused_parameters`).
-    """
-    chosen, tracker = cfg.training.find_unused_parameters, cfg.experiment.tracker
+def build_accelerator(cfg: DictConfig) -> Accelerator:
+    """The accelerator that the launcher's environment and the configuration ask for."""
+    tracker = cfg.experiment.tracker
     if tracker != "none" and find_spec(tracker) is None:
         raise ConfigError(
             f"experiment.tracker={tracker} needs the package {tracker}: pip install {tracker}"
         )
-    handler = DistributedDataParallelKwargs(
-        find_unused_parameters=find_unused if chosen is None else chosen, broadcast_buffers=False
-    )
+    handler = DistributedDataParallelKwargs(broadcast_buffers=False)
     accelerator = Accelerator(
         mixed_precision=cfg.training.mixed_precision,
         kwargs_handlers=[handler],
@@ -38,6 +32,18 @@ def build_accelerator(cfg: DictConfig, find_unused: bool = False) -> Accelerator
     if wanted and accelerator.num_processes > 1:
         _shard_parameters(accelerator)
     return accelerator
+
+
+def find_unused_parameters(accelerator: Accelerator, cfg: DictConfig, unused: bool) -> None:
+    """Tell DDP, before it wraps a model, to look for parameters that get no gradient.
+
+    Args:
+        accelerator: of the run.
+        cfg: `training.find_unused_parameters` decides where it is set.
+        unused: whether there are such parameters.
+    """
+    chosen = cfg.training.find_unused_parameters
+    accelerator.ddp_handler.find_unused_parameters = unused if chosen is None else chosen
 
 
 def _shard_parameters(accelerator: Accelerator) -> None:

@@ -161,9 +161,11 @@ class Checkpointer:
             )
         state, scaler = read_tree(path, "state"), self.accelerator.scaler
         if not self.task.continues(state["config"]):
+            named = "; ".join(self.task.differences(state["config"])[:4])
             raise ConfigError(
                 f"{path}: was written by another model or stage; choose another "
                 "experiment.output_dir, or remove its checkpoints to start over"
+                + (f" ({named})" if named else "")
             )
         own = self.model.state_dict()
         weights = fsdp.shard_like(own, read_state_dict(path / WEIGHTS_FILE))

@@ -67,7 +67,10 @@ class TrainingTask(ABC):
         """Let accelerate wrap what the task trains besides the model, which is wrapped by now."""
 
     def leaves_tensors_unused(self) -> bool:
-        """Whether a tensor that learns may get no gradient in a step, which DDP must be told."""
+        """Whether a tensor that learns may get no gradient in a step, which DDP must be told.
+
+        Asked once, after `build` and before `prepare`, by all processes together.
+        """
         return False
 
     # ------------------------------------------------------------------------------- a step
@@ -114,6 +117,10 @@ class TrainingTask(ABC):
     @abstractmethod
     def continues(self, saved: dict[str, Any]) -> bool:
         """Whether a run of the configuration `saved` may be resumed with the task's own."""
+
+    def differences(self, saved: dict[str, Any]) -> list[str]:
+        """What keeps it from that, for the message: such as `model.dim=512 there, 384 here`."""
+        return []
 
     def left_out(self) -> Collection[str]:
         """Names of the model's tensors that checkpoints do not hold: `build` gives them again."""

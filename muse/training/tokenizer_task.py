@@ -22,6 +22,7 @@ from muse.models.muse_vit import MUSE_ViT
 from muse.stages import STAGES, select_trainable
 from muse.training import fsdp
 from muse.training.adversary import Adversary
+from muse.training.reach import unreached
 from muse.training.task import TrainingTask
 from muse.training.trainer import Trainer
 from muse.utils.viz_utils import attention_sheet, reconstruction_sheet
@@ -93,16 +94,48 @@ class TokenizerTask(TrainingTask):
         return [self.adversary] if self.adversary else []
 
     def leaves_tensors_unused(self) -> bool:
-        """A loss that reads the last block alone leaves W_Q, W_K or W_ITC of the others without a
-        gradient (docs/fidelity.md, row 1); so does a stage whose owner of a stream is switched off,
-        or a choice of tensors of the user's own.
+        """Asked of the graph of the loss of one picture, which every choice of losses, routing and
+        tensors changes. `ConfigError` where nothing would be learned.
         """
-        losses, training = self.cfg.losses, self.cfg.training
-        last = "last" in (losses.topology.blocks, losses.itc.blocks)
-        structure = losses.topology.weight == 0 and self.cfg.model.shield_attention
-        semantics = losses.itc.weight == 0 and training.stage != "topology_warmup"
-        blocks_learn = training.stage != "encoder_distillation"
-        return training.trainable is not None or (blocks_learn and (last or structure or semantics))
+        section, named = self.cfg.losses.adversarial, list(self.model.named_parameters())
+        judged = section.weight > 0
+        total, reconstruction = self._loss_of_a_picture()
+        left = unreached(total, named)
+        always = unreached(total + reconstruction.sum(), named) if judged else left
+        learning = [name for name, parameter in named if parameter.requires_grad]
+        if len(always) == len(learning):
+            raise ConfigError(
+                f"nothing would be learned: none of the {len(learning)} tensors that the stage "
+                "trains (training.trainable, such as "
+                f"{learning[0]}) gets a gradient from a loss with a weight"
+            )
+        if len(left) == len(learning) and section.start > 0:
+            raise ConfigError(
+                f"nothing would be learned before step losses.adversarial.start={section.start}: "
+                "no other loss reaches a tensor that the stage trains"
+            )
+        if always:
+            log.info(
+                "%d of the %d tensors that the stage trains get no gradient from its losses: %s",
+                len(always),
+                len(learning),
+                ", ".join(always[:4]) + (", …" if len(always) > 4 else ""),
+            )
+        return bool(always if judged and section.start == 0 else left)
+
+    @torch.enable_grad()
+    def _loss_of_a_picture(self) -> tuple[Tensor, Tensor | None]:
+        """The terms' sum for a grey picture, and its reconstruction, with their graph.
+
+        In eval mode nothing is drawn at random; without a key no teacher remembers the picture.
+        """
+        side = self.cfg.dataset.preprocessing.crop_size
+        images = torch.full((1, 3, side, side), 0.5, device=self.accelerator.device)
+        self.model.eval()
+        out = self.model(images, **self.loss.needs)
+        total, _ = self.loss(out, {"images": images, "text": [""], "keys": None})
+        self.model.train()
+        return total, out.reconstruction
 
     # ------------------------------------------------------------------------------- a step
     def train_loader(self) -> TrainLoader:
@@ -160,19 +193,25 @@ class TokenizerTask(TrainingTask):
 
     # ------------------------------------------------------------------------------- saving
     def continues(self, saved: dict[str, Any]) -> bool:
-        """The same architecture and routing in the same stage; the rest may differ.
+        """The same stage of a model with the same outputs."""
+        return not self.differences(saved)
 
-        Sources, what is recomputed, the gradient's scale and stochastic depth change no output.
+    def differences(self, saved: dict[str, Any]) -> list[str]:
+        """Keys of the stage, the architecture and the routing that are other ones here.
+
+        A key that came later has its default there. What only one of the two spells out of a
+        backbone, the other reads from its source.
         """
         try:
-            models = [resolved(model_config(saved["model"])), resolved(self.cfg.model)]
-        except ConfigError:  # keys that are not known here
-            return False
-        for model in models:
-            del model["gradient_checkpointing"], model["grad_scale"]
-            del model["encoder"]["source"], model["decoder"]["source"]
-            del model["encoder"]["drop_path"]
-        return models[0] == models[1] and saved["training"]["stage"] == self.cfg.training.stage
+            theirs = outputs_of(saved["model"]) | {"training.stage": saved["training"]["stage"]}
+        except ConfigError as error:  # of a version that had other keys
+            return [str(error)]
+        mine = outputs_of(self.cfg.model) | {"training.stage": self.cfg.training.stage}
+        return [
+            f"{key}={theirs[key]} there, {mine[key]} here"
+            for key in mine
+            if key in theirs and theirs[key] != mine[key]
+        ]
 
     def state_dict(self) -> dict[str, Any]:
         """The heads of the loss and the discriminator with its optimizer and LeCam's means."""
@@ -187,3 +226,26 @@ class TokenizerTask(TrainingTask):
             self.adversary.load_state_dict(state["adversary"])
         for name, head in self.loss.heads().items():
             head.copy_(state["heads"][name])
+
+
+def outputs_of(model: DictConfig | dict[str, Any]) -> dict[str, Any]:
+    """The keys of a section `model` that decide its outputs, dotted, with their values.
+
+    Sources, since a resume has all weights from the checkpoint, what the backward pass recomputes,
+    the gradient's scale and stochastic depth decide none; they stand at their defaults.
+    """
+    model = resolved(model) if isinstance(model, DictConfig) else model
+    free = ("gradient_checkpointing", "grad_scale")
+    given = {key: value for key, value in model.items() if key not in free}
+    for part in ("encoder", "decoder"):
+        given[part] = {"config": model[part]["config"]}
+    return _flat(resolved(model_config(given)), "model.")
+
+
+def _flat(tree: dict[str, Any], prefix: str) -> dict[str, Any]:
+    flat = {}
+    for key, value in tree.items():
+        flat |= (
+            _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+        )
+    return flat

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from muse.models.ema_model import EMAModel
 from muse.training import fsdp
-from muse.training.accelerator import build_accelerator
+from muse.training.accelerator import build_accelerator, find_unused_parameters
 from muse.training.checkpointer import Checkpointer
 from muse.training.logger import RunLog
 from muse.training.nonfinite import FiniteGuard
@@ -42,13 +42,14 @@ class Trainer:
 
     def __init__(self, cfg: DictConfig, task: TrainingTask):
         self.cfg, self.task, self.output = cfg, task, Path(cfg.experiment.output_dir)
-        self.accelerator = build_accelerator(cfg, task.leaves_tensors_unused())
+        self.accelerator = build_accelerator(cfg)
         check_global_batch(cfg, self.accelerator.num_processes)
         if self.accelerator.device.type == "cpu":
             torch.set_flush_denormal(True)  # denormals slow a trained decoder threefold on CPUs
         set_seed(cfg.training.seed)  # the same start on every process
 
         self.model = task.build(self.accelerator)
+        find_unused_parameters(self.accelerator, cfg, task.leaves_tensors_unused())
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         named += [(f"loss.{name}", p) for name, p in task.loss_parameters().items()]
         options = cfg.optimizer.params

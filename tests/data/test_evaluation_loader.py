@@ -6,7 +6,8 @@ import pytest
 import torch
 from PIL import Image, ImageOps
 
-from muse.data.dataloader import eval_loader
+from muse.config import load_config
+from muse.data.dataloader import build_eval_loader, eval_loader
 from muse.data.decode import decode_image
 from muse.data.eval import SHARD_STRIDE, spread_sample
 from muse.data.tar import TarSource
@@ -142,6 +143,20 @@ def test_masks_turn_with_their_pictures(tmp_path, orientation):
     assert torch.equal(batch["masks"][0], (batch["images"][0, 1] * 255).round().long())
     upright = decode_image(members["png"])
     assert np.array_equal(upright, ImageOps.exif_transpose(Image.open(io.BytesIO(members["png"]))))
+
+
+def test_the_configurations_limit_is_of_its_own_evaluation_set(tmp_path):
+    """Data that is named besides it is measured whole."""
+    write_shards(tmp_path, 2, 4)
+    overrides = [
+        f"dataset.params.eval_shards_path_or_url={tmp_path}/t-*.tar",
+        "dataset.params.max_eval_images=3",
+    ]
+    cfg = load_config("configs/default.yaml", overrides)
+    assert build_eval_loader(cfg).num_samples == 3
+    assert build_eval_loader(cfg, max_images=5).num_samples == 5
+    assert build_eval_loader(cfg, source=str(tmp_path)).num_samples == 8
+    assert build_eval_loader(cfg, source=str(tmp_path), max_images=2).num_samples == 2
 
 
 @pytest.mark.parametrize("workers", [0, 2])

@@ -1,10 +1,13 @@
 """Two sets against each other: torch-fidelity's numbers on the same features, and the command."""
 
 import json
+import os
+import socket
 
 import numpy as np
 import pytest
 import torch
+import torch.multiprocessing as mp
 import torch_fidelity.feature_extractor_inceptionv3 as fidelity
 from PIL import Image
 from skimage.metrics import peak_signal_noise_ratio
@@ -12,6 +15,7 @@ from torch_fidelity.metric_fid import fid_statistics_to_metric
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
+from muse.data.crops import PictureCrop
 from muse.errors import ConfigError, DataError
 from muse.evaluation.image_comparison import (
     ComparisonOptions,
@@ -280,3 +284,40 @@ def test_too_few_pictures_are_one_line(sets, tmp_path, capsys, random_inception_
     flags += ["--output_dir", tmp_path, "--inception_weights", random_inception_file]
     code = evaluate_images.main([*map(str, flags), "--metrics", "precision"])
     assert "more than 3 fake features" in one_error(capsys, code)
+
+
+def command_worker(rank, port, flags):
+    torch.set_num_threads(1)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE="2")
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    assert evaluate_images.main(flags) == 0
+
+
+def test_two_processes_give_what_one_gives(sets, random_inception_file, tmp_path):
+    """Nine pictures of each set: four in one process, five in the other."""
+    names = "fid,sfid,is,precision,recall,fd_efficientnet_lite0,psnr,ssim"
+    flags = ["--real", str(sets / "real.npz"), "--fake", str(sets / "fake"), "--metrics", names]
+    flags += ["--inception_weights", str(random_inception_file), "--device", "cpu"]
+    flags += ["--batch_size", "3", "--output_dir"]
+    assert evaluate_images.main([*flags, str(tmp_path / "one")]) == 0
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    mp.spawn(command_worker, (port, [*flags, str(tmp_path / "two")]), nprocs=2)
+    one, two = (
+        json.loads((tmp_path / name / "metrics.json").read_text()) for name in ("one", "two")
+    )
+    facts = [result.pop("protocol") for result in (one, two)]
+    assert two == pytest.approx(one, rel=1e-6) and len(one) == 9
+    assert facts[0]["sets"] == facts[1]["sets"]
+    assert [fact["loading"]["processes"] for fact in facts] == [1, 2]
+
+
+@pytest.mark.parametrize("form", ["real.npz", "fake"])
+def test_a_stretch_of_a_set_is_of_its_own_pictures(form, sets):
+    whole = torch.cat(list(open_image_set(sets / form).batches(4)))
+    parts = [list(open_image_set(sets / form).batches(2, 0, part, 4)) for part in range(4)]
+    assert [sum(map(len, part)) for part in parts] == [2, 2, 2, 3]
+    assert torch.equal(torch.cat([batch for part in parts for batch in part]), whole)
+    with pytest.raises(DataError, match="read as a stream"):
+        stream = open_image_set(f"pipe:cat {sets}/none.tar", PictureCrop("center", 8, 8))
+        list(stream.batches(2, 0, 0, 2))

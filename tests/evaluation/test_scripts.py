@@ -119,7 +119,7 @@ def test_mistakes_are_one_line_and_leave_no_result(flags, tmp_path, capsys, monk
             [
                 *val("big_label.tar"),
                 "--classnames",
-                str(ROOT / "LICENSE"),
+                str(ROOT / "requirements.txt"),
                 "--templates",
                 str(tmp_path / "none.txt"),
             ],

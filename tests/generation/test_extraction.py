@@ -5,7 +5,6 @@ import json
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from safetensors.torch import load, load_file
 
 from muse.data.dataloader import eval_loader
@@ -19,6 +18,7 @@ from scripts import extract_latents as script
 from tests.data.helpers import encode, picture, write_tar
 from tests.generation.conftest import save_tokenizer
 from tests.helpers import one_error
+from tests.training.processes import Forked
 
 PLAN = ExtractionPlan(Crop(32, 32), flip=True, batch_size=5)
 
@@ -166,7 +166,8 @@ def _extract(rank, folder, tokenizer_dir, source):
 def test_two_processes_write_what_one_writes(tokenizer, tokenizer_dir, shapes_data, tmp_path):
     source = f"{shapes_data}/train-*.tar"
     extract_latents(tokenizer, [source], tmp_path / "one", PLAN)
-    mp.spawn(_extract, (tmp_path, tokenizer_dir, source), nprocs=2)
+    both = [Forked(_extract, rank, tmp_path, tokenizer_dir, source) for rank in range(2)]
+    assert [one.wait() for one in both] == [0, 0]
     for file in (tmp_path / "one").iterdir():
         if file.name != "statistics.safetensors":
             assert file.read_bytes() == (tmp_path / "two" / file.name).read_bytes(), file.name

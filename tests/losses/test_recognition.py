@@ -72,7 +72,7 @@ def test_one_pass_gives_what_the_network_itself_says(term):
     network, images = load_efficientnet_lite0(), torch.rand(2, 3, 128, 128)
     maps, pooled = loss.terms["recognition"]._teach(images, (16, 16))
     torch.testing.assert_close(pooled, network.pooled(images), rtol=1e-4, atol=1e-5)
-    first = network.features(images, (4,))[0]
+    first = network(images, (4,))[0]
     torch.testing.assert_close(
         maps[:, : first.shape[1]], nn.functional.normalize(first, dim=1), rtol=1e-4, atol=1e-5
     )

@@ -8,7 +8,9 @@ import os
 import resource
 import socket
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
@@ -74,15 +76,20 @@ def run_script(stage: int, log: str, file_limit: int, argv: list[str]) -> None:
 
 
 def train_in_two(config: str, log: str, fsdp: bool, *overrides: str) -> None:
-    """Two processes over gloo, DDP or FSDP as configs/accelerate/fsdp.yaml says; raises if one of
-    them fails.
+    """Train in two processes over gloo, DDP or FSDP; raises if one of them fails."""
+    run_in_two(_train, log, fsdp, config, overrides)
+
+
+def run_in_two(function: Callable[..., None], log: str, fsdp: bool, *arguments: Any) -> None:
+    """`function(*arguments)` in two processes that accelerate joins over gloo, DDP or FSDP as
+    configs/accelerate/fsdp.yaml says; raises if one of them fails. What they say goes to LOG.RANK.
     """
     port = free_port()
     both = [
-        Forked(_one_of_two, rank, port, fsdp, config, f"{log}.{rank}", overrides)
+        Forked(_one_of_two, rank, port, fsdp, f"{log}.{rank}", function, arguments)
         for rank in range(2)
     ]
-    codes = [one.wait() for one in both]
+    codes = [one.wait(600) for one in both]
     assert codes == [0, 0], codes + [Path(f"{log}.{rank}").read_text()[-3000:] for rank in range(2)]
 
 
@@ -102,7 +109,12 @@ def fsdp_environment() -> dict[str, str]:
 
 
 def _one_of_two(
-    rank: int, port: int, fsdp: bool, config: str, log: str, overrides: tuple[str, ...]
+    rank: int,
+    port: int,
+    fsdp: bool,
+    log: str,
+    function: Callable[..., None],
+    arguments: tuple[Any, ...],
 ) -> None:
     os.environ.update(
         RANK=str(rank),
@@ -115,4 +127,10 @@ def _one_of_two(
         CUDA_VISIBLE_DEVICES="",
         **(fsdp_environment() if fsdp else {}),
     )
-    train_alone(config, log, *overrides)
+    _quiet(log)
+    torch.set_num_threads(1)
+    function(*arguments)
+
+
+def _train(config: str, overrides: tuple[str, ...]) -> None:
+    train(load_config(config, list(overrides)))

@@ -7,7 +7,7 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from muse import MUSE_ViT, load_config
 from muse.data.dataloader import eval_loader
@@ -17,6 +17,7 @@ from muse.losses import reconstruction
 from muse.training.checkpointer import read_tree
 from muse.training.tokenizer_task import TokenizerTask, train
 from muse.training.trainer import Trainer
+from tests.helpers import tiny_model
 from tests.training.helpers import hold_equal
 from tools.killing import records
 
@@ -128,10 +129,15 @@ def test_a_finished_run_only_hands_out_its_result(run, settings, monkeypatch):
 def test_resume_can_be_refused_and_another_model_is(run, settings):
     done = run(output="done")
     with pytest.raises(
-        ConfigError, match="written by another model or stage; choose another experiment.output_dir"
+        ConfigError,
+        match="written by another model or stage; choose another experiment.output_dir.*"
+        r"\(model.num_blocks=2 there, 3 here\)",
     ):
         train(settings("topology_warmup", {"model": {"num_blocks": 3}}, output="done"))
-    with pytest.raises(ConfigError, match="another model or stage"):
+    with pytest.raises(
+        ConfigError,
+        match="another model or stage.*stage=topology_warmup there, semantic_injection here",
+    ):
         train(settings("semantic_injection", output="done"))
     before = (done / "metrics.jsonl").read_text()
     with pytest.raises(
@@ -141,6 +147,51 @@ def test_resume_can_be_refused_and_another_model_is(run, settings):
     assert (done / "metrics.jsonl").read_text() == before
     train(settings("topology_warmup", {"experiment": {"resume": False}}, output="new"))
     assert records(done) == records(done.parent / "new")
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"dim": 64}, "model.dim=32 there, 64 here"),
+        ({"routing": "release"}, "model.routing=paper there, release here"),
+        ({"join_semantics": False}, "model.join_semantics=True there, False here"),
+        (
+            {"encoder": {"config": {"layer_norm_eps": 1e-3}}},
+            "model.encoder.config.layer_norm_eps=1e-06 there, 0.001 here",
+        ),
+    ],
+    ids=["dim", "routing", "stream", "encoder"],
+)
+def test_what_changes_outputs_is_refused_by_name(change, named, run, settings):
+    done = run("topology_warmup", {"model": EPSILON}, output="done")
+    with pytest.raises(ConfigError, match=f"another model or stage.*{named}"):
+        train(settings("topology_warmup", {"model": EPSILON}, {"model": change}, output="done"))
+    assert len(records(done)) == 2
+
+
+EPSILON = {"encoder": {"config": {"layer_norm_eps": 1e-6}}}
+
+
+def test_a_run_goes_on_with_checkpointing_and_from_moved_sources(run, settings, tmp_path):
+    """Neither changes what a step computes: the end is that of an unbroken run, bit for bit."""
+    model = tiny_model()
+    for part, prefix in (("encoder", ""), ("decoder", "decoder.")):
+        (tmp_path / "first" / part).mkdir(parents=True)
+        state = getattr(model, part).state_dict()
+        tensors = {f"{prefix}{name}": tensor for name, tensor in state.items()}
+        save_file(tensors, tmp_path / "first" / part / "model.safetensors")
+    first, moved = (
+        {part: {"source": str(tmp_path / folder / part)} for part in ("encoder", "decoder")}
+        for folder in ("first", "moved")
+    )
+    whole = run("topology_warmup", FOUR_STEPS, {"model": first}, output="whole")
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    shutil.copytree(whole / "checkpoint-2", broken / "checkpoint-2")
+    (tmp_path / "first").rename(tmp_path / "moved")
+    moved["gradient_checkpointing"] = "blocks"
+    train(settings("topology_warmup", FOUR_STEPS, {"model": moved}, output="broken"))
+    hold_equal(whole / "checkpoint-4", broken / "checkpoint-4")
 
 
 def test_a_checkpoint_from_before_a_key_of_the_model_goes_on(run, settings):
