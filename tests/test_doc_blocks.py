@@ -104,7 +104,7 @@ from muse.experiments.demo_data import make_demo_data
 from muse.training.tokenizer_task import train
 output = Path("outputs/demo")
 data = output / "data-stamps"
-make_demo_data(kind="shapes", output=data, images=32, val_images=8, workers=1)
+make_demo_data(kind="shapes", output=data, images=16, val_images=4, workers=1)
 own = [
     f"dataset.params.train_shards_path_or_url={data}/train-*.tar",
     f"dataset.params.eval_shards_path_or_url={data}/val-*.tar",
