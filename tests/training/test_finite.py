@@ -34,11 +34,13 @@ def broken_at(monkeypatch):
 
     def install(*calls, value=NAN):
         count, real = iter(range(10**6)), reconstruction.pixel_loss
-        monkeypatch.setattr(
-            reconstruction,
-            "pixel_loss",
-            lambda *args: real(*args) * (value if next(count) in calls else 1.0),
-        )
+
+        def broken(*args):
+            if len(args[0]) == 1:  # the one picture whose graph is read before the run
+                return real(*args)
+            return real(*args) * (value if next(count) in calls else 1.0)
+
+        monkeypatch.setattr(reconstruction, "pixel_loss", broken)
 
     return install
 
