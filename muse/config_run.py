@@ -133,7 +133,7 @@ class TrainingConfig:
         least=0,
     )
     find_unused_parameters: bool | None = key(
-        None, "DDP; null: only where a loss reads the last block alone"
+        None, "DDP; null: only where a tensor that learns gets no gradient"
     )
 
 
