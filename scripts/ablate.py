@@ -22,7 +22,17 @@ def main(argv=None) -> int:
         help="minutes: shows that it runs, says nothing about the method",
     )
     size.add_argument("--full", action="store_true", help="for a GPU: many more steps and pictures")
-    parser.add_argument("--variants", default=None, help="names, separated by commas; default: all")
+    parser.add_argument(
+        "--variants",
+        default=None,
+        help="names, separated by commas, or `all`; default: those that carry the paper's claims",
+    )
+    parser.add_argument(
+        "--encoder",
+        choices=("muse_tiny", "distilled"),
+        default="muse_tiny",
+        help="what all variants start from: the packaged encoder, or one that the study distils",
+    )
     parser.add_argument("--seeds", type=int, default=3, help="how many seeds, from 0")
     parser.add_argument(
         "--jobs",
@@ -45,13 +55,14 @@ def main(argv=None) -> int:
     args = cli.parse(parser, argv)
 
     # Heavy, and --help is quick.
-    from muse.experiments.ablation import STUDY_PLANS, VARIANTS, Study  # noqa: PLC0415
+    from muse.experiments.ablation import CLAIMS, STUDY_PLANS, VARIANTS, Study  # noqa: PLC0415
     from muse.experiments.ablation_study import markdown, run_study  # noqa: PLC0415
     from muse.experiments.demo import demo_data  # noqa: PLC0415
 
     if args.seeds < 1 or (args.jobs is not None and args.jobs < 1):
         raise ConfigError("--seeds and --jobs must be 1 or more")
-    variants = args.variants.split(",") if args.variants else list(VARIANTS)
+    variants = args.variants.split(",") if args.variants else list(CLAIMS)
+    variants = list(VARIANTS) if variants == ["all"] else variants
     if unknown := [name for name in variants if name not in VARIANTS]:
         raise ConfigError(f"--variants: {', '.join(unknown)}: there are {', '.join(VARIANTS)}")
     plan = STUDY_PLANS["fast" if args.fast else "full" if args.full else "default"]
@@ -63,7 +74,8 @@ def main(argv=None) -> int:
     if not list(data.glob("train-*.tar")) or not (data / "classes.txt").is_file():
         raise ConfigError(f"--data {data}: needs train-*.tar, val-*.tar and classes.txt")
     jobs = args.jobs or (os.cpu_count() or 1 if on_cpu else 1)
-    study = Study(output, data, plan, tuple(args.overrides))
+    pretrained = None if args.encoder == "distilled" else args.encoder
+    study = Study(output, data, plan, tuple(args.overrides), pretrained)
     results = run_study(study, variants, range(args.seeds), jobs)
     print(markdown(results))
     print(f"written to {output / 'ablation.md'} and {output / 'ablation.json'}")

@@ -81,20 +81,37 @@ VARIANTS: dict[str, Variant] = {
             TUNING,
         ),
     ),
+    # Where the objectives of stage 3 meet: in the encoder.
+    "isolated": Variant(
+        "MUSE, streams isolated in stage 3 too",
+        (),
+        (TOPOLOGY, SEMANTICS, Leg("stage3", (2,), ("model.isolate_streams=true",))),
+    ),
+    "slow_encoder": Variant(
+        "MUSE, a tenth of the encoder's learning rate in stage 3",
+        (),
+        (
+            TOPOLOGY,
+            SEMANTICS,
+            Leg("stage3", (2,), ('optimizer.lr_multipliers={"^encoder\\\\.": 0.03}',)),
+        ),
+    ),
 }
+# The rows that carry the paper's claims, and what stage 3 does in the encoder.
+CLAIMS = ("paper", "baseline", "shared", "no_stop_gradient", "no_nce", "isolated", "slow_encoder")
 
 
 @dataclass(frozen=True)
 class StudyPlan:
     """How much of everything."""
 
-    base_steps: int = 200  # of stage 0, which all variants share
-    steps: tuple[int, int, int] = (40, 60, 40)
+    base_steps: int = 200  # of stage 0, where the encoder is distilled for the study
+    steps: tuple[int, int, int] = (120, 180, 120)
     batch_size: int = 16
-    images: int = 3000
-    probe_images: int = 600
+    images: int = 6000
+    probe_images: int = 1000
     val_images: int | None = None  # None: all
-    gradients_every: int = 10
+    gradients_every: int = 20
 
 
 STUDY_PLANS = {
@@ -125,16 +142,17 @@ class Study:
     data: Path
     plan: StudyPlan
     overrides: tuple[str, ...] = ()  # of every run
+    pretrained: str | None = "muse_tiny"  # None: the study distils its own encoder
 
     def base(self) -> DictConfig:
-        """Stage 0 of the demo, which gives the study its one pretrained encoder."""
+        """Stage 0, which distils the study's own encoder where it shall have one."""
         cfg = _load("stage0", *self._common(), f"training.max_train_steps={self.plan.base_steps}")
         return _placed(cfg, self.output / "runs" / f"base-{_digest(cfg, None)}")
 
     @property
-    def encoder(self) -> Path:
-        """The distilled encoder in InternVL's layout; at full size a hub id takes its place."""
-        return Path(self.base().experiment.output_dir) / "encoder"
+    def encoder(self) -> str:
+        """The one encoder that all variants start from: a packaged one, or the study's own."""
+        return self.pretrained or str(Path(self.base().experiment.output_dir) / "encoder")
 
     def runs(self, name: str, seed: int) -> list[StageRun]:
         """The stage runs of a variant, in order. Equal runs of two variants are one directory."""
@@ -195,8 +213,8 @@ def _digest(cfg: DictConfig, before: StageRun | None) -> str:
 
 
 def train_base(study: Study) -> None:
-    """Train stage 0 and save its encoder, unless it exists."""
-    if not study.encoder.is_dir():
+    """Distil the study's own encoder and save it, unless it exists or a packaged one is used."""
+    if study.pretrained is None and not Path(study.encoder).is_dir():
         model = MUSE_ViT.from_pretrained(train(study.base()))
         with atomic_directory(study.encoder) as partial:
             model.encoder.save_pretrained(partial)

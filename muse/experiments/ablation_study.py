@@ -38,6 +38,10 @@ COLUMNS: dict[str, tuple[Callable[[dict[str, Any]], float | None], int]] = {
     "conflict ↓": (lambda m: _gradient(m, "reconstruction~semantics", "blocks", "conflict"), 3),
     "abs. cosine W_QK": (lambda m: _gradient(m, "structure~semantics", "W_QK", "abs"), 3),
     "abs. cosine W_V": (lambda m: _gradient(m, "structure~semantics", "W_V", "abs"), 3),
+    "abs. cosine encoder": (
+        lambda m: _gradient(m, "reconstruction~semantics", "encoder", "abs"),
+        3,
+    ),
 }
 
 
@@ -185,6 +189,7 @@ def collect(study: Study, variants: Sequence[str], seeds: Sequence[int]) -> dict
             "versions": versions(),
             "seeds": list(seeds),
             "plan": asdict(study.plan),
+            "encoder": study.pretrained,
             "pairs": list(PAIRS),
             "config": resolved(study.runs(variants[0], seeds[0])[-1].cfg),
         },
@@ -207,13 +212,20 @@ def markdown(results: dict[str, Any]) -> str:
         cells = [_cell(row["columns"][column], digits) for column, (_, digits) in COLUMNS.items()]
         lines.append(f"| {row['label']} | {' | '.join(cells)} |")
     plan, seeds = results["protocol"]["plan"], results["protocol"]["seeds"]
+    encoder = results["protocol"]["encoder"]
+    start = (
+        f"the encoder of `{encoder}`"
+        if encoder
+        else f"one encoder distilled for {plan['base_steps']} steps"
+    )
     note = (
         f"Mean ± standard deviation over {len(seeds)} seeds; "
-        f"{' + '.join(map(str, plan['steps']))} steps of {plan['batch_size']} pictures after one "
-        f"encoder distilled for {plan['base_steps']} steps. Zero-shot, linear probe: macro means; "
+        f"{' + '.join(map(str, plan['steps']))} steps of {plan['batch_size']} pictures after "
+        f"{start}. Zero-shot, linear probe: macro means; "
         "R@5: caption retrieval. conflict: mean max(0, −cosine) of the reconstruction's and the "
         "semantics' gradients on the blocks; abs. cosine: between the gradients of structure and "
-        "semantics. Over the steps in which both reach a tensor there; none: they never share one."
+        "semantics, in the encoder (with the adapter) between those of pixels and semantics. "
+        "Over the steps in which both reach a tensor there; none: they never share one."
     )
     return "\n".join(lines) + f"\n\n{note}\n"
 
