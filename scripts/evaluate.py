@@ -17,6 +17,7 @@ OPTIONS = ("feature_network", "feature_weights", "inception_weights", "lpips_net
 def main(argv=None) -> int:
     parser = cli.parser(__doc__, checkpoint=True)
     command.add_data_flags(parser, "outputs/evaluate")
+    command.add_protocol_flags(parser, "evaluate")
     command.add_flag(
         parser,
         "metrics",

@@ -14,6 +14,7 @@ from muse.evaluation.zero_shot import check_candidates, run_zero_shot
 def main(argv=None) -> int:
     parser = cli.parser(__doc__, checkpoint=True)
     command.add_data_flags(parser, "outputs/zero_shot")
+    command.add_protocol_flags(parser, "zero_shot")
     command.add_flag(
         parser,
         "classnames",

@@ -11,6 +11,8 @@ from omegaconf import DictConfig
 
 from muse import cli
 from muse.evaluation.measurement import Measured, Setup, check_number
+from muse.evaluation.protocols import protocol_names
+from muse.evaluation.used_protocol import PRECISIONS, UsedProtocol, use_protocol
 from muse.models.muse_vit import FEATURES
 from muse.utils.distributed import join_processes
 from muse.utils.io import writable_directory, write_json
@@ -37,7 +39,7 @@ def add_data_flags(parser: argparse.ArgumentParser, output_dir: str, train: bool
     )
     add_flag(parser, "output_dir", default=output_dir, help="where metrics.json goes")
     add_flag(parser, "batch_size", type=int, help="images at a time; changes no result")
-    add_flag(parser, "num_workers", type=int, default=0, help="loader processes")
+    add_flag(parser, "num_workers", type=int, help="loader processes; default: the configuration's")
     add_flag(
         parser,
         "max_images",
@@ -45,6 +47,38 @@ def add_data_flags(parser: argparse.ArgumentParser, output_dir: str, train: bool
         help="only so many of each set, drawn evenly from all of it by training.seed",
     )
     cli.refuse(parser, cli.ONE_PROCESS, *cli.LAUNCHER_FLAGS)
+
+
+def add_protocol_flags(parser: argparse.ArgumentParser, command: str) -> None:
+    """--protocol, --resize, --crop, --precision; `set_up` puts them into `Setup.protocol`.
+
+    Args:
+        parser: of the command.
+        command: the script's name, which the table of protocols knows.
+    """
+    names = ", ".join(protocol_names(command))
+    add_flag(parser, "protocol", default="native", metavar="NAME", help=f"one of {names}")
+    add_flag(parser, "resize", type=int, metavar="N", help="shorter edge, wins over the protocol")
+    add_flag(parser, "crop", type=int, metavar="N", help="side of the square, likewise")
+    add_flag(
+        parser,
+        "precision",
+        choices=PRECISIONS,
+        help="of what is measured; below float32 by autocast, for a GPU; default: the protocol's",
+    )
+    parser.set_defaults(protocol_of=command)
+
+
+def resolve_protocol(args: argparse.Namespace, cfg: DictConfig | None) -> UsedProtocol:
+    """What the flags of `add_protocol_flags` say; cfg is None for a command that takes none.
+
+    ConfigError, one line, for a protocol that the command does not have (those that it has are
+    listed), and for sizes that do not fit.
+    """
+    for name in ("resize", "crop"):
+        check_number(name, getattr(args, name), 1)
+    sizes = {"resize": args.resize, "crop": args.crop, "precision": args.precision}
+    return use_protocol(args.protocol, args.protocol_of, cfg, **sizes)
 
 
 def add_feature_flags(parser: argparse.ArgumentParser, feature: str) -> None:
@@ -78,6 +112,8 @@ def set_up(args: argparse.Namespace, cfg: DictConfig) -> Setup:
     """
     check_number("num_pictures", getattr(args, "num_pictures", None), 0)
     given = {f.name: getattr(args, f.name) for f in fields(Setup) if hasattr(args, f.name)}
+    if hasattr(args, "protocol_of"):
+        given["protocol"] = resolve_protocol(args, cfg)
     setup = Setup(cfg, **given | {"device": cli.device(args.device)})
     clear_metrics(setup.output_dir)
     # trained weights make denormal activations, which a CPU computes three times slower
@@ -102,8 +138,9 @@ def write_metrics(setup: Setup, measured: Measured, picture: str | None = None) 
         picture: a file in OUTPUT_DIR for its picture, drawn once the values are safe.
     """
     folder = writable_directory(setup.output_dir)
-    loading = loading_facts(setup.images_at_a_time(), setup.num_workers)
-    protocol = cli.protocol(setup, setup.cfg, **measured.facts, loading=loading)
+    loading = loading_facts(setup.images_at_a_time(), setup.workers())
+    facts = setup.protocol_facts() | measured.facts
+    protocol = cli.protocol(setup, setup.cfg, **facts, loading=loading)
     write_values(folder / METRICS_FILE, measured.values, protocol)
     if picture is not None and measured.picture is not None:
         save_image(measured.picture(), folder / picture)

@@ -6,6 +6,7 @@ number of processes. A new metric is one function or class and one line of `METR
 
 import functools
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -166,15 +167,18 @@ class Evaluator:
 
 @torch.no_grad()
 def reconstruct_batches(
-    model, batches: Iterable[dict], evaluator: Evaluator
+    model, batches: Iterable[dict], evaluator: Evaluator, autocast: Callable = nullcontext
 ) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
     """Reconstruct every batch's `images`, add the pairs to the evaluator, and hand them on.
 
-    The pairs, (B,3,H,W) twice, are on the evaluator's device.
+    The pairs, (B,3,H,W) twice, are on the evaluator's device. `autocast` makes the context in which
+    the model runs; metrics stay outside it.
     """
     for batch in batches:
         real = batch["images"].to(evaluator.device)
-        fake = model.reconstruct(real)
+        with autocast():
+            fake = model.reconstruct(real)
+        fake = fake.float()
         evaluator.update(real, fake, batch.get("indices"))
         yield real, fake
 
@@ -217,7 +221,7 @@ def measure_reconstruction(
     model = setup.load_model()
     first: list[tuple[torch.Tensor, torch.Tensor]] = []
     with measurement.one_line_errors("evaluation"):
-        for real, fake in reconstruct_batches(model, loader, evaluator):
+        for real, fake in reconstruct_batches(model, loader, evaluator, setup.autocast):
             missing = num_pictures - sum(len(pair[0]) for pair in first)
             if missing > 0:
                 first.append((real[:missing].cpu(), fake[:missing].cpu()))

@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -81,7 +82,8 @@ def frozen_features(
     loader = measurement.eval_data(setup, part, ("images", target), **options)
     facts = {
         **network.facts,
-        **setup.picture_crop()._asdict(),
+        "crop": asdict(setup.picture_crop()),
+        "precision": setup.protocol_facts()["precision"],
         **options,
         "target": target,
         "pooled": pooled,

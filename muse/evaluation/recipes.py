@@ -10,6 +10,14 @@ from muse.data.crops import PictureCrop, RandomCrop
 
 
 @dataclass(frozen=True)
+class PictureRecipe:
+    """How pictures are cut, and nothing else."""
+
+    source: str
+    crop: PictureCrop | None = None
+
+
+@dataclass(frozen=True)
 class ReconstructionRecipe:
     """Reconstructions against originals (evaluate.py), or two sets (evaluate_images.py)."""
 
@@ -18,7 +26,7 @@ class ReconstructionRecipe:
     metrics: tuple[str, ...] = ("rfid", "is", "psnr", "ssim", "lpips")
     pad_multiple: int | None = None  # reflection before the model, cut off after it
     rounded_pairs: bool = False  # PSNR and SSIM of pictures rounded to bytes
-    precision: str = "float32"  # of the model: float32 or bf16
+    precision: str = "float32"  # of the model: float32, bf16 or fp16
     is_splits: int | None = 10  # parts of a seeded shuffle
     is_part: int | None = None  # or parts of so many pictures, in the order of the set
     manifold_k: int = 3  # precision and recall

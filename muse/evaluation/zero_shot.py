@@ -4,6 +4,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -110,11 +111,19 @@ class _Embedded(NamedTuple):
 
 
 @torch.no_grad()
-def embed_data(model: MUSE_ViT, loader: EvalLoader, device, fields: Sequence[str]) -> _Embedded:
+def embed_data(
+    model: MUSE_ViT,
+    loader: EvalLoader,
+    device,
+    fields: Sequence[str],
+    autocast: Callable = nullcontext,
+) -> _Embedded:
     """All processes' images in data-set order, with the labels and captions among `fields`."""
     rows: dict[str, list] = {"images": [], "indices": [], "labels": [], "text": []}
     for batch in loader:
-        rows["images"].append(model.embed_image(batch["images"].to(device)).float().cpu())
+        with autocast():
+            embeds = model.embed_image(batch["images"].to(device))
+        rows["images"].append(embeds.float().cpu())
         rows["indices"].append(batch["indices"])
         rows["labels"].append(batch["labels"]) if "labels" in fields else None
         rows["text"] += batch["text"] if "text" in fields else []
@@ -174,7 +183,7 @@ def run_zero_shot(
     teacher, tower = _text_tower(setup.cfg, setup.device)
     with one_line_errors("zero-shot"):
         weights = text_weights(teacher.encode, tower, names, phrases, f"{setup.output_dir}/text")
-        images, labels, captions = embed_data(model, loader, setup.device, fields)
+        images, labels, captions = embed_data(model, loader, setup.device, fields, setup.autocast)
         data = data_facts(setup, loader)
         check_count(loader, data, len(images))
         classes.check(labels.tolist())
