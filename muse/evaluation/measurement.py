@@ -3,7 +3,7 @@
 `Setup` is all that a measurement is told besides its own settings. A command makes it of its flags
 (command.py); in Python one writes it down:
 
-    run_linear_probe(Setup(load_config(FILE), checkpoint=DIRECTORY), ProbeRecipe(epochs=20))
+    run_linear_probe(Setup(load_config(FILE), checkpoint=DIRECTORY))
 """
 
 import contextlib
