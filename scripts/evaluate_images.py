@@ -31,14 +31,14 @@ def flags():
         help="comma-separated: fid, is, sfid, precision, recall, fd_<network>, and of pairs psnr, "
         "ssim, lpips_alex, lpips_vgg; default: the protocol's",
     )
-    command.add_protocol_flags(parser, COMMAND)
+    command.add_protocol_flags(parser, COMMAND, precision=False)
     add("output_dir", default="outputs/evaluate_images", help="where metrics.json goes")
     add("device", help="cuda, mps or cpu; the first that exists when not given")
     add("batch_size", type=int, default=64, help="pictures at a time; changes no result")
     add("num_workers", type=int, default=0, help="loader processes")
     add("inception_weights", help="torch-fidelity's Inception file")
-    add("feature_weights", help="file with the weights of the network of fd_")
-    add("lpips_weights", help="torchvision's file of the LPIPS backbone")
+    add("feature_weights", help="file (dinov2: or folder) with the weights of the network of fd_")
+    add("lpips_weights", help="torchvision's file of the LPIPS backbone, or their folder")
     return parser
 
 
@@ -73,7 +73,7 @@ def main(argv=None) -> int:
         return 0
     for name, value in values.items():
         print(f"{name:>24} {value:.4f}")
-    facts = protocol.facts() | facts
+    facts = protocol.facts(facts["sets"]["fake"]["images"]) | facts
     facts |= {
         "device": options.device,
         "loading": command.loading_facts(options.batch_size, options.num_workers),

@@ -49,23 +49,28 @@ def add_data_flags(parser: argparse.ArgumentParser, output_dir: str, train: bool
     cli.refuse(parser, cli.ONE_PROCESS, *cli.LAUNCHER_FLAGS)
 
 
-def add_protocol_flags(parser: argparse.ArgumentParser, command: str) -> None:
+def add_protocol_flags(
+    parser: argparse.ArgumentParser, command: str, precision: bool = True
+) -> None:
     """--protocol, --resize, --crop, --precision; `set_up` puts them into `Setup.protocol`.
 
     Args:
         parser: of the command.
         command: the script's name, which the table of protocols knows.
+        precision: with --precision, for a command that runs a model.
     """
     names = ", ".join(protocol_names(command))
     add_flag(parser, "protocol", default="native", metavar="NAME", help=f"one of {names}")
     add_flag(parser, "resize", type=int, metavar="N", help="shorter edge, wins over the protocol")
     add_flag(parser, "crop", type=int, metavar="N", help="side of the square, likewise")
-    add_flag(
-        parser,
-        "precision",
-        choices=PRECISIONS,
-        help="of what is measured; below float32 by autocast, for a GPU; default: the protocol's",
-    )
+    if precision:
+        add_flag(
+            parser,
+            "precision",
+            choices=PRECISIONS,
+            help="of what is measured; below float32 by autocast, for a GPU; default: the "
+            "protocol's",
+        )
     parser.set_defaults(protocol_of=command)
 
 
@@ -77,7 +82,11 @@ def resolve_protocol(args: argparse.Namespace, cfg: DictConfig | None) -> UsedPr
     """
     for name in ("resize", "crop"):
         check_number(name, getattr(args, name), 1)
-    sizes = {"resize": args.resize, "crop": args.crop, "precision": args.precision}
+    sizes = {
+        "resize": args.resize,
+        "crop": args.crop,
+        "precision": getattr(args, "precision", None),
+    }
     return use_protocol(args.protocol, args.protocol_of, cfg, **sizes)
 
 
@@ -139,7 +148,7 @@ def write_metrics(setup: Setup, measured: Measured, picture: str | None = None) 
     """
     folder = writable_directory(setup.output_dir)
     loading = loading_facts(setup.images_at_a_time(), setup.workers())
-    facts = setup.protocol_facts() | measured.facts
+    facts = setup.protocol_facts(measured.facts.get("images")) | measured.facts
     protocol = cli.protocol(setup, setup.cfg, **facts, loading=loading)
     write_values(folder / METRICS_FILE, measured.values, protocol)
     if picture is not None and measured.picture is not None:
