@@ -10,7 +10,7 @@ from muse.errors import ConfigError, DataError, MuseError
 from muse.evaluation import command
 from muse.evaluation.image_comparison import ComparisonOptions, check_names, compare_image_sets
 from muse.evaluation.image_sets import open_image_set
-from muse.utils.distributed import join_processes, leave_processes
+from muse.utils.distributed import leave_processes
 from muse.utils.io import versions
 
 COMMAND = "evaluate_images"
@@ -38,6 +38,7 @@ def flags():
     add("num_workers", type=int, default=0, help="loader processes")
     add("inception_weights", help="torch-fidelity's Inception file")
     add("feature_weights", help="file (dinov2: or folder) with the weights of the network of fd_")
+    command.add_timeout_flag(parser)
     add("lpips_weights", help="torchvision's file of the LPIPS backbone, or their folder")
     return parser
 
@@ -55,7 +56,7 @@ def main(argv=None) -> int:
     device = cli.device(args.device)
     output = command.clear_metrics(args.output_dir)
     options = ComparisonOptions(
-        join_processes(device),
+        command.join(args, device),
         args.batch_size,
         args.num_workers,
         args.inception_weights,

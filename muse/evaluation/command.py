@@ -4,6 +4,7 @@ import argparse
 import math
 import os
 from dataclasses import fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -19,6 +20,8 @@ from muse.utils.io import writable_directory, write_json
 from muse.utils.viz_utils import save_image
 
 METRICS_FILE = "metrics.json"
+# Minutes that a process waits for the slowest: shares differ, and one process writes or fits alone.
+COLLECTIVE_MINUTES = 12 * 60.0
 
 
 def add_flag(parser: argparse.ArgumentParser, *names: str, **options) -> None:
@@ -46,7 +49,27 @@ def add_data_flags(parser: argparse.ArgumentParser, output_dir: str, train: bool
         type=int,
         help="only so many of each set, drawn evenly from all of it by training.seed",
     )
+    add_timeout_flag(parser)
     cli.refuse(parser, cli.ONE_PROCESS, *cli.LAUNCHER_FLAGS)
+
+
+def add_timeout_flag(parser: argparse.ArgumentParser) -> None:
+    """--collective_timeout."""
+    add_flag(
+        parser,
+        "collective_timeout",
+        type=float,
+        default=COLLECTIVE_MINUTES,
+        metavar="MINUTES",
+        help="how long one of several processes waits for the slowest",
+    )
+
+
+def join(args: argparse.Namespace, device: str) -> str:
+    """`join_processes` with the time-out of the flags."""
+    minutes = getattr(args, "collective_timeout", COLLECTIVE_MINUTES)
+    check_number("collective_timeout", minutes, 0.0)
+    return join_processes(device, timedelta(minutes=minutes))
 
 
 def add_protocol_flags(
@@ -127,7 +150,7 @@ def set_up(args: argparse.Namespace, cfg: DictConfig) -> Setup:
     clear_metrics(setup.output_dir)
     # trained weights make denormal activations, which a CPU computes three times slower
     torch.set_flush_denormal(True)
-    return replace(setup, device=join_processes(setup.device))
+    return replace(setup, device=join(args, setup.device))
 
 
 def clear_metrics(output_dir: str | Path) -> Path:
