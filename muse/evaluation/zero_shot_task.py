@@ -29,9 +29,9 @@ class ZeroShotTask:
         classnames: file of names in the order of the labels, or `imagenet`; see `class_names`.
         templates: file of templates; None is open_clip's 80.
         retrieval: caption retrieval among so many, 0 for none, or among `all`.
-        captions: file with the captions of a folder of pictures, see caption_files.py; there is then no
-            classification, nor where `all` are asked of data without labels, nor under a protocol
-            of retrieval.
+        captions: file with the captions of a folder of pictures, see caption_files.py; there is
+            then no classification, nor where `all` are asked of data without labels, nor under a
+            protocol of retrieval.
     """
 
     classnames: str | None = None
