@@ -10,8 +10,7 @@ from muse.errors import ConfigError, DataError, MuseError
 from muse.evaluation import command
 from muse.evaluation.image_comparison import ComparisonOptions, check_names, compare_image_sets
 from muse.evaluation.image_sets import open_image_set
-from muse.evaluation.protocols import describe, find_protocol, protocol_names, with_cut
-from muse.utils.distributed import join_processes, leave_processes
+from muse.utils.distributed import leave_processes
 from muse.utils.io import versions
 
 COMMAND = "evaluate_images"
@@ -32,16 +31,15 @@ def flags():
         help="comma-separated: fid, is, sfid, precision, recall, fd_<network>, and of pairs psnr, "
         "ssim, lpips_alex, lpips_vgg; default: the protocol's",
     )
-    add("protocol", default="native", help=f"one of {', '.join(protocol_names(COMMAND))}")
-    add("resize", type=int, help="shorter edge in pixels; wins over the protocol")
-    add("crop", type=int, help="side of the square in pixels; wins over the protocol")
+    command.add_protocol_flags(parser, COMMAND, precision=False)
     add("output_dir", default="outputs/evaluate_images", help="where metrics.json goes")
     add("device", help="cuda, mps or cpu; the first that exists when not given")
     add("batch_size", type=int, default=64, help="pictures at a time; changes no result")
     add("num_workers", type=int, default=0, help="loader processes")
     add("inception_weights", help="torch-fidelity's Inception file")
-    add("feature_weights", help="file with the weights of the network of fd_")
-    add("lpips_weights", help="torchvision's file of the LPIPS backbone")
+    add("feature_weights", help="file (dinov2: or folder) with the weights of the network of fd_")
+    command.add_timeout_flag(parser)
+    add("lpips_weights", help="torchvision's file of the LPIPS backbone, or their folder")
     return parser
 
 
@@ -51,13 +49,14 @@ def main(argv=None) -> int:
     for name, least in (("batch_size", 1), ("num_workers", 0)):
         if getattr(args, name) < least:
             raise ConfigError(f"--{name} must be at least {least}, not {getattr(args, name)}")
-    recipe = with_cut(find_protocol(args.protocol, COMMAND), None, args.resize, args.crop)
+    protocol = command.resolve_protocol(args, None)
+    recipe = protocol.recipe
     metrics = args.metrics.split(",") if args.metrics is not None else recipe.metrics
     names = check_names([name.strip() for name in metrics if name.strip()])
     device = cli.device(args.device)
     output = command.clear_metrics(args.output_dir)
     options = ComparisonOptions(
-        join_processes(device),
+        command.join(args, device),
         args.batch_size,
         args.num_workers,
         args.inception_weights,
@@ -75,8 +74,8 @@ def main(argv=None) -> int:
         return 0
     for name, value in values.items():
         print(f"{name:>24} {value:.4f}")
+    facts = protocol.facts(facts["sets"]["fake"]["images"]) | facts
     facts |= {
-        "protocol": describe(args.protocol, COMMAND, recipe),
         "device": options.device,
         "loading": command.loading_facts(options.batch_size, options.num_workers),
         "muse": __version__,

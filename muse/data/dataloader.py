@@ -8,6 +8,7 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from muse.config import plain
+from muse.data.crops import PictureCrop
 from muse.data.eval import EvalLoader, EvalStream, count_samples
 from muse.data.mixture import parse_mixture
 from muse.data.records import InMemory
@@ -88,6 +89,7 @@ def eval_loader(
     fields: Sequence[str] = ("images",),
     resize_shorter_edge: int | None = 256,
     crop_size: int | None = 224,
+    transform: Transform | PictureCrop | None = None,
     zero_label_ignored: bool = False,
     num_workers: int = 0,
     rank: int = 0,
@@ -108,6 +110,7 @@ def eval_loader(
         source: see `open_source`.
         fields: what a sample must have.
         crop_size: None for the picture as resized, which needs batch_size 1.
+        transform: how pictures are cut, in place of the two sizes.
         zero_label_ignored: masks are numbered as in ADE20K, see `reduce_zero_label`.
         max_images: only so many samples.
         sample_seed: draws them evenly from the whole of a local source, see `spread_sample`; None,
@@ -121,10 +124,11 @@ def eval_loader(
     _check_numbers(batch_size, num_workers, rank, world, max_bad_fraction)
     if max_images is not None and max_images < 1:
         raise ConfigError(f"max_images must be positive, not {max_images}")
-    if crop_size is None and batch_size != 1:
+    transform = transform or Transform(resize_shorter_edge, crop_size)
+    if transform.crop_size is None and batch_size != 1:
         raise ConfigError("pictures without a crop differ in size: batch_size must be 1")
     opened = open_source(source)
-    made = maker(Transform(resize_shorter_edge, crop_size), tuple(fields), zero_label_ignored)
+    made = maker(transform, tuple(fields), zero_label_ignored)
     first = max_images if sample_seed is None else None
     counts = count_samples(opened, first) if opened.local else []
     stream = EvalStream(opened, made, batch_size, rank, world, max_images, counts, sample_seed)

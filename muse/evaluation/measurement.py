@@ -3,11 +3,12 @@
 `Setup` is all that a measurement is told besides its own settings. A command makes it of its flags
 (command.py); in Python one writes it down:
 
-    run_linear_probe(Setup(load_config(FILE), checkpoint=DIRECTORY), ProbeRecipe(epochs=20))
+    run_linear_probe(Setup(load_config(FILE), checkpoint=DIRECTORY))
 """
 
 import contextlib
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -16,10 +17,12 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 
 from muse.config import plain
+from muse.data.crops import PictureCrop
 from muse.data.dataloader import eval_loader
 from muse.data.eval import EvalLoader
 from muse.data.faults import BadSamples
 from muse.errors import CheckpointError, ConfigError, DataError, MuseError
+from muse.evaluation.used_protocol import UsedProtocol, configured_cut, cut_facts
 from muse.models import loading
 from muse.models.muse_vit import MUSE_ViT
 from muse.utils.distributed import all_objects, process_index, world_size
@@ -38,6 +41,9 @@ def check_number(name: str, given: float | Sequence[float] | None, least: float)
         if not math.isfinite(value) or value < least or (above and value == least):
             wanted = f"above {least:g}" if above else f"at least {least}"
             raise ConfigError(f"--{name} must be {wanted}, not {value:g}")
+
+
+AUTOCAST = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Crop(NamedTuple):
@@ -68,12 +74,12 @@ class Setup:
         checkpoint: what `muse.models.loading.load_model` opens; a baseline may go without.
         train_url: training data; None takes the configuration's.
         val_url: evaluation data; None takes the configuration's.
-        crop: how pictures are cut; None takes the configuration's.
+        protocol: by what is measured; None is the configuration's crop and float32.
         device: where networks run.
         output_dir: where results go.
         cache_dir: where extracted features stay; None is `output_dir`/features.
         batch_size: images at a time, which changes no result; None takes the configuration's.
-        num_workers: loader processes.
+        num_workers: loader processes; None takes the configuration's.
         max_images: only so many of each set, drawn evenly from all of it by `training.seed`.
     """
 
@@ -81,26 +87,45 @@ class Setup:
     checkpoint: str | None = None
     train_url: object = None
     val_url: object = None
-    crop: Crop | None = None
+    protocol: UsedProtocol | None = None
     device: str = "cpu"
     output_dir: str = "outputs"
     cache_dir: str | None = None
     batch_size: int | None = None
-    num_workers: int = 0
+    num_workers: int | None = None
     max_images: int | None = None
 
     def __post_init__(self) -> None:
         for name, least in (("batch_size", 1), ("num_workers", 0), ("max_images", 1)):
             check_number(name, getattr(self, name), least)
 
-    def picture_crop(self) -> Crop:
-        """`crop`, or the configuration's."""
-        preprocessing = self.cfg.dataset.preprocessing
-        return self.crop or Crop(preprocessing.resize_shorter_edge, preprocessing.crop_size)
+    def picture_crop(self) -> PictureCrop:
+        """The protocol's cut, or the configuration's."""
+        cut = self.protocol.recipe.crop if self.protocol else None
+        return cut or configured_cut(self.cfg)
+
+    def protocol_facts(self, images: int | None = None) -> dict:
+        """The protocol's `facts`, of a measurement on so many pictures."""
+        if self.protocol is not None:
+            return self.protocol.facts(images)
+        return {"name": "native", **cut_facts(self.picture_crop()), "precision": "float32"}
+
+    def autocast(self) -> contextlib.AbstractContextManager:
+        """Runs what is measured in the protocol's precision; metrics stay outside."""
+        precision = self.protocol.precision if self.protocol else "float32"
+        if precision == "float32":
+            return contextlib.nullcontext()
+        return torch.autocast(self.device.split(":")[0], AUTOCAST[precision])
 
     def images_at_a_time(self) -> int:
         """`batch_size`, or the configuration's."""
         return self.batch_size or self.cfg.dataset.params.eval_batch_size
+
+    def workers(self) -> int:
+        """`num_workers`, or the configuration's, but no more than there are processors."""
+        if self.num_workers is not None:
+            return self.num_workers
+        return min(self.cfg.dataset.params.num_workers_per_gpu, os.cpu_count() or 1)
 
     def source(self, part: str) -> object:
         """The data of `train` or `val`: as given, or the configuration's.
@@ -146,8 +171,9 @@ def eval_data(setup: Setup, part: str, wanted: Sequence[str], **options) -> Eval
         setup.source(part),
         batch_size=setup.images_at_a_time(),
         fields=tuple(wanted),
-        **setup.picture_crop()._asdict(),
-        num_workers=setup.num_workers,
+        transform=setup.picture_crop(),
+        num_workers=setup.workers(),
+        pin_memory=setup.device.startswith("cuda"),
         rank=process_index(),
         world=world,
         max_images=setup.max_images,
@@ -214,16 +240,13 @@ def check_classes(train: dict, val: dict) -> None:
 
 def data_facts(setup: Setup, loader: EvalLoader) -> dict:
     """For the protocol: which data, which of it, which crop, what was skipped."""
-    crop, source = setup.picture_crop(), loader.stream.source
+    source = loader.stream.source
     masks = getattr(source, "mask_folder", None)
     return {
         "data": source.name,
         **({"masks": masks} if masks else {}),
         "selection": selection(setup, loader),
-        "crop": {
-            "resize_shorter_edge": crop.resize_shorter_edge,
-            "center_crop": crop.crop_size,
-        },
+        "crop": cut_facts(setup.picture_crop())["crop"],
         "samples": skipped(loader, setup.cfg.dataset.max_bad_fraction),
     }
 

@@ -1,16 +1,15 @@
 """What a number of this field is measured by: the table of protocols, as data.
 
-A protocol is a name, and for each command that has it a recipe (recipes.py). The name and the whole
-recipe go into metrics.json. `--resize` and `--crop` win over a protocol's cut, and are said there.
+A protocol is a name, and for each command that has it a recipe (recipes.py). What a command makes
+of it is in used_protocol.py.
 """
-
-from dataclasses import asdict, replace
 
 from muse.data.crops import PictureCrop, RandomCrop
 from muse.errors import ConfigError
 from muse.evaluation.recipes import (
     LinearProbeRecipe,
     NeighbourRecipe,
+    PictureRecipe,
     ReconstructionRecipe,
     SceneAugmentation,
     SegmentationRecipe,
@@ -18,7 +17,12 @@ from muse.evaluation.recipes import (
 )
 
 Recipe = (
-    ReconstructionRecipe | LinearProbeRecipe | NeighbourRecipe | ZeroShotRecipe | SegmentationRecipe
+    PictureRecipe
+    | ReconstructionRecipe
+    | LinearProbeRecipe
+    | NeighbourRecipe
+    | ZeroShotRecipe
+    | SegmentationRecipe
 )
 
 EVAL_224 = PictureCrop("center", 256, 224)
@@ -40,6 +44,7 @@ PROTOCOLS: dict[str, dict[str, Recipe]] = {
         "knn": NeighbourRecipe(NATIVE),
         "zero_shot": ZeroShotRecipe(NATIVE),
         "segment_probe": SegmentationRecipe(NATIVE),
+        "topology": PictureRecipe(NATIVE),
     },
     "release": {
         "evaluate": ReconstructionRecipe(
@@ -142,7 +147,7 @@ PROTOCOLS: dict[str, dict[str, Recipe]] = {
             epochs=10,
             epoch_steps=1250,
         ),
-        "knn": NeighbourRecipe("DINOv2", crop=EVAL_224),
+        "knn": NeighbourRecipe("DINOv2", crop=EVAL_224, pooling=("cls",)),
         "segment_probe": SegmentationRecipe(
             "DINOv2's linear ADE20K probe in mmsegmentation",
             crop=PictureCrop("center", 512, None, resize_mask=False),
@@ -194,42 +199,3 @@ def find_protocol(name: str, command: str) -> Recipe:
             f"{command} has no protocol '{name}': one of {', '.join(protocol_names(command))}"
         )
     return PROTOCOLS[name][command]
-
-
-def with_cut(
-    recipe: Recipe, default: PictureCrop | None, resize: int | None = None, crop: int | None = None
-) -> Recipe:
-    """The recipe with the cut that is used.
-
-    Args:
-        recipe: of a protocol.
-        default: the configuration's cut, where the recipe has none; None for pictures as they are.
-        resize: --resize, shorter edge in pixels; None where not given. It makes any cut
-            torchvision's resize and centre crop.
-        crop: --crop, side in pixels; None where not given.
-    """
-    cut = recipe.crop or default
-    if resize is None and crop is None:
-        return replace(recipe, crop=cut)
-    if cut is None:
-        cut = PictureCrop("center", None, None)
-    side = cut.crop_size if crop is None else crop
-    if cut.method == "center":
-        edge = cut.resize_shorter_edge if resize is None else resize
-        return replace(recipe, crop=replace(cut, resize_shorter_edge=edge, crop_size=side))
-    if resize is None:
-        return replace(recipe, crop=replace(cut, crop_size=side))
-    return replace(recipe, crop=PictureCrop("center", resize, side))
-
-
-def describe(name: str, command: str, used: Recipe) -> dict:
-    """For metrics.json: the name, the recipe that was used, and what of it is not the protocol's.
-
-    The name stands alone only where nothing was changed. Where the protocol leaves the cut to the
-    configuration, the cut that was used is no change.
-    """
-    table, facts = asdict(find_protocol(name, command)), asdict(used)
-    changed = [key for key, value in facts.items() if value != table[key]]
-    if table.get("crop") is None:
-        changed = [key for key in changed if key != "crop"]
-    return {"name": name, "changed": changed, **facts}

@@ -10,6 +10,14 @@ from muse.data.crops import PictureCrop, RandomCrop
 
 
 @dataclass(frozen=True)
+class PictureRecipe:
+    """How pictures are cut, and nothing else."""
+
+    source: str
+    crop: PictureCrop | None = None
+
+
+@dataclass(frozen=True)
 class ReconstructionRecipe:
     """Reconstructions against originals (evaluate.py), or two sets (evaluate_images.py)."""
 
@@ -18,7 +26,7 @@ class ReconstructionRecipe:
     metrics: tuple[str, ...] = ("rfid", "is", "psnr", "ssim", "lpips")
     pad_multiple: int | None = None  # reflection before the model, cut off after it
     rounded_pairs: bool = False  # PSNR and SSIM of pictures rounded to bytes
-    precision: str = "float32"  # of the model: float32 or bf16
+    precision: str = "float32"  # of the model: float32, bf16 or fp16
     is_splits: int | None = 10  # parts of a seeded shuffle
     is_part: int | None = None  # or parts of so many pictures, in the order of the set
     manifold_k: int = 3  # precision and recall
@@ -50,6 +58,8 @@ class LinearProbeRecipe:
     cosine_by: str = "step"  # step or epoch
     report: str = "last"  # last, or best of the epochs that are evaluated
     evaluate_every: int = 1  # epochs
+    trial_epochs: int = 0  # of a first run of all rates, with the whole schedule; 0: none
+    trial_keep: int = 1  # rates that go on after it
     chosen_on: str = "held-out training pictures"  # rate, pooling and best epoch
 
 
@@ -59,6 +69,8 @@ class NeighbourRecipe:
 
     source: str
     crop: PictureCrop | None = None
+    pooling: tuple[str, ...] = ("mean",)
+    last_blocks: tuple[int, ...] = (1,)
     normalise: bool = True
     ks: tuple[int, ...] = (10, 20, 100, 200)
     temperature: float = 0.07

@@ -21,9 +21,9 @@ from muse.evaluation.image_comparison import (
     ComparisonOptions,
     check_metrics,
     compare_image_sets,
-    score_in_parts,
 )
 from muse.evaluation.image_sets import open_image_set
+from muse.evaluation.metrics.inception import score_in_parts
 from muse.evaluation.metrics.spatial_frechet import spatial_features
 from muse.evaluation.protocols import find_protocol
 from muse.evaluation.recipes import ReconstructionRecipe
@@ -241,7 +241,7 @@ def test_the_command(sets, tmp_path, capsys, features, random_inception_file):
     assert written["fid"] == pytest.approx(want, rel=1e-5)
     assert f"{written['fid']:.4f}" in capsys.readouterr().out
     protocol = written["protocol"]
-    assert protocol["protocol"]["name"] == "native" and protocol["protocol"]["crop"] is None
+    assert protocol["name"] == "native" and protocol["crop"] == {}
     assert protocol["sets"]["fake"]["source"] == str(sets / "fake")
     assert protocol["versions"]["torch-fidelity"]
 
@@ -255,9 +255,9 @@ def test_the_command_cuts_by_protocol_and_flags(sets, tmp_path, capsys):
     assert "Infinity" not in text
     written = json.loads(text)
     assert written["psnr"] is None and written["ssim"] == pytest.approx(1)
-    said = written["protocol"]["protocol"]
+    said = written["protocol"]
     assert (said["name"], said["changed"]) == ("adm256", ["crop"])
-    assert said["crop"]["method"] == "adm" and said["crop"]["crop_size"] == 16
+    assert said["crop"] == {"center_crop": 16} and "halved by boxes" in said["resize"]["method"]
 
 
 @pytest.mark.parametrize(
@@ -266,7 +266,7 @@ def test_the_command_cuts_by_protocol_and_flags(sets, tmp_path, capsys):
         (["--protocol", "mae"], "evaluate_images has no protocol 'mae': one of native, release"),
         (["--metrics", "kid"], "unknown metric 'kid'"),
         (["--real", "none.npz"], "no such file: none.npz"),
-        (["--crop", "0"], "crop_size must be positive"),
+        (["--crop", "0"], "--crop must be at least 1"),
         (["--batch_size", "0"], "--batch_size must be at least 1"),
         (["--metrics", "fid", "--inception_weights", "none.pth"], "none.pth"),
     ],

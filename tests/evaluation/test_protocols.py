@@ -1,7 +1,6 @@
 """The table of protocols: what stands in it, held to what the field's own code says."""
 
 import json
-from dataclasses import asdict
 
 import pytest
 import torch
@@ -11,16 +10,12 @@ from torchvision import transforms
 
 from muse.data.crops import PictureCrop
 from muse.errors import ConfigError
-from muse.evaluation.protocols import (
-    PROTOCOLS,
-    describe,
-    find_protocol,
-    protocol_names,
-    with_cut,
-)
+from muse.evaluation.protocols import PROTOCOLS, find_protocol, protocol_names
+from muse.evaluation.used_protocol import UsedProtocol, cut_facts, use_protocol, with_cut
 
 NAMES = "native release unilip256 adm256 mae dinov2 coco-retrieval flickr-retrieval".split()
 DEFAULT = PictureCrop("center", 224, 224)
+BF16 = ("release", "evaluate")  # its recipe's own precision
 ENTRIES = [(name, command) for name, recipes in PROTOCOLS.items() for command in recipes]
 
 
@@ -29,6 +24,7 @@ def test_the_names():
     commands = {command for recipes in PROTOCOLS.values() for command in recipes}
     assert commands == {
         "evaluate", "evaluate_images", "linear_probe", "knn", "zero_shot", "segment_probe",
+        "topology",
     }  # fmt: skip
     assert set(PROTOCOLS["native"]) == commands  # every command has the configuration's own crop
     assert protocol_names("knn") == ["native", "dinov2"]
@@ -48,13 +44,47 @@ def test_a_protocol_that_a_command_does_not_have(name, command, says):
 
 @pytest.mark.parametrize("name, command", ENTRIES)
 def test_what_goes_into_metrics_json(name, command):
-    """Plain values, with the cut that was used and nothing changed; each names its source."""
-    used = with_cut(find_protocol(name, command), DEFAULT)
-    facts = json.loads(json.dumps(describe(name, command, used)))
+    """Plain values without a null; each names its source."""
+    standard = with_cut(find_protocol(name, command), DEFAULT)
+    facts = json.loads(json.dumps(UsedProtocol(name, command, standard, standard).facts()))
     assert facts["name"] == name
-    assert facts["changed"] == []
     assert facts["source"]
-    assert facts["crop"] == asdict(PROTOCOLS[name][command].crop or DEFAULT)
+    assert facts["changed"] == (["precision"] if (name, command) == BF16 else [])
+    assert nulls(facts) == []
+    cut = PROTOCOLS[name][command].crop or DEFAULT
+    assert facts["resize"]["filter"] == cut.filter and facts["resize"]["antialias"] is True
+    key = "square" if cut.method == "squash" else "center_crop"
+    assert facts["crop"].get(key) == cut.crop_size
+
+
+def nulls(value):
+    if isinstance(value, (dict, list)):
+        items = value.values() if isinstance(value, dict) else value
+        return [found for one in items for found in nulls(one)]
+    return [value] if value is None else []
+
+
+def test_the_cut_in_words():
+    got = cut_facts(PictureCrop("center", 256, 224))
+    assert got["crop"] == {"resize_shorter_edge": 256, "center_crop": 224}
+    assert got["resize"] == {
+        "method": "shorter edge", "filter": "bicubic", "antialias": True,
+        "rounding": "to bytes after each resize", "library": "Pillow",
+    }  # fmt: skip
+    assert cut_facts(PictureCrop("squash", None, 512))["crop"] == {"square": 512}
+    assert cut_facts(PictureCrop("adm", None, 256))["crop"] == {"center_crop": 256}
+    assert "as they are" in cut_facts(None)["resize"]["method"]
+
+
+def test_the_precision_of_a_protocol_and_of_a_flag():
+    assert use_protocol("release", "evaluate").facts()["precision"] == "bf16"
+    used = use_protocol("release", "evaluate", precision="float32")
+    assert used.recipe.precision == used.precision == "float32"
+    assert used.facts()["changed"] == ["precision"]
+    assert use_protocol("mae", "linear_probe", precision="bf16").facts()["changed"] == ["precision"]
+    assert use_protocol("mae", "linear_probe").facts()["changed"] == []
+    with pytest.raises(ConfigError, match="unknown precision 'half': one of float32, bf16, fp16"):
+        use_protocol("native", "knn", precision="half")
 
 
 # ------------------------------------------------------------------------------ --resize and --crop
@@ -65,17 +95,19 @@ def test_what_goes_into_metrics_json(name, command):
         ("release", "linear_probe", (320, None), PictureCrop("center", 320, 224)),
         ("release", "linear_probe", (None, 192), PictureCrop("center", 256, 192)),
         ("native", "evaluate", (256, 256), PictureCrop("center", 256, 256)),
+        ("native", "evaluate", (None, 256), PictureCrop("center", 256, 256)),
+        ("native", "evaluate", (256, None), PictureCrop("center", 256, 224)),
         ("adm256", "evaluate", (None, 128), PictureCrop("adm", None, 128)),
         ("adm256", "evaluate", (288, None), PictureCrop("center", 288, 256)),
         ("release", "segment_probe", (None, 448), PictureCrop("squash", None, 448)),
     ],
 )
 def test_flags_win_over_the_protocol_and_are_said(name, command, flags, want):
-    used = with_cut(find_protocol(name, command), DEFAULT, *flags)
+    recipe = find_protocol(name, command)
+    used = with_cut(recipe, DEFAULT, *flags)
     assert used.crop == want
-    said = describe(name, command, used)["changed"]
-    native = PROTOCOLS[name][command].crop is None
-    assert said == ([] if native or flags == (None, None) else ["crop"])
+    said = UsedProtocol(name, command, with_cut(recipe, DEFAULT), used, "bf16").facts()["changed"]
+    assert ("crop" in said) == (flags != (None, None))
 
 
 def test_without_a_default_pictures_stay_as_they_are():
