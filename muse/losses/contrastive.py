@@ -1,10 +1,11 @@
 """Semantic injection L_ITC: the pooled semantic stream against the caption's embedding.
 
 Symmetric InfoNCE over the global batch. The release contrasts within one rank's batch; here the
-embeddings of all ranks are gathered with their gradients (`gather`). Equal captions of a batch are
-positives of each other, not negatives.
+embeddings of all ranks are gathered with their gradients (`gather`), and each rank compares its own
+rows with all columns. Equal captions of a batch are positives of each other, not negatives.
 
-Shapes: L blocks, B images, E joint width of images and text.
+Shapes: L blocks, B images of this rank, N those contrasted with (of all ranks, or B), E joint width
+of images and text.
 """
 
 import hashlib
@@ -21,7 +22,7 @@ from muse.losses.term import Needs, Term
 from muse.losses.topology import select_blocks
 from muse.models.muse_vit import MUSE_ViT, StudentOutput
 from muse.teachers.build import shared_text_teacher
-from muse.utils.distributed import world_size
+from muse.utils.distributed import process_index, world_size
 
 
 class _AllGather(torch.autograd.Function):
@@ -41,12 +42,25 @@ class _AllGather(torch.autograd.Function):
         return grad.narrow(0, dist.get_rank() * ctx.count, ctx.count)
 
 
+class _MeanOverRanks(torch.autograd.Function):
+    """The mean of a number over ranks; backward gives each rank's own number the whole gradient."""
+
+    @staticmethod
+    def forward(ctx, local: Tensor) -> Tensor:
+        total = local.clone()
+        dist.all_reduce(total)
+        return total / world_size()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return grad
+
+
 def gather_batch(local: Tensor) -> Tensor:
     """(B,...) of this rank -> (world*B,...) of all ranks, in rank order, with gradient.
 
-    Every rank must hold the same shape; one process gets its input back. Each rank then computes
-    the same global loss; the backward pass sums over ranks and DistributedDataParallel averages,
-    which together give the gradient of the global loss.
+    Every rank must hold the same shape; one process gets its input back. The backward pass sums
+    over ranks what each of them derived from this rank's part.
     """
     return _AllGather.apply(local) if world_size() > 1 else local
 
@@ -54,7 +68,7 @@ def gather_batch(local: Tensor) -> Tensor:
 def caption_positives(
     captions: Sequence[str], gather: bool = True, device: torch.device | str = "cpu"
 ) -> Tensor:
-    """Which captions are equal, boolean (B,B); B counts those of all ranks with `gather`.
+    """Which captions are equal, boolean (B,N): those of this rank against those contrasted with.
 
     Args:
         captions: B strings.
@@ -67,9 +81,8 @@ def caption_positives(
     if torch.device(device).type == "cuda":
         ids = ids.pin_memory()  # from pageable memory the copy would wait for the device
     ids = ids.to(device, non_blocking=True)
-    if gather:
-        ids = gather_batch(ids)
-    return ids[:, None] == ids[None, :]
+    everyone = gather_batch(ids) if gather else ids  # (N,)
+    return ids[:, None] == everyone[None, :]
 
 
 def itc_loss(
@@ -81,13 +94,17 @@ def itc_loss(
 ) -> Tensor:
     """Symmetric InfoNCE, averaged over blocks; a float32 scalar.
 
+    With `gather` it is the loss of the global batch, the same number on every rank. Backward, each
+    rank adds the part of its own B rows in both directions, (L,B,N) logits each; the mean over
+    ranks, as DistributedDataParallel takes it, is the gradient of the global loss.
+
     Args:
         image_embeds: (L,B,E) or (B,E), L2-normalised.
         text_embeds: (B,E), L2-normalised. No gradient reaches it.
         logit_scale: the factor itself (exp taken).
-        positives: boolean, from `caption_positives` with the same `gather`; each row spreads its
-            target evenly over its positives. None: row i belongs to column i alone.
-        gather: contrast over the batches of all ranks.
+        positives: boolean (B,N), from `caption_positives` with the same `gather`; each row spreads
+            its target evenly over its positives. None: row i belongs to its own caption alone.
+        gather: contrast over the batches of all ranks, which must be of one size.
 
     Raises ValueError when shapes do not fit.
     """
@@ -97,27 +114,35 @@ def itc_loss(
     with torch.autocast(image_embeds.device.type, enabled=False):
         images = image_embeds.float().transpose(0, 1)  # (B,L,E)
         texts = text_embeds.detach().float()  # (B,E)
+        all_images, all_texts, first = images, texts, 0
         if gather:
-            images, texts = gather_batch(images), gather_batch(texts)  # B is now of all ranks
-        count = texts.shape[0]
+            all_images, all_texts = gather_batch(images), gather_batch(texts)  # (N,L,E), (N,E)
+            first = process_index() * len(texts)
+        shape = (len(texts), len(all_texts))
         if positives is None:
-            targets = torch.eye(count, device=texts.device)  # (B,B)
-        elif positives.shape == (count, count):
+            targets = torch.zeros(shape, device=texts.device)  # (B,N)
+            targets.diagonal(first).fill_(1)
+        elif positives.shape == shape:
             targets = positives.to(texts)
         else:
-            raise ValueError(f"positives {tuple(positives.shape)} do not fit a batch of {count}")
-        logits = logit_scale.float() * torch.einsum("ile,je->lij", images, texts)  # (L,B,B)
-        image_to_text = _soft_cross_entropy(logits, targets)
-        text_to_image = _soft_cross_entropy(logits.transpose(1, 2), targets.T)
-        return (image_to_text + text_to_image) / 2
+            raise ValueError(
+                f"positives {tuple(positives.shape)} do not fit a batch of {shape[0]} against "
+                f"{shape[1]}"
+            )
+        targets = targets / targets.sum(dim=1, keepdim=True)
+        # The scale multiplies the rows, so that autograd keeps no second copy of the logits.
+        scale = logit_scale.float()
+        image_to_text = torch.einsum("ile,je->lij", scale * images, all_texts)  # (L,B,N)
+        text_to_image = torch.einsum("ie,jle->lij", scale * texts, all_images)  # (L,B,N)
+        loss = (
+            _soft_cross_entropy(image_to_text, targets)
+            + _soft_cross_entropy(text_to_image, targets)
+        ) / 2
+        return _MeanOverRanks.apply(loss) if gather and world_size() > 1 else loss
 
 
 def _soft_cross_entropy(logits: Tensor, targets: Tensor) -> Tensor:
-    """Mean over the rows of logits (L,B,B) of the cross entropy with targets (B,B).
-
-    Each row of the targets is scaled to sum 1.
-    """
-    targets = targets / targets.sum(dim=1, keepdim=True)
+    """Mean over the rows of logits (L,B,N) of the cross entropy with targets (B,N) of sum 1."""
     return -(targets * F.log_softmax(logits, dim=-1)).sum(dim=-1).mean()
 
 
