@@ -155,6 +155,11 @@ class ITCLossConfig:
         None, f"null: as the routing says ({by_routing('itc')})", choices=("all", "last")
     )
     gather: bool = key(True, "negatives from every process, with gradient")
+    across_accumulation: bool = key(
+        False,
+        "negatives from all micro-batches of a step, not from one, by a first pass without the "
+        "decoder",
+    )
     objective: str = key(
         "nce",
         "distillation: passive regression on the text embedding (ablation)",

@@ -10,7 +10,7 @@ of images and text.
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,29 @@ from muse.losses.topology import select_blocks
 from muse.models.muse_vit import MUSE_ViT, StudentOutput
 from muse.teachers.build import shared_text_teacher
 from muse.utils.distributed import process_index, world_size
+
+WINDOW_SHARE = "contrast_share"  # a batch's entry where the contrast spans several batches
+
+
+class WindowShare(NamedTuple):
+    """One batch's share in a contrast over several, without graph."""
+
+    loss: Tensor  # scalar: the contrast over all of them
+    image_grad: Tensor  # (L,B,E) of its embeddings, times the number of batches
+    scale_grad: Tensor  # scalar
+
+
+class _GivenGradient(torch.autograd.Function):
+    """The loss of a `WindowShare`, whose gradients were taken before."""
+
+    @staticmethod
+    def forward(ctx, images: Tensor, scale: Tensor, share: WindowShare) -> Tensor:
+        ctx.share = share
+        return share.loss.clone()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor, None]:
+        return grad * ctx.share.image_grad, grad * ctx.share.scale_grad, None
 
 
 class _AllGather(torch.autograd.Function):
@@ -183,15 +206,49 @@ class ITCTerm(Term):
     def forward(
         self, out: StudentOutput, batch: dict[str, Any]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        text = self.teacher(batch["text"]).to(out.image_embeds.device)  # (B,E)
-        images = select_blocks(out.image_embeds, self.blocks)  # (L,B,E)
+        images, scale = self.select(out), out.logit_scale  # (L,B,E), scalar
+        numbers = {"logit_scale": scale.detach()}
+        if WINDOW_SHARE in batch:
+            return _GivenGradient.apply(images, scale, batch[WINDOW_SHARE]), numbers
+        text = self.teacher(batch["text"]).to(images.device)  # (B,E)
         if self.objective == "distillation":
             # The scale has no part in a regression. Times zero, its gradient is still defined, and
             # DistributedDataParallel does not wait for it.
-            return passive_distillation_loss(images, text) + 0 * out.logit_scale, {}
+            return passive_distillation_loss(images, text) + 0 * scale, {}
         positives = caption_positives(batch["text"], self.gather, images.device)
-        loss = itc_loss(images, text, out.logit_scale, positives, self.gather)
-        return loss, {"logit_scale": out.logit_scale.detach()}
+        return itc_loss(images, text, scale, positives, self.gather), numbers
+
+    def select(self, out: StudentOutput) -> Tensor:
+        """The embeddings that are contrasted, (L,B,E)."""
+        return select_blocks(out.image_embeds, self.blocks)
+
+    def over_window(
+        self, embeds: Sequence[Tensor], captions: Sequence[Sequence[str]], logit_scale: Tensor
+    ) -> list[WindowShare]:
+        """The contrast over several batches of this rank as if they were one.
+
+        Args:
+            embeds: (L,B,E) of each batch, without graph.
+            captions: the B strings of each.
+            logit_scale: the factor itself (exp taken).
+
+        Gives each batch's share; the mean over batches of `WINDOW_SHARE`'s losses has the gradient
+        of the contrast over all of them.
+        """
+        device, count = embeds[0].device, len(embeds)
+        text = torch.cat([self.teacher(some).to(device) for some in captions])  # (count*B,E)
+        every = [caption for some in captions for caption in some]
+        positives = caption_positives(every, self.gather, device)
+        with torch.enable_grad():
+            images = torch.cat(list(embeds), dim=1).float().requires_grad_()  # (L,count*B,E)
+            scale = logit_scale.detach().clone().requires_grad_()
+            loss = itc_loss(images, text, scale, positives, self.gather)
+            image_grad, scale_grad = torch.autograd.grad(loss, (images, scale))
+        sizes = [one.shape[1] for one in embeds]
+        return [
+            WindowShare(loss.detach(), count * part, scale_grad)
+            for part in image_grad.split(sizes, dim=1)
+        ]
 
 
 def build_itc_term(cfg: DictConfig, student: MUSE_ViT, pretrained: bool = True) -> ITCTerm:
