@@ -52,8 +52,8 @@ class TopologyTeacherConfig:
     )
     cache: Any = key(
         False,
-        "keep maps by sample key, up to 2048 MiB (true) or a number of MiB; only right where "
-        "pictures are not augmented",
+        "keep maps by sample key, on the host, up to 2048 MiB (true) or a number of MiB; only "
+        "right where pictures are not augmented",
     )
 
 
@@ -67,7 +67,9 @@ class TextTeacherConfig:
     config: dict[str, Any] = key(
         {}, "further arguments of the library's constructor; random (tests): {dim: 64}"
     )
-    cache: int = key(32768, "embeddings of this many captions are kept", least=0)
+    cache: int = key(
+        32768, "embeddings of this many captions are kept, on the teacher's device", least=0
+    )
 
 
 @dataclass
