@@ -54,9 +54,10 @@ def sharded_precision(mixed_precision: str) -> MixedPrecisionPolicy | None:
     """FSDP's precision: 16 bits in what is gathered, float32 in what is stored and in all sums.
 
     accelerate's own policy would reduce gradients in 16 bits as well, and round to 16 bits the
-    outputs that the losses read. Without `output_dtype` these stay as accelerate's wrapper of the
-    forward pass makes them, float32 as under DDP. Inputs are not cast: autocast casts what is
-    multiplied, and pixels keep their precision until they are normalised.
+    pixels that come in and the outputs that the losses read. Here the policy casts neither: within
+    the forward pass autocast casts what is multiplied, and its outputs are made float32, both as
+    under DDP (`fsdp.prepare_model`). The policy is each block's too, whose outputs stay as they
+    are.
     """
     if mixed_precision == "no":
         return None

@@ -191,10 +191,12 @@ def test_an_average_over_accumulated_steps_is_shared_out_too(two_shards, tmp_pat
 
 
 def _one_step_in_bf16(config: str, folder: str) -> None:
-    """One step of a run; what was computed, reduced and stored in which type goes to FOLDER."""
+    """One step of a run; the types of what was computed, reduced and stored, its numbers and its
+    gradients go to FOLDER.
+    """
     cfg = load_config(config)
     trainer = Trainer(cfg, TokenizerTask(cfg))
-    kinds, outputs = {}, {}
+    kinds, gradients = {}, {}
 
     def of(names, what):
         """Note the types of tensors by name, each once."""
@@ -214,7 +216,6 @@ def _one_step_in_bf16(config: str, folder: str) -> None:
         return values, numbers
 
     trainer.task.loss.weighted = weighted
-    gradients = {}
 
     def keep(skip, optimizers, averages):
         named = [(n, p) for n, p in trainer.model.named_parameters() if p.grad is not None]
@@ -225,21 +226,22 @@ def _one_step_in_bf16(config: str, folder: str) -> None:
         return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
 
     trainer.guard.take_step = keep
-    reduced = torch.distributed.reduce_scatter_tensor
+    for name in ("reduce_scatter_single", "reduce_scatter_tensor"):  # torch's new and old name
+        if real_reduce := getattr(torch.distributed, name, None):
 
-    def watched(output, input, *args, **kwargs):
-        of([input], "reduced")
-        return reduced(output, input, *args, **kwargs)
+            def watched(*args, real_reduce=real_reduce, **kwargs):
+                of([kwargs["input"]], "reduced")
+                return real_reduce(*args, **kwargs)
 
-    torch.distributed.reduce_scatter_tensor = watched
+            setattr(torch.distributed, name, watched)
     numbers = trainer.train_step([next(trainer.batches())])
     of(trainer.model.parameters(), "stored")
-    outputs = {
+    means = {
         name: float(trainer.accelerator.reduce(value, "mean")) for name, value in numbers.items()
     }
     kinds = {what: sorted(types) for what, types in kinds.items()}
     rank = trainer.accelerator.process_index
-    torch.save((kinds, outputs, gradients), f"{folder}/{rank}.pt")
+    torch.save((kinds, means, gradients), f"{folder}/{rank}.pt")
 
 
 def test_fsdp_in_bf16_keeps_float32_where_sums_matter(two_shards, tmp_path):
