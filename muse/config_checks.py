@@ -47,6 +47,12 @@ def _check_losses(config: DictConfig) -> None:
                 f"losses.{term}.weight={config.losses[term].weight} needs a teacher, but "
                 f"teacher.{teacher}.kind is none"
             )
+    itc = config.losses.itc
+    if itc.across_accumulation and itc.objective == "distillation":
+        raise ConfigError(
+            "losses.itc.across_accumulation=true has no meaning with "
+            "losses.itc.objective=distillation: a regression has no negatives"
+        )
     sections = [section for section in config.losses.values() if isinstance(section, DictConfig)]
     if not any(section.weight > 0 for section in sections):
         raise ConfigError("every loss has weight 0: nothing would be learned")

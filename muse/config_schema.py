@@ -52,8 +52,8 @@ class TopologyTeacherConfig:
     )
     cache: Any = key(
         False,
-        "keep maps by sample key, up to 2048 MiB (true) or a number of MiB; only right where "
-        "pictures are not augmented",
+        "keep maps by sample key, on the host, up to 2048 MiB (true) or a number of MiB; only "
+        "right where pictures are not augmented",
     )
 
 
@@ -67,7 +67,9 @@ class TextTeacherConfig:
     config: dict[str, Any] = key(
         {}, "further arguments of the library's constructor; random (tests): {dim: 64}"
     )
-    cache: int = key(32768, "embeddings of this many captions are kept", least=0)
+    cache: int = key(
+        32768, "embeddings of this many captions are kept, on the teacher's device", least=0
+    )
 
 
 @dataclass
@@ -155,6 +157,11 @@ class ITCLossConfig:
         None, f"null: as the routing says ({by_routing('itc')})", choices=("all", "last")
     )
     gather: bool = key(True, "negatives from every process, with gradient")
+    across_accumulation: bool = key(
+        False,
+        "negatives from all micro-batches of a step, not from one, by a first pass without the "
+        "decoder",
+    )
     objective: str = key(
         "nce",
         "distillation: passive regression on the text embedding (ablation)",

@@ -95,6 +95,10 @@ def count_step(cfg: DictConfig, batch: int) -> dict[str, Any]:
         images = torch.empty(batch, 3, side, side)
         walk = _walk(parts, images, PRECISIONS[cfg.training.mixed_precision])
     flops = {name: count / batch for name, count in walk.steps.items()}
+    accumulated = cfg.training.gradient_accumulation_steps > 1
+    if "itc" in parts.loss.terms and cfg.losses.itc.across_accumulation and accumulated:
+        rest = walk.forward["latent"] + walk.forward["decoder"]
+        flops["student forward, first pass"] = (walk.forward["total"] - rest) / batch
     total = sum(flops.values())
     by_precision = _by_precision(flops, cfg)
     return {
@@ -131,7 +135,8 @@ def _walk(parts: Parts, images: Tensor, dtype: torch.dtype) -> Walk:
                 discriminator.requires_grad_(True)
             kept = saved.by_row()
         with FlopCounter() as losses_backward:
-            total.backward()
+            if total.requires_grad:  # not where the adversarial term alone has a weight
+                total.backward()
         teachers, in_teachers = _teachers(parts.loss, losses)
         steps = teachers | {
             "student forward": forward.get_total_flops(),

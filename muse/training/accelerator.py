@@ -3,6 +3,7 @@
 import os
 from importlib.util import find_spec
 
+import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import (
     DistributedDataParallelKwargs,
@@ -10,8 +11,11 @@ from accelerate.utils import (
     FullyShardedDataParallelPlugin,
 )
 from omegaconf import DictConfig
+from torch.distributed.fsdp import MixedPrecisionPolicy
 
 from muse.errors import ConfigError
+
+HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def build_accelerator(cfg: DictConfig) -> Accelerator:
@@ -46,8 +50,26 @@ def find_unused_parameters(accelerator: Accelerator, cfg: DictConfig, unused: bo
     accelerator.ddp_handler.find_unused_parameters = unused if chosen is None else chosen
 
 
+def sharded_precision(mixed_precision: str) -> MixedPrecisionPolicy | None:
+    """FSDP's precision: 16 bits in what is gathered, float32 in what is stored and in all sums.
+
+    accelerate's own policy would reduce gradients in 16 bits as well, and round to 16 bits the
+    pixels that come in and the outputs that the losses read. Here the policy casts neither: within
+    the forward pass autocast casts what is multiplied, and its outputs are made float32, both as
+    under DDP (`fsdp.prepare_model`). The policy is each block's too, whose outputs stay as they
+    are.
+    """
+    if mixed_precision == "no":
+        return None
+    return MixedPrecisionPolicy(
+        param_dtype=HALF[mixed_precision], reduce_dtype=torch.float32, cast_forward_inputs=False
+    )
+
+
 def _shard_parameters(accelerator: Accelerator) -> None:
-    """What FSDP needs beyond accelerate: version 2, and CPUs, which accelerate would give DDP."""
+    """What FSDP needs beyond accelerate: version 2, CPUs (accelerate would give them DDP), and a
+    precision for gradients and outputs.
+    """
     state = accelerator.state
     if accelerator.device.type == "cpu":  # torch shards over gloo as well; so the tests try it
         state.fsdp_plugin = FullyShardedDataParallelPlugin()
@@ -58,3 +80,4 @@ def _shard_parameters(accelerator: Accelerator) -> None:
             "FSDP of version 1 cannot mix frozen and trained tensors here: set fsdp_version: 2, as "
             "in configs/accelerate/fsdp.yaml"
         )
+    state.fsdp_plugin.mixed_precision_policy = sharded_precision(accelerator.mixed_precision)

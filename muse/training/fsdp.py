@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import convert_to_fp32
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -41,7 +42,24 @@ def prepare_model(
         for scalar in scalars:
             if scalar.requires_grad:  # nobody else averages their gradients
                 scalar.register_post_accumulate_grad_hook(_average_gradient)
+        _autocast_forward(accelerator, model)
     return accelerator.prepare(model, optimizer)
+
+
+def _autocast_forward(accelerator: Any, model: nn.Module) -> None:
+    """Autocast within the forward pass and float32 outputs, which accelerate gives to all models
+    but those that FSDP2 shards.
+    """
+    if accelerator.mixed_precision == "no":
+        return
+    inner = model.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        with accelerator.autocast():
+            outputs = inner(*args, **kwargs)
+        return convert_to_fp32(outputs)
+
+    model.forward = forward
 
 
 def _average_gradient(parameter: nn.Parameter) -> None:
@@ -66,6 +84,7 @@ def prepare_unit(
     """
     if not is_sharded(accelerator):
         return accelerator.prepare(model, optimizer)
+    _autocast_forward(accelerator, model)
     plugin = accelerator.state.fsdp_plugin
     names = ["auto_wrap_policy", "ignored_modules"]
     names += ["mixed_precision_policy"] if full_precision else []

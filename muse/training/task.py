@@ -82,6 +82,18 @@ class TrainingTask(ABC):
         counts bad samples (`bad`) and repeated reads (`retries`).
         """
 
+    def look_ahead(self, model: nn.Module, micro: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The micro-batches of an optimizer step before the first of their backward passes.
+
+        `compute_loss` gets what is returned, in this order: the same batches, with further entries
+        where its loss spans several of them. All processes call it together; it keeps nothing.
+
+        Args:
+            model: the model as accelerate wraps it.
+            micro: as many batches of `train_loader` as the step accumulates.
+        """
+        return micro
+
     @abstractmethod
     def compute_loss(
         self, model: nn.Module, batch: dict[str, Any], step: int
@@ -93,7 +105,7 @@ class TrainingTask(ABC):
 
         Args:
             model: the model as accelerate wraps it.
-            batch: a batch of `train_loader` on the device.
+            batch: a batch of `train_loader` on the device, as `look_ahead` gave it.
             step: the optimizer step, counted from 0.
         """
 

@@ -22,6 +22,11 @@ from muse.models.muse_vit import MUSE_ViT
 from muse.stages import STAGES, select_trainable
 from muse.training import fsdp
 from muse.training.adversary import Adversary
+from muse.training.contrast_window import (
+    draw_again,
+    say_where_negatives_come_from,
+    share_contrast,
+)
 from muse.training.reach import unreached
 from muse.training.task import TrainingTask
 from muse.training.trainer import Trainer
@@ -46,6 +51,7 @@ class TokenizerTask(TrainingTask):
     def build(self, accelerator: Any) -> MUSE_ViT:
         """The student with the tensors of its stage to learn, and its loss with the teachers."""
         check_training_crop(self.cfg)
+        say_where_negatives_come_from(self.cfg)
         training, self.accelerator = self.cfg.training, accelerator
         self.model = initial_model(self.cfg)
         patterns = training.trainable
@@ -147,10 +153,18 @@ class TokenizerTask(TrainingTask):
             pin_memory=accelerator.device.type == "cuda",
         )
 
+    def look_ahead(self, model: nn.Module, micro: list[dict[str, Any]]) -> list[dict[str, Any]]:
+        """The contrast over all micro-batches, where `losses.itc.across_accumulation` asks it."""
+        term = self.loss.terms["itc"] if "itc" in self.loss.terms else None
+        if term is None or len(micro) == 1 or not self.cfg.losses.itc.across_accumulation:
+            return micro
+        return share_contrast(model, micro, term, self.loss.needs)
+
     def compute_loss(
         self, model: nn.Module, batch: dict[str, Any], step: int
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The weighted terms, and from the discriminator's start on the generator's term."""
+        draw_again(batch)
         out = model(batch["images"], **self.loss.needs)
         total, numbers = self._wrapped_loss(out, batch)
         if self.adversary and self.adversary.active(step):

@@ -133,7 +133,7 @@ class Trainer:
         self.model.train()
 
         # Forward and backward. Gradients cross the processes once, with the last micro-batch.
-        for index, batch in enumerate(micro):
+        for index, batch in enumerate(self.task.look_ahead(self.wrapped, micro)):
             with self._sync_gradients(last=index == len(micro) - 1):
                 loss, terms = self.task.compute_loss(self.wrapped, batch, step)
                 self.accelerator.backward(loss * share)

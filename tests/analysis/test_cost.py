@@ -215,6 +215,37 @@ def test_a_step_equals_torch_s_counter_over_a_real_step(stage, shapes_data, tmp_
 
 
 # ------------------------------------------------------------------------------------------- memory
+def test_an_adversary_alone_is_walked_through(shapes_data, tmp_path):
+    """Below the reconstruction its backward pass is that of a run with a pixel loss beside it."""
+    off = {"perceptual": {"weight": 0.0}, "topology": {"weight": 0.0}, "itc": {"weight": 0.0}}
+    flops = []
+    for weight in (0.0, 1.0):
+        losses = {"losses": {**off, "reconstruction": {"weight": weight}}}
+        path = run_config(
+            tmp_path / "c.yaml", shapes_data, tmp_path / "run", "synergistic_tuning", losses
+        )
+        flops.append(count_step(load_config(path), batch=2)["flops_training"])
+    assert flops[0] == flops[1]
+    assert flops[0]["student backward"] > flops[0]["student forward"] > 0
+    assert flops[0]["losses backward"] == 0 < flops[0]["discriminator"]
+
+
+def test_a_contrast_across_accumulation_runs_all_but_the_decoder_once_more(shapes_data, tmp_path):
+    path = run_config(tmp_path / "c.yaml", shapes_data, tmp_path / "run", "semantic_injection")
+    twice = ["training.gradient_accumulation_steps=2"]
+    across = "losses.itc.across_accumulation=true"
+    once, plain, more = (
+        count_step(load_config(path, words), batch=2)
+        for words in ([across], twice, [*twice, across])
+    )
+    assert once["flops_training"] == plain["flops_training"]
+    added = more["flops_training"].pop("student forward, first pass")
+    parts = more["flops_forward"]
+    assert added == sum(parts[name] for name in ("encoder", "adapter", "blocks", "projector")) > 0
+    extra = more["flops_training"]["total"] - plain["flops_training"]["total"]
+    assert extra == pytest.approx(added)
+
+
 def test_activations_of_a_block_by_hand():
     """SwiGLU keeps its input (once), both hidden maps, the gate and their product; no weight."""
     layer, tokens, hidden = SwiGLU(48), torch.rand(2, 5, 48), 128

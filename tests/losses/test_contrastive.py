@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from muse.losses.contrastive import caption_positives, itc_loss, passive_distillation_loss
+from tests.training.processes import Forked
 
 SCALE = torch.tensor(10.0)
 
@@ -97,39 +98,77 @@ def test_says_what_is_wrong():
         itc_loss(embeds(4, 8), embeds(4, 8), SCALE, torch.eye(3, dtype=torch.bool))
 
 
-CAPTIONS = ["a cat.", "a dog.", "a cat.", "a mug."]
+CAPTIONS = ["a cat.", "a dog.", "a cat.", "a mug.", "a cat.", "a hat.", "a mug.", "a pen."]
 
 
-def _rank(rank: int, folder: str) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2)
-    part = slice(2 * rank, 2 * rank + 2)
-    image = embeds(2, 4, 8)[:, part].clone().requires_grad_()
-    scale = SCALE.clone().requires_grad_()
-    loss = itc_loss(image, embeds(4, 8, seed=1)[part], scale, caption_positives(CAPTIONS[part]))
-    loss.backward()
-    local = itc_loss(image.detach(), embeds(4, 8, seed=1)[part], SCALE, gather=False)
-    torch.save(
-        {"loss": loss.detach(), "grad": image.grad, "scale": scale.grad, "local": local},
-        f"{folder}/{rank}.pt",
+class LargestTensor(TorchDispatchMode):
+    """Elements of the largest tensor that an operation gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        given = func(*args, **(kwargs or {}))
+        for value in given if isinstance(given, (tuple, list)) else (given,):
+            if isinstance(value, torch.Tensor):
+                self.elements = max(self.elements, value.numel())
+        return given
+
+
+def _batch() -> tuple[torch.Tensor, torch.Tensor]:
+    """Embeddings of 3 blocks and 8 captions, so few numbers each that logits are the largest."""
+    return embeds(3, 8, 2), embeds(8, 2, seed=1)
+
+
+def _rank(rank: int, folder: str, world: int) -> None:
+    dist.init_process_group(
+        "gloo", init_method=f"file://{folder}/store", rank=rank, world_size=world
     )
+    part = slice(8 // world * rank, 8 // world * (rank + 1))
+    image, text = _batch()
+    image, text = image[:, part].clone().requires_grad_(), text[part]
+    result = {}
+    for name, positives in (
+        ("equal", caption_positives(CAPTIONS[part])),
+        ("own", None),
+    ):
+        image.grad, scale = None, SCALE.clone().requires_grad_()
+        with LargestTensor() as largest:
+            loss = itc_loss(image, text, scale, positives)
+            loss.backward()
+        result[name] = {
+            "loss": loss.detach(),
+            "grad": image.grad,
+            "scale": scale.grad,
+            "largest": largest.elements,
+        }
+    result["local"] = itc_loss(image.detach(), text, SCALE, gather=False)
+    torch.save(result, f"{folder}/{rank}.pt")
     dist.destroy_process_group()
 
 
-def test_two_ranks_give_the_gradient_of_the_global_batch(tmp_path):
-    mp.spawn(_rank, args=(str(tmp_path),), nprocs=2)
-    image, text, scale = (
-        embeds(2, 4, 8).requires_grad_(),
-        embeds(4, 8, seed=1),
-        SCALE.clone().requires_grad_(),
-    )
-    loss = itc_loss(image, text, scale, caption_positives(CAPTIONS))
-    loss.backward()
-    for rank in range(2):
-        result = torch.load(tmp_path / f"{rank}.pt", weights_only=True)
-        part = slice(2 * rank, 2 * rank + 2)
-        assert result["loss"].item() == pytest.approx(loss.item(), rel=1e-6)
-        # DistributedDataParallel divides by the number of ranks; the gather sums over them.
-        torch.testing.assert_close(result["grad"] / 2, image.grad[:, part], atol=1e-6, rtol=1e-5)
-        torch.testing.assert_close(result["scale"], scale.grad, atol=1e-6, rtol=1e-5)
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_give_the_gradient_of_the_global_batch_each_with_its_rows(world, tmp_path):
+    """Also where positives cross the ranks; no rank holds more logits than its own rows."""
+    ranks = [Forked(_rank, rank, str(tmp_path), world) for rank in range(world)]
+    assert [rank.wait() for rank in ranks] == [0] * world
+    results = [torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(world)]
+    image, text = _batch()
+    for name, positives in (("equal", caption_positives(CAPTIONS)), ("own", None)):
+        whole, scale = image.clone().requires_grad_(), SCALE.clone().requires_grad_()
+        loss = itc_loss(whole, text, scale, positives)
+        loss.backward()
+        parts = [result[name] for result in results]
+        assert len({part["loss"].item() for part in parts}) == 1  # bit for bit
+        assert parts[0]["loss"].item() == pytest.approx(loss.item(), rel=1e-6)
+        # DistributedDataParallel divides by the number of ranks.
+        grads = torch.cat([part["grad"] for part in parts], dim=1) / world
+        torch.testing.assert_close(grads, whole.grad, atol=1e-6, rtol=1e-5)
+        mean = torch.stack([part["scale"] for part in parts]).mean()
+        torch.testing.assert_close(mean, scale.grad, atol=1e-6, rtol=1e-5)
+        assert {part["largest"] for part in parts} == {3 * 8 * 8 // world}
+    for rank, result in enumerate(results):
+        part = slice(8 // world * rank, 8 // world * (rank + 1))
         alone = itc_loss(image[:, part], text[part], SCALE)
         assert result["local"].item() == pytest.approx(alone.item(), rel=1e-6)

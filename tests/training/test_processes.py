@@ -11,9 +11,10 @@ import torch
 from safetensors.torch import load_file
 
 from muse import MUSE_ViT, load_config
-from muse.training.tokenizer_task import train
+from muse.training.tokenizer_task import TokenizerTask, train
+from muse.training.trainer import Trainer
 from tests.helpers import run_config
-from tests.training.processes import train_in_two
+from tests.training.processes import run_in_two, train_in_two
 from tools.killing import records
 
 STEPS = {
@@ -187,3 +188,96 @@ def test_an_average_over_accumulated_steps_is_shared_out_too(two_shards, tmp_pat
         for output in outputs
     ]
     assert logs[0] == pytest.approx(logs[1], rel=1e-3)
+
+
+def _one_step_in_bf16(config: str, folder: str) -> None:
+    """One step of a run; the types of what was computed, reduced and stored, its numbers and its
+    gradients go to FOLDER.
+    """
+    cfg = load_config(config)
+    trainer = Trainer(cfg, TokenizerTask(cfg))
+    kinds, gradients = {}, {}
+
+    def of(names, what):
+        """Note the types of tensors by name, each once."""
+        kinds.setdefault(what, set()).update(str(tensor.dtype) for tensor in names)
+
+    block, real = trainer.model.muse_blocks[0], trainer.task.loss.weighted
+    block.v_sem.register_forward_pre_hook(lambda m, args: of([m.weight], "gathered"))
+    block.v_sem.register_forward_hook(lambda m, args, out: of([out], "inside"))
+    trainer.model.encoder.register_forward_pre_hook(
+        lambda m, args, kwargs: of([kwargs["pixel_values"]], "pixels"), with_kwargs=True
+    )
+
+    def weighted(out, batch):
+        of([out.reconstruction, out.image_embeds, *out.log_topology, out.logit_scale], "outputs")
+        values, numbers = real(out, batch)
+        of([*values.values(), *numbers.values()], "losses")
+        return values, numbers
+
+    trainer.task.loss.weighted = weighted
+
+    def keep(skip, optimizers, averages):
+        named = [(n, p) for n, p in trainer.model.named_parameters() if p.grad is not None]
+        of([parameter.grad for _, parameter in named], "gradients")
+        gradients.update({name: whole(p.grad) for name, p in named})
+
+    def whole(tensor):
+        return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor.clone()
+
+    trainer.guard.take_step = keep
+    for name in ("reduce_scatter_single", "reduce_scatter_tensor"):  # torch's new and old name
+        if real_reduce := getattr(torch.distributed, name, None):
+
+            def watched(*args, real_reduce=real_reduce, **kwargs):
+                of([kwargs["input"]], "reduced")
+                return real_reduce(*args, **kwargs)
+
+            setattr(torch.distributed, name, watched)
+    numbers = trainer.train_step([next(trainer.batches())])
+    of(trainer.model.parameters(), "stored")
+    means = {
+        name: float(trainer.accelerator.reduce(value, "mean")) for name, value in numbers.items()
+    }
+    kinds = {what: sorted(types) for what, types in kinds.items()}
+    rank = trainer.accelerator.process_index
+    torch.save((kinds, means, gradients), f"{folder}/{rank}.pt")
+
+
+def test_fsdp_in_bf16_keeps_float32_where_sums_matter(two_shards, tmp_path):
+    """Parameters are gathered in bf16; stored, reduced and judged in float32. DDP's numbers within
+    what bf16 resolves (2^-8).
+    """
+    changes = {"training": {"mixed_precision": "bf16", "max_grad_norm": 0.0}}
+    results = []
+    for fsdp in (False, True):
+        folder = tmp_path / f"fsdp-{fsdp}"
+        folder.mkdir()
+        config = run_config(
+            tmp_path / f"{fsdp}.yaml",
+            two_shards,
+            folder / "run",
+            "synergistic_tuning",
+            {"losses": {"adversarial": {"weight": 0.0}}},
+            changes,
+        )
+        run_in_two(_one_step_in_bf16, str(tmp_path / "log"), fsdp, str(config), str(folder))
+        results.append(torch.load(folder / "0.pt", weights_only=True))
+    (_, wanted, theirs), (kinds, numbers, ours) = results
+    single, half = ["torch.float32"], ["torch.bfloat16"]
+    assert kinds == {
+        "stored": single,
+        "gathered": half,
+        "inside": half,
+        "pixels": single,
+        "outputs": single,
+        "losses": single,
+        "reduced": single,
+        "gradients": single,
+    }
+    for name in ("loss", "reconstruction", "perceptual", "topology", "itc", "logit_scale"):
+        assert numbers[name] == pytest.approx(wanted[name], rel=2**-8), name
+    assert numbers["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=2**-4)
+    assert ours.keys() == theirs.keys()
+    both = [torch.cat([grads[name].flatten() for name in ours]) for grads in (ours, theirs)]
+    assert torch.cosine_similarity(*both, dim=0) > 0.99

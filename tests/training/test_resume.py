@@ -30,6 +30,15 @@ CASES = {
         "topology_warmup",
         {"training": {"gradient_accumulation_steps": 2, "per_gpu_batch_size": 3}},
     ),
+    # Two passes over each micro-batch that draw the same.
+    "accumulated-contrast": (
+        "semantic_injection",
+        {
+            "training": {"gradient_accumulation_steps": 2, "per_gpu_batch_size": 3},
+            "losses": {"itc": {"across_accumulation": True}},
+            "model": {"encoder": {"drop_path": 0.5}},
+        },
+    ),
     "one-worker": ("topology_warmup", {"dataset": {"params": {"num_workers_per_gpu": 1}}}),
     "two-workers": ("semantic_injection", {"dataset": {"params": {"num_workers_per_gpu": 2}}}),
     # Draws from the global generator in every step (docs/fidelity.md row 45).
