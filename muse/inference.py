@@ -11,7 +11,9 @@ from torch import Tensor
 from muse.data.decode import BadSample, decode_image
 from muse.data.transforms import to_float, to_pixels
 from muse.errors import DataError
-from muse.utils.viz_utils import fit_side, save_image, tile
+from muse.models.low_precision import computing
+from muse.utils.viz_utils import fit_side, save_image
+from muse.utils.viz_utils import tile as tile_images
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
 
@@ -58,7 +60,11 @@ def read_image(file: str | Path) -> Tensor:
 
 
 def reconstruct_files(
-    model, files: Sequence[Path], folder: Path, max_side: int = 2048
+    model,
+    files: Sequence[Path],
+    folder: Path,
+    max_side: int = 2048,
+    tile: int | None = None,
 ) -> tuple[list[Reconstructed], list[tuple[Path, str]]]:
     """Write `NAME.png` (the reconstruction) and `NAME_compare.png` (input beside it) for each file.
 
@@ -67,6 +73,7 @@ def reconstruct_files(
         files: pictures of any size.
         folder: where the results go.
         max_side: larger pictures are shrunk to this side, pixels.
+        tile: decode in tiles of this side, pixels; None: in one piece.
 
     Returns:
         The results, and the files that could not be read with the reason.
@@ -83,10 +90,10 @@ def reconstruct_files(
         except DataError as error:
             failed.append((file, str(error).removeprefix(f"{file}: ")))
             continue
-        with torch.inference_mode():
-            recon = model.reconstruct(image[None].to(device))[0].cpu()
+        with torch.inference_mode(), computing(model):
+            recon = model.reconstruct(image[None].to(device), tile=tile)[0].float().cpu()
         save_image(recon, target)
-        save_image(tile([[image, recon]]), both)
+        save_image(tile_images([[image, recon]]), both)
         error = (recon - image).square().mean().clamp_min(1e-12)
         results.append(
             Reconstructed(file, target, both, *image.shape[-2:], float(-10 * error.log10()))

@@ -1,8 +1,10 @@
-"""Time the evaluator beside the field's plain ways, in one run on one machine; print the ratios.
+"""Time parts of the tokenizer and of the evaluator beside the plain ways, in one run.
 
-Only the ratio counts. Each part holds first that both ways give the same number.
+Only ratios count, of both ways and of the measured peak of the machine. Each part holds first that
+both ways give the same numbers. Parts of the tokenizer need --config; their weights are random.
 """
 
+import json
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -13,6 +15,11 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools/ is no part of the package
 
 from muse import cli  # noqa: E402
+from muse.analysis.benchmark_clock import machine_facts  # noqa: E402
+from muse.analysis.benchmark_parts import PARTS as BENCHES  # noqa: E402
+from muse.analysis.benchmark_parts import Bench  # noqa: E402
+from muse.analysis.benchmark_startup import bench_startup  # noqa: E402
+from muse.config import load_config  # noqa: E402
 from muse.errors import ConfigError  # noqa: E402
 from muse.evaluation.evaluator import Evaluator  # noqa: E402
 from muse.evaluation.metrics.accuracy_iou import ConfusionMatrix  # noqa: E402
@@ -23,6 +30,7 @@ from tools import slow_metrics  # noqa: E402
 BATCH = 32
 REPEATS = 3
 PARTS = ("evaluator", "frechet", "miou")
+MODEL_PARTS = ("encode", "decode", "reconstruct", "teacher", "losses", "train_step", "growth")
 
 
 def race(*ways: Callable[[], object], repeats: int = REPEATS) -> list[tuple[float, object]]:
@@ -125,7 +133,7 @@ def time_miou(masks: int, classes: int = 150) -> dict:
 
 
 def compare(parts: Sequence[str], dim: int, images: int, masks: int) -> dict[str, dict]:
-    """part -> {ours, slow, unit, goal, perhaps also}; ConfigError on a wrong part or size.
+    """part -> {ours, slow, unit, goal, perhaps also}; ConfigError on a wrong size.
 
     goal: what `ours` should not exceed on two CPU cores: a fifth, a half and a 200th of the
     authors' scripts' time. `also`: times of other ways to the same number.
@@ -138,16 +146,99 @@ def compare(parts: Sequence[str], dim: int, images: int, masks: int) -> dict[str
         "frechet": lambda: time_frechet(dim),
         "miou": lambda: time_miou(masks),
     }
-    unknown = [part for part in parts if part not in timers]
-    if unknown:
-        raise ConfigError(f"unknown part '{unknown[0]}': one of {', '.join(timers)}")
     return {part: timers[part]() for part in parts}
+
+
+def time_model(parts: Sequence[str], args) -> dict[str, dict]:
+    """part -> row of `muse.analysis.benchmark_parts`; ConfigError without --config."""
+    if not parts:
+        return {}
+    if args.config is None:
+        raise ConfigError(f"part {parts[0]} needs --config")
+    device = cli.device(args.device)
+    # On a CPU everything in float32, so that the share of one peak says something.
+    single = ["training.mixed_precision=no"] if device == "cpu" else []
+    bench = Bench(
+        load_config(args.config, [*single, *args.overrides]),
+        device,
+        args.batch,
+        args.size,
+        args.repeats,
+    )
+    return {part: BENCHES[part](bench) for part in parts}
+
+
+def check_parts(words: str) -> list[str]:
+    """The parts of a comma-separated list; ConfigError for an unknown one."""
+    known = (*PARTS, *MODEL_PARTS, "startup")
+    parts = [part.strip() for part in words.split(",")]
+    unknown = [part for part in parts if part not in known]
+    if unknown:
+        raise ConfigError(f"unknown part '{unknown[0]}': one of {', '.join(known)}")
+    return parts
+
+
+def read_old(file: str | None) -> dict[str, dict]:
+    """The parts of an earlier output; ConfigError where it is none."""
+    if file is None:
+        return {}
+    try:
+        return dict(json.loads(Path(file).read_text())["parts"])
+    except (OSError, ValueError, LookupError, TypeError):
+        raise ConfigError(f"--against {file}: not an output of this script") from None
+
+
+def flat_seconds(row: dict) -> float | None:
+    """Seconds (or the evaluator's unit) that our way takes; None for a row of several."""
+    ours = row.get("ours")
+    return ours.get("seconds") if isinstance(ours, dict) else ours
+
+
+def show(name: str, row: dict, old: dict) -> None:
+    """One line a part; growth has one a size."""
+    if name == "growth":
+        for size, one in row.items():
+            pixel = one.get("bytes_per_pixel")
+            memory = "" if pixel is None else f", {pixel:.0f} bytes a pixel"
+            print(
+                f"growth {size:>5} px {one['seconds']:>10.3f} s, time over operations "
+                f"{one['time_over_flops']:.2f}{memory}"
+            )
+        return
+    unit = row.get("unit", "s")
+    slow = row["slow"] if "slow" in row else row["plain"]["seconds"]
+    line = f"{name:<12}{flat_seconds(row):>10.3f}{unit:>3}{slow:>10.3f}{unit:>3}"
+    line += f"{slow / flat_seconds(row):>8.2f}x"
+    for key, label in (
+        ("share_of_peak", "of the peak"),
+        ("images_per_second", "images/s"),
+        ("over_forward", "x a fused forward"),
+        ("memory_ratio", "x the memory"),
+        ("goal", f"{unit} wanted at most"),
+    ):
+        if key in row:
+            line += f"  {row[key]:.2f} {label}"
+    if name in old and flat_seconds(old[name]):
+        line += f"  {flat_seconds(row) / flat_seconds(old[name]):.2f} x the time in --against"
+    print(line)
+    for way, value in row.get("also", {}).items():
+        print(f"{'':<12}{'':>13}{value:>10.3f}{unit:>3}{value / row['ours']:>8.2f}x  {way}")
 
 
 @cli.entry
 def main(argv=None) -> int:
     parser = cli.plain_parser(__doc__)
-    parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated")
+    parser.add_argument(
+        "--parts",
+        default=",".join(PARTS),
+        help=f"comma-separated, of {', '.join((*PARTS, *MODEL_PARTS, 'startup'))}",
+    )
+    parser.add_argument("--config", default=None, help="of one stage, for parts of the tokenizer")
+    parser.add_argument("--device", default="cpu", help="of parts of the tokenizer")
+    parser.add_argument("--batch", type=int, default=4, help="images")
+    parser.add_argument("--size", type=int, default=None, help="pixels; default: the crop")
+    parser.add_argument("--repeats", type=int, default=5, help="measurements of each way")
+    parser.add_argument("--against", default=None, help="an earlier output: also ratios to it")
     parser.add_argument(
         "--dim", type=int, default=2048, help="feature width of evaluator and frechet"
     )
@@ -160,19 +251,24 @@ def main(argv=None) -> int:
     parser.add_argument(
         "--output", default=None, help="also write the figures as JSON to this file"
     )
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="configuration overrides")
     args = cli.parse(parser, argv)
-    parts = [part.strip() for part in args.parts.split(",")]
-    rows = compare(parts, args.dim, args.images, args.masks)
-    print(f"{'part':<12}{'ours':>12}{'slow way':>12}{'ratio':>9}{'wanted at most':>18}")
+    parts = check_parts(args.parts)
+    for name in ("batch", "repeats", *(["size"] if args.size is not None else [])):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name} must be at least 1, not {getattr(args, name)}")
+    old = read_old(args.against)
+    rows = compare([part for part in parts if part in PARTS], args.dim, args.images, args.masks)
+    rows |= time_model([part for part in parts if part in MODEL_PARTS], args)
+    if "startup" in parts:
+        rows["startup"] = bench_startup(repeats=args.repeats)
+    print(f"{'part':<12}{'ours':>13}{'plain way':>13}{'ratio':>9}")
     for name, row in rows.items():
-        unit = row["unit"]
-        times = "".join(f"{row[way]:>10.2f}{unit:>2}" for way in ("ours", "slow"))
-        print(f"{name:<12}{times}{row['slow'] / row['ours']:>8.1f}x{row['goal']:>16.2f}{unit:>2}")
-        for way, value in row.get("also", {}).items():
-            ratio = value / row["ours"]
-            print(f"{'':<12}{'':>12}{value:>10.2f}{unit:>2}{ratio:>8.1f}x  {way}")
+        show(name, row, old)
     if args.output:
-        write_json(args.output, rows)
+        facts = machine_facts(cli.device(args.device))
+        settings = {name: value for name, value in vars(args).items() if name != "output"}
+        write_json(args.output, {"machine": facts, "settings": settings, "parts": rows})
     return 0
 
 

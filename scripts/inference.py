@@ -3,6 +3,7 @@
 import sys
 
 from muse import cli
+from muse.errors import ConfigError
 from muse.utils.io import writable_directory
 
 
@@ -17,14 +18,27 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--max_side", type=int, default=2048, help="larger pictures are shrunk to this side, pixels"
     )
+    parser.add_argument(
+        "--tile", type=int, default=None, help="decode in tiles of this side, pixels: less memory"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=("float32", "bf16", "int8"),
+        default="float32",
+        help="of the weights in memory; int8 computes in float32",
+    )
     args = cli.parse(parser, argv)
+    if args.tile is not None and args.tile < 1:
+        raise ConfigError(f"--tile must be at least 1 pixel, not {args.tile}")
     cfg = cli.load_cfg(args)
     from muse.inference import find_images, reconstruct_files  # noqa: PLC0415 (imports torch)
+    from muse.models.loading import load_model  # noqa: PLC0415 (imports torch)
 
     files = find_images(args.image_path)
     folder = writable_directory(args.output_dir)
-    model = cli.open_model(args, cfg)
-    results, failed = reconstruct_files(model, files, folder, args.max_side)
+    args.device = cli.device(args.device)
+    model = load_model(args.checkpoint, cfg.model, args.device, args.precision)
+    results, failed = reconstruct_files(model, files, folder, args.max_side, args.tile)
     for result in results:
         print(
             f"{result.source} {result.width}x{result.height} -> {result.reconstruction} "

@@ -8,6 +8,8 @@ if [ -n "${MUSE_PYTHON:-}" ]; then PYTHON="$MUSE_PYTHON"
 elif [ -x "$ROOT/.venv/bin/python" ]; then PYTHON="$ROOT/.venv/bin/python"
 else PYTHON="$(command -v python3)" || fail "no Python found; set MUSE_PYTHON"; fi
 export PYTHONPATH="$ROOT${PYTHONPATH:+:$PYTHONPATH}"
+# Threads wait without spinning, so that a busy machine does not stop a run (muse/utils/threads.py), where the user has not chosen.
+if [ -z "${OMP_WAIT_POLICY+x}${GOMP_SPINCOUNT+x}${KMP_BLOCKTIME+x}" ]; then export OMP_WAIT_POLICY=PASSIVE; fi
 
 # Replace this shell by a command. With DRY_RUN=1 print it instead, quoted so that a shell reads the same words.
 launch() {

@@ -192,13 +192,14 @@ def _backward_through(out: StudentOutput, cut: StudentOutput) -> None:
     """Hand the gradients that the losses left at `cut` on to the student."""
     pairs = [
         (own, leaf.grad.to(own.dtype))
-        for own, leaf in zip(_tensors(out), _tensors(cut))
+        for own, leaf in zip(output_tensors(out), output_tensors(cut))
         if own.requires_grad and leaf.grad is not None
     ]
     torch.autograd.backward([own for own, _ in pairs], [grad for _, grad in pairs])
 
 
-def _tensors(out: StudentOutput) -> list[Tensor]:
+def output_tensors(out: StudentOutput) -> list[Tensor]:
+    """Every tensor of a student's output."""
     found = [value for field in out for value in (field if isinstance(field, tuple) else (field,))]
     return [value for value in found if isinstance(value, Tensor)]
 

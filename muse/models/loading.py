@@ -3,6 +3,7 @@
 import logging
 import re
 from collections import Counter
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from omegaconf import DictConfig
 
 from muse.config import model_config, plain
 from muse.errors import CheckpointError
+from muse.models.low_precision import fill, lower_precision
 from muse.models.muse_vit import MUSE_ViT
 from muse.models.pretrained import CONFIG_FILE, WEIGHTS_FILE, read_model_config
 from muse.models.release_weights import is_release_file, load_release_checkpoint
@@ -64,7 +66,12 @@ def holds_release_weights(checkpoint: str | Path) -> bool:
     return is_release_file(weights_file(checkpoint))
 
 
-def load_model(checkpoint: str | Path, config: Any, device: str | torch.device = "cpu") -> MUSE_ViT:
+def load_model(
+    checkpoint: str | Path,
+    config: Any,
+    device: str | torch.device = "cpu",
+    precision: str = "float32",
+) -> MUSE_ViT:
     """A model in eval mode from any form of checkpoint.
 
     Args:
@@ -73,12 +80,13 @@ def load_model(checkpoint: str | Path, config: Any, device: str | torch.device =
             it.
         config: the `model` section.
         device: where the model goes.
+        precision: `float32`, or for inference `bf16` or `int8` (muse/models/low_precision.py).
 
     Raises:
         CheckpointError: a directory's own configuration differs from `config` in a size, or in a
             key that changes outputs; or the weights do not fit.
     """
-    model, own = _open(checkpoint, config)
+    model, own = _open(checkpoint, config, precision)
     if own is not None:
         for key in ("routing", "join_semantics"):
             if own[key] != model.config[key]:
@@ -110,7 +118,7 @@ def initial_model(cfg: DictConfig) -> MUSE_ViT:
             f"experiment.init_from={source}: no such checkpoint; run the stage before this one, or "
             "set experiment.init_from to its output directory"
         )
-    model, _ = _open(path, cfg.model)
+    model, _ = _open(path, cfg.model)  # its weights are the process's own, not the file's pages
     modules = Counter(name.split(".")[0] for name in model.state_dict())
     log.info(
         "starting from %s: %s",
@@ -120,14 +128,18 @@ def initial_model(cfg: DictConfig) -> MUSE_ViT:
     return model
 
 
-def _open(checkpoint: str | Path, config: Any) -> tuple[MUSE_ViT, dict[str, Any] | None]:
-    """The checkpoint's weights in a model as configured, and the checkpoint's own model section."""
+def _open(
+    checkpoint: str | Path, config: Any, precision: str | None = None
+) -> tuple[MUSE_ViT, dict[str, Any] | None]:
+    """The checkpoint's weights in a model as configured, and the checkpoint's own model section.
+
+    precision: for inference, where the weights may stay in the file; None: for training, in memory.
+    """
     file = weights_file(checkpoint)
     if is_release_file(file):
-        return load_release_checkpoint(file, config), None
-    state = read_state_dict(file)
-    if file.name == EMA_FILE:  # only what a stage trains has a running mean
-        state = {**read_state_dict(file.parent / WEIGHTS_FILE), **state}
+        return lower_precision(load_release_checkpoint(file, config), precision or "float32"), None
+    # Only what a stage trains has a running mean.
+    files = [file.parent / WEIGHTS_FILE, file] if file.name == EMA_FILE else [file]
     config, own = model_config(config), None
     if (file.parent / CONFIG_FILE).is_file():
         own = read_model_config(file.parent)
@@ -141,7 +153,12 @@ def _open(checkpoint: str | Path, config: Any) -> tuple[MUSE_ViT, dict[str, Any]
         # Encoder and decoder as they were built, so that their sources need not be read again.
         encoder = {**own["encoder"], "drop_path": config.encoder.drop_path}
         config = {**plain(config), "encoder": encoder, "decoder": own["decoder"]}
-    model = MUSE_ViT(config, load_backbones=False)
+    build = partial(MUSE_ViT, config, load_backbones=False)
+    if precision is not None:
+        return fill(build, files, Path(checkpoint), precision), own
+    model, state = build(), {}
+    for part in files:
+        state.update(read_state_dict(part))
     load_into(model, state, checkpoint)
     return model, own
 

@@ -23,12 +23,14 @@ from muse.models.layers import (
     RotaryEmbedding,
     check_images,
     convolution_layout,
+    init_linear,
     padding_to_multiple,
     pixel_unshuffle,
     scale_gradient,
 )
 from muse.models.pretrained import PretrainedMixin
 from muse.models.synergistic_block import SynergisticBlock
+from muse.models.tiling import decode_tiled
 
 FEATURES = ("semantic", "block", "latent", "encoder")
 
@@ -116,20 +118,14 @@ class MUSE_ViT(PretrainedMixin, nn.Module):
         self.decoder_adapter = (
             nn.Identity() if channels == cfg.latent_dim else nn.Conv2d(cfg.latent_dim, channels, 1)
         )
-        self._init_weights()
-        mean, std = (
-            torch.tensor(values).view(1, 3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD)
-        )
-        self.register_buffer("pixel_mean", mean, persistent=False)
-        self.register_buffer("pixel_std", std, persistent=False)
-
-    def _init_weights(self) -> None:
         for part in (self.adapter_mlp, self.muse_blocks, self.to_latent, self.semantic_projector):
-            for module in part.modules():
-                if isinstance(module, nn.Linear):
-                    nn.init.trunc_normal_(module.weight, std=0.02)
-                    if module.bias is not None:
-                        nn.init.zeros_(module.bias)
+            init_linear(part)
+        self.place_statistics()
+
+    def place_statistics(self) -> None:
+        """The tensors that no state dict holds, anew: after building on the meta device."""
+        for name, values in (("pixel_mean", IMAGENET_MEAN), ("pixel_std", IMAGENET_STD)):
+            self.register_buffer(name, torch.tensor(values).view(1, 3, 1, 1), persistent=False)
 
     # --------------------------------------------------------------------------------------- public
     def encode(self, images: Tensor, return_attention: bool = False) -> Encoding:
@@ -149,10 +145,12 @@ class MUSE_ViT(PretrainedMixin, nn.Module):
             trunk.anchors,
         )
 
-    def decode(self, latent: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+    def decode(
+        self, latent: Tensor, size: tuple[int, int] | None = None, tile: int | None = None
+    ) -> Tensor:
         """latent (B, latent_dim, h, w) -> (B, 3, H, W), nominal [0, 1], not clamped.
 
-        `size` is (H, W); without it (h, w) * cell.
+        `size` is (H, W); without it (h, w) * cell. `tile`: side of `decode_tiled`'s, in pixels.
         """
         if latent.ndim != 4 or latent.shape[1] != self.config.latent_dim:
             raise ValueError(
@@ -161,16 +159,17 @@ class MUSE_ViT(PretrainedMixin, nn.Module):
             )
         size = size or (latent.shape[-2] * self.cell, latent.shape[-1] * self.cell)
         latent = convolution_layout(self.decoder_adapter(latent))
-        pixels = (self.decoder(latent) + 1) / 2  # DC-AE works in [-1, 1]
+        pixels = decode_tiled(self.decoder, latent, tile) if tile else self.decoder(latent)
+        pixels = (pixels + 1) / 2  # DC-AE works in [-1, 1]
         if pixels.shape[-2:] != tuple(size):
             pixels = F.interpolate(pixels, size=tuple(size), mode="bilinear", align_corners=False)
         return pixels
 
-    def reconstruct(self, images: Tensor) -> Tensor:
-        """images (B, 3, H, W) in [0, 1], any H and W -> the same shape, clamped to [0, 1]."""
+    def reconstruct(self, images: Tensor, tile: int | None = None) -> Tensor:
+        """images (B, 3, H, W) in [0, 1], any H and W -> the same, clamped; `tile`: see `decode`."""
         height, width = images.shape[-2:]
         padded = self._pad(images)
-        recon = self.decode(self.encode(padded).latent, size=padded.shape[-2:])
+        recon = self.decode(self.encode(padded).latent, padded.shape[-2:], tile)
         return recon[..., :height, :width].clamp(0, 1)
 
     def embed_image(self, images: Tensor) -> Tensor:

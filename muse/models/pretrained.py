@@ -1,6 +1,7 @@
 """A saved model: a directory with `config.json` and `model.safetensors`, as on the hub."""
 
 import json
+from functools import partial
 from pathlib import Path
 from typing import Any, Self
 
@@ -11,8 +12,9 @@ from torch import Tensor
 from muse.config import plain
 from muse.errors import CheckpointError
 from muse.models.internvit import encoder_fields
+from muse.models.low_precision import fill
 from muse.utils.io import atomic_directory
-from muse.utils.weights import load_into, locate, read_mapping, read_state_dict
+from muse.utils.weights import locate, read_mapping
 
 CONFIG_FILE, WEIGHTS_FILE = "config.json", "model.safetensors"
 
@@ -38,14 +40,18 @@ class PretrainedMixin:
         return {"model_type": "muse", "model": model, "initialised_from": sources}
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, device: str | torch.device = "cpu") -> Self:
+    def from_pretrained(
+        cls, source: str | Path, device: str | torch.device = "cpu", precision: str = "float32"
+    ) -> Self:
         """A model in eval mode from a directory or a hub id; `CheckpointError` where it does not
         fit.
+
+        precision: `float32`, or for inference `bf16` or `int8` (muse/models/low_precision.py).
         """
         path = locate(str(source), [CONFIG_FILE, WEIGHTS_FILE])
-        model = cls(read_model_config(path), load_backbones=False)
-        load_into(model, read_state_dict(path / WEIGHTS_FILE), path)
-        return model.to(device).eval()
+        config = read_model_config(path)
+        build = partial(cls, config, load_backbones=False)
+        return fill(build, [path / WEIGHTS_FILE], path, precision).to(device)
 
 
 def read_model_config(directory: Path) -> dict[str, Any]:

@@ -117,6 +117,29 @@ class AttentionTeacher(FrozenTeacher):
         grid = (size[0] // self.patch[0], size[1] // self.patch[1])
         return TopologyTarget(tuple(maps[layer] for layer in self.layers), grid)
 
+    @torch.no_grad()
+    def forward_fused(self, images: Tensor) -> Tensor:
+        """The network alone with fused attention in every layer, and no map: what its time is held
+        against. Images as above -> the last layer's tokens (B,T,C).
+        """
+        size, dtype = self.input_size(images.shape[-2:]), next(self.network.parameters()).dtype
+        pixels = self.normalise(resize_images(images, size)).to(dtype)
+        written = [one for one in self.network.modules() if getattr(one, "fused_attn", 1) is False]
+        eager = [one.config for one in self._sources.values() if hasattr(one, "config")]
+        for module in written:
+            module.fused_attn = True
+        for config in eager:
+            config._attn_implementation = "sdpa"
+        try:
+            with self.inside_precision():
+                out = getattr(self.network, self._method)(pixels)
+        finally:
+            for module in written:
+                module.fused_attn = False
+            for config in eager:
+                config._attn_implementation = "eager"
+        return out if isinstance(out, Tensor) else out[0]
+
     def _keep(
         self, maps: dict[int, Tensor], layer: int, module: nn.Module, inputs: Any, output: Any
     ) -> None:

@@ -257,7 +257,7 @@ def test_benchmark_compares_equal_numbers(tmp_path, capsys):
         )
         == 0
     )
-    rows = json.loads((tmp_path / "b.json").read_text())
+    rows = json.loads((tmp_path / "b.json").read_text())["parts"]
     assert set(rows) == {"evaluator", "frechet", "miou"} and all(
         row["ours"] > 0 < row["slow"] for row in rows.values()
     )
