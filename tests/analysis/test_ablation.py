@@ -3,6 +3,8 @@
 import json
 import statistics
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -26,11 +28,18 @@ def cells(study, name, leg):
 
 
 # --- the table
+def test_the_study_can_distil_an_encoder_of_its_own(study):
+    own = replace(study, pretrained=None)
+    assert Path(own.encoder).is_relative_to(study.output)
+    assert {run.cfg.model.encoder.source for run in own.runs("paper", 0)} == {own.encoder}
+    assert own.runs("paper", 0)[0].folder != study.runs("paper", 0)[0].folder
+
+
 def test_every_variant_trains_the_same_number_of_steps_from_the_same_encoder(study):
     for name in VARIANTS:
         runs = study.runs(name, 1)
         assert sum(run.cfg.training.max_train_steps for run in runs) == 15, name
-        assert {run.cfg.model.encoder.source for run in runs} == {str(study.encoder)}
+        assert {run.cfg.model.encoder.source for run in runs} == {"muse_tiny"}
         assert [run.cfg.experiment.init_from for run in runs] == [
             None,
             *(str(run.folder) for run in runs[:-1]),
@@ -64,6 +73,11 @@ def test_rows_switch_what_their_labels_say(study):
         (True, True),
         (True, True),
     ]
+    assert [run.cfg.model.isolate_streams for run in study.runs("paper", 0)] == [True, True, False]
+    assert cells(study, "isolated", 2)[0].model.isolate_streams is True
+    rates = {name: cells(study, name, -1)[0].optimizer.lr_multipliers for name in VARIANTS}
+    assert dict(rates["slow_encoder"]) == {"^encoder\\.": 0.03}
+    assert dict(rates["paper"]) == {"^encoder\\.": 0.3}
     baseline, weights = cells(study, "baseline", 0)
     assert (
         weights == (True, True)
@@ -74,19 +88,22 @@ def test_rows_switch_what_their_labels_say(study):
 
 def test_what_is_equal_is_trained_once_and_nothing_else(study):
     first = {name: study.runs(name, 0)[0].folder for name in VARIANTS}
-    assert first["paper"] == first["no_nce"]
-    assert len(set(first.values())) == len(VARIANTS) - 1
-    second = {study.runs(name, 0)[1].folder for name in VARIANTS}
-    assert len(second) == len(VARIANTS)  # the objective differs from here on
+    alike = ("paper", "no_nce", "isolated", "slow_encoder")
+    assert len({first[name] for name in alike}) == 1
+    assert len(set(first.values())) == len(VARIANTS) - 3
+    second = {name: study.runs(name, 0)[1].folder for name in VARIANTS}
+    assert second["paper"] == second["isolated"] == second["slow_encoder"]
+    assert len(set(second.values())) == len(VARIANTS) - 2  # the objectives differ from here on
+    assert len({study.runs(name, 0)[-1].folder for name in VARIANTS}) == len(VARIANTS)
     assert study.runs("paper", 1)[0].folder not in first.values()
     other = Study(study.output, study.data, study.plan, ("losses.topology.weight=3",))
     assert other.runs("paper", 0)[0].folder != first["paper"]
 
     tasks = plan_tasks(study, list(VARIANTS), range(2))
     names = [task.name for task in tasks]
-    # First legs: two variants share one. Second: one each. Third: the baseline has none.
+    # First legs: four variants share one. Second: three. Third: the baseline has none.
     # And a measurement each.
-    assert len(set(names)) == len(names) == 2 * (9 + 10 + 9 + 10)
+    assert len(set(names)) == len(names) == 2 * (9 + 10 + 11 + 12)
     for place, task in enumerate(tasks):
         assert all(needed in names[:place] for needed in task.after)
 
@@ -131,7 +148,13 @@ def test_means_and_deviations_over_seeds(study):
                     "linear_probe_macro": 0.3,
                     "miou": 0.1,
                     "topology": {"kl": 0.4},
-                    "gradients": {"structure~semantics": pair, "reconstruction~semantics": pair},
+                    "gradients": {
+                        "structure~semantics": pair,
+                        "reconstruction~semantics": {
+                            **pair,
+                            "encoder": {"abs": 0.4, "conflict": 0.1},
+                        },
+                    },
                 }
             },
         )
@@ -143,7 +166,8 @@ def test_means_and_deviations_over_seeds(study):
     table = markdown(results)
     assert (
         "| 21.50 ± 1.80 |" in table
-        and "| none | 0.375 ± 0.177 |" in table
+        and "| none | 0.375 ± 0.177 | 0.400 ± 0.000 |" in table
+        and "the encoder of `muse_tiny`" in table
         and "over 3 seeds; 4 + 6 + 5 steps of 16" in table
     )
 
@@ -174,6 +198,8 @@ def test_the_study_from_end_to_end_and_again(tmp_path, monkeypatch, capsys):
         "1",
         "--jobs",
         "2",
+        "--encoder",
+        "distilled",  # a small one of its own
     ]
     assert main([*words, "--variants", "paper,no_nce", *SMALL]) == 0
     results = json.loads((tmp_path / "out" / "ablation.json").read_text())
