@@ -2,8 +2,8 @@
 
 Every random choice comes from a generator seeded by (seed, epoch, rank, worker, source, key), so a
 position is a few integers: how many draws from the mixture there were, and for each source the
-epoch and how far into it. Going to a position walks through the epoch's records once without
-loading them (the tar headers of local shards; remote shards have to be read).
+epoch and how far into it. Going to a position of a local source shuffles numbers instead of records
+(ordering.py); streams have to be read again.
 """
 
 import copy
@@ -14,11 +14,11 @@ from itertools import islice
 from typing import NamedTuple
 
 from torch.utils.data import IterableDataset, get_worker_info
-from webdataset.filters import shuffle
 
 from muse.data.decode import BadSample
 from muse.data.faults import BadInARow, BadSamples, kinds_of
 from muse.data.mixture import pick_source
+from muse.data.ordering import Places, replay, shuffled
 from muse.data.records import InMemory, Record, Source
 from muse.data.samples import Prepared, SampleMaker, torch_loader
 from muse.data.shards import split_shards
@@ -141,19 +141,24 @@ class WorkerStream:
     def _records(self, index: int, epoch: int, skip: int) -> Iterator[Record]:
         """The worker's records of one epoch, shuffled, without the first `skip`."""
         spec, source = self.spec, self.spec.sources[index]
-        left = skip
-        # What is skipped is not read: a record that enters the buffer before skipping ends, and
-        # every record that stays in memory, is loaded when it is decoded.
+        size = 1 if source.one_per_shard else max(1, spec.shuffle_buffer)
+        rng = generator_for("buffer", spec.seed, epoch, spec.rank, self.worker, index)
+        # Every record that stays in memory is loaded when it is decoded.
         lazy = isinstance(source, InMemory)
-        records = (
-            record if left or lazy else record.load()
-            for shard in self._shard_order(index, epoch)
-            for record in source.read(shard)
-        )
-        if spec.shuffle_buffer > 1 and not source.one_per_shard:
-            rng = generator_for("buffer", spec.seed, epoch, spec.rank, self.worker, index)
-            records = shuffle(spec.shuffle_buffer, initial=spec.shuffle_buffer, rng=rng)(records)
-        for record in records:
+        shards = self._shard_order(index, epoch)
+        left, held, start = skip, [], 0
+        if skip and source.local:
+            places = Places(source, shards)
+            numbers, start = replay(places.total, size, rng, skip)
+            held = places.records(numbers)
+            left = max(0, skip - places.total)
+            records = places.read(start)
+        else:
+            records = (record for shard in shards for record in source.read(shard))
+        # What is skipped is not read: a record that enters the buffer before skipping ends is
+        # loaded when it is decoded.
+        loaded = (record if left or lazy else record.load() for record in records)
+        for record in shuffled(loaded, size, rng, held):
             if left:
                 left -= 1
             else:
