@@ -1,6 +1,6 @@
 """The front door to data: endless batches for training, each sample once for evaluation."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,6 +40,9 @@ def train_loader(
     max_bad_fraction: float = 0.01,
     pin_memory: bool = False,
     maker: type[SampleMaker] = SampleMaker,
+    jpeg_draft: bool = True,
+    device: torch.device | None = None,
+    tokenize: Callable[[list[str]], list[list[int]]] | None = None,
 ) -> TrainLoader:
     """Endless shuffled batches of one rank.
 
@@ -53,22 +56,25 @@ def train_loader(
         mix: what one draw from the mixture gives: `sample`, or `batch` for batches of one source.
         cache_in_memory: decoded pictures stay in memory, per worker: for small sets.
         maker: what a record becomes, where that is not one picture with its caption.
+        jpeg_draft: see `Transform`.
+        device: where pictures become float32; a GPU then gets them as bytes.
+        tokenize: a text teacher's, run where the batch is made; its result is `tokens`.
 
-    Raises:
-        DataError: at once for missing or too few shards; while iterating, when more than
-            `max_bad_fraction` of the samples cannot be used.
+    Raises DataError: at once for missing or too few shards; while iterating, when more than
+    `max_bad_fraction` of the samples cannot be used.
     """
     _check_numbers(batch_size, num_workers, rank, world, max_bad_fraction)
     specs, weights = parse_mixture(source)
-    sources = [open_source(spec) for spec in specs]
+    sources = [open_source(one) for one in specs]
     for one in () if resampled else sources:
         check_enough(len(one.shards), world, num_workers, one.name)
     sources = [InMemory(one) for one in sources] if cache_in_memory else sources
-    transform = Transform(resize_shorter_edge, crop_size, random_crop, random_flip)
+    transform = Transform(resize_shorter_edge, crop_size, random_crop, random_flip, jpeg_draft)
+    further = {"as_bytes": True, "tokenize": tokenize}
     spec = StreamSpec(
         sources=tuple(sources),
         weights=tuple(weights),
-        maker=maker(transform, tuple(fields), zero_label_ignored),
+        maker=maker(transform, tuple(fields), zero_label_ignored, **further),
         batch_size=batch_size,
         seed=seed,
         rank=rank,
@@ -78,7 +84,7 @@ def train_loader(
         resampled=resampled,
         mix=mix,
     )
-    return TrainLoader(spec, num_workers, max_bad_fraction, pin_memory)
+    return TrainLoader(spec, num_workers, max_bad_fraction, pin_memory, device)
 
 
 def eval_loader(
@@ -124,7 +130,8 @@ def eval_loader(
     if crop_size is None and batch_size != 1:
         raise ConfigError("pictures without a crop differ in size: batch_size must be 1")
     opened = open_source(source)
-    made = maker(Transform(resize_shorter_edge, crop_size), tuple(fields), zero_label_ignored)
+    transform = Transform(resize_shorter_edge, crop_size)
+    made = maker(transform, tuple(fields), zero_label_ignored, as_bytes=True)
     first = max_images if sample_seed is None else None
     counts = count_samples(opened, first) if opened.local else []
     stream = EvalStream(opened, made, batch_size, rank, world, max_images, counts, sample_seed)
@@ -146,9 +153,25 @@ def _check_numbers(
 
 # -------------------------------------------------------------------------- out of a configuration
 def build_train_loader(
-    cfg: DictConfig, *, rank: int = 0, world: int = 1, pin_memory: bool = False
+    cfg: DictConfig,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    pin_memory: bool = False,
+    device: torch.device | None = None,
+    tokenize: Callable[[list[str]], list[list[int]]] | None = None,
 ) -> TrainLoader:
-    """The training batches of process `rank` of `world`; `pin_memory` where they go to a GPU."""
+    """The training batches of process `rank` of `world`.
+
+    Args:
+        cfg: a configuration.
+        rank: of this process.
+        world: how many there are.
+        pin_memory: where batches go to a GPU.
+        device: where pictures become float32.
+        tokenize: the text teacher's. Without worker processes it is left to the teacher, which
+            does it for captions that it does not remember.
+    """
     params = cfg.dataset.params
     return train_loader(
         plain(params.train_shards_path_or_url),
@@ -165,6 +188,8 @@ def build_train_loader(
         max_bad_fraction=cfg.dataset.max_bad_fraction,
         fields=("images", "text") if cfg.losses.itc.weight > 0 else ("images",),
         pin_memory=pin_memory,
+        device=device,
+        tokenize=tokenize if params.num_workers_per_gpu else None,
     )
 
 

@@ -12,7 +12,7 @@ from torch.utils.data import IterableDataset, get_worker_info
 from muse.data.decode import BadSample
 from muse.data.faults import BadSamples
 from muse.data.records import SHARD_FAULTS, Record, Source, contents_of
-from muse.data.samples import Prepared, SampleMaker, torch_loader
+from muse.data.samples import Prepared, SampleMaker, floats, torch_loader
 from muse.data.shards import split_shards
 from muse.data.transforms import generator_for
 from muse.errors import DataError
@@ -199,7 +199,7 @@ class EvalLoader:
                     raise broken_shard(kind, key, self.bad.seen - 1)
             self.bad.check()
             if batch is not None:
-                yield batch
+                yield floats(batch)
         self.bad.check(final=True)
         if self.num_samples is not None:
             first, last = self.stream.span()

@@ -7,13 +7,24 @@ what they are: a resume draws from numbers, and reads only what is in the buffer
 
 import random
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, groupby, islice
 from typing import TypeVar
 
 from muse.data.records import Record, Source, contents_of
 
 T = TypeVar("T")
+
+
+def start_position(sources: int, drawn: int = 0, epoch: int = 0) -> dict:
+    """A worker's place: draws from the mixture, and [epoch, records read] by source."""
+    return {"drawn": drawn, "sources": [[epoch, 0] for _ in range(sources)]}
+
+
+def as_position(saved: Mapping) -> dict:
+    """A saved place, checked. Raises KeyError, TypeError or ValueError."""
+    places = [[int(epoch), int(read)] for epoch, read in saved["sources"]]
+    return {"drawn": int(saved["drawn"]), "sources": places}
 
 
 def _draw(rng: random.Random, count: int) -> int:
