@@ -63,7 +63,7 @@ _BROKEN = (
 Size = tuple[int, int]  # (width, height)
 
 
-class Picture(NamedTuple):
+class DecodedPicture(NamedTuple):
     """A decoded picture.
 
     image is RGB and upright; turn is how the stored picture was turned for that, so that a mask can
@@ -132,7 +132,7 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 def decode_picture(
     data: bytes, max_pixels: int = MAX_PIXELS, least: Callable[[int, int], Size] | None = None
-) -> Picture:
+) -> DecodedPicture:
     """`decode_image`, with what else is known of the picture.
 
     Args:
@@ -151,7 +151,7 @@ def decode_picture(
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise BadSample("aspect_ratio", f"{width}x{height}")
     try:
-        return Picture(_to_rgb(image), turn, (width, height) if reduced else None)
+        return DecodedPicture(_to_rgb(image), turn, (width, height) if reduced else None)
     except _BROKEN as error:
         raise BadSample("unsupported_mode", f"{image.mode}: {error}") from error
 
