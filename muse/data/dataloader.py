@@ -8,9 +8,10 @@ from omegaconf import DictConfig
 from torch import Tensor
 
 from muse.config import plain
+from muse.data.decode import MAX_PIXELS
 from muse.data.eval import EvalLoader, EvalStream, count_samples
 from muse.data.mixture import parse_mixture
-from muse.data.records import InMemory
+from muse.data.records import InMemory, Source
 from muse.data.samples import SampleMaker
 from muse.data.shards import check_enough
 from muse.data.sources import open_source
@@ -53,28 +54,22 @@ def train_loader(
         fields: what a sample must have, else it is skipped; other captions may be "".
         zero_label_ignored: masks are numbered as in ADE20K, see `reduce_zero_label`.
         resampled: each worker draws shards with replacement; resuming is then approximate.
-        mix: what one draw from the mixture gives: `sample`, or `batch` for batches of one source.
+        mix: `sample` or `batch`: what one draw from the mixture gives, always of one source.
         cache_in_memory: decoded pictures stay in memory, per worker: for small sets.
         maker: what a record becomes, where that is not one picture with its caption.
         jpeg_draft: see `Transform`.
         device: where pictures become float32; a GPU then gets them as bytes.
         tokenize: a text teacher's, run where the batch is made; its result is `tokens`.
 
-    Raises DataError: at once for missing or too few shards; while iterating, when more than
-    `max_bad_fraction` of the samples cannot be used.
+    Raises DataError at once for missing or too few shards, later for more bad ones than allowed.
     """
     _check_numbers(batch_size, num_workers, rank, world, max_bad_fraction)
-    specs, weights = parse_mixture(source)
-    sources = [open_source(one) for one in specs]
-    for one in () if resampled else sources:
-        check_enough(len(one.shards), world, num_workers, one.name)
-    sources = [InMemory(one) for one in sources] if cache_in_memory else sources
+    sources, weights = _open_mixture(source, 0 if resampled else world, num_workers)
     transform = Transform(resize_shorter_edge, crop_size, random_crop, random_flip, jpeg_draft)
-    further = {"as_bytes": True, "tokenize": tokenize}
     spec = StreamSpec(
-        sources=tuple(sources),
+        sources=tuple(map(InMemory, sources) if cache_in_memory else sources),
         weights=tuple(weights),
-        maker=maker(transform, tuple(fields), zero_label_ignored, **further),
+        maker=maker(transform, tuple(fields), zero_label_ignored, MAX_PIXELS, True, tokenize),
         batch_size=batch_size,
         seed=seed,
         rank=rank,
@@ -136,6 +131,15 @@ def eval_loader(
     counts = count_samples(opened, first) if opened.local else []
     stream = EvalStream(opened, made, batch_size, rank, world, max_images, counts, sample_seed)
     return EvalLoader(stream, num_workers, max_bad_fraction, pin_memory)
+
+
+def _open_mixture(source: object, world: int, workers: int) -> tuple[list[Source], list[float]]:
+    """Sources with their weights; with `world` above 0 each must have a shard for every reader."""
+    specs, weights = parse_mixture(source)
+    sources = [open_source(spec) for spec in specs]
+    for one in sources if world else ():
+        check_enough(len(one.shards), world, workers, one.name)
+    return sources, weights
 
 
 def _check_numbers(

@@ -158,7 +158,7 @@ class ITCTerm(Term):
     def forward(
         self, out: StudentOutput, batch: dict[str, Any]
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        text = self.teacher(batch["text"]).to(out.image_embeds.device)  # (B,E)
+        text = self.teacher(batch["text"], batch.get("tokens")).to(out.image_embeds.device)  # (B,E)
         images = select_blocks(out.image_embeds, self.blocks)  # (L,B,E)
         if self.objective == "distillation":
             # The scale has no part in a regression. Times zero, its gradient is still defined, and
