@@ -10,7 +10,7 @@ from muse.errors import ConfigError, DataError, MuseError
 from muse.evaluation import command
 from muse.evaluation.image_comparison import ComparisonOptions, check_names, compare_image_sets
 from muse.evaluation.image_sets import open_image_set
-from muse.utils.distributed import join_processes, leave_processes
+from muse.utils.distributed import leave_processes
 from muse.utils.io import versions
 
 COMMAND = "evaluate_images"
@@ -31,14 +31,15 @@ def flags():
         help="comma-separated: fid, is, sfid, precision, recall, fd_<network>, and of pairs psnr, "
         "ssim, lpips_alex, lpips_vgg; default: the protocol's",
     )
-    command.add_protocol_flags(parser, COMMAND)
+    command.add_protocol_flags(parser, COMMAND, precision=False)
     add("output_dir", default="outputs/evaluate_images", help="where metrics.json goes")
     add("device", help="cuda, mps or cpu; the first that exists when not given")
     add("batch_size", type=int, default=64, help="pictures at a time; changes no result")
     add("num_workers", type=int, default=0, help="loader processes")
     add("inception_weights", help="torch-fidelity's Inception file")
-    add("feature_weights", help="file with the weights of the network of fd_")
-    add("lpips_weights", help="torchvision's file of the LPIPS backbone")
+    add("feature_weights", help="file (dinov2: or folder) with the weights of the network of fd_")
+    command.add_timeout_flag(parser)
+    add("lpips_weights", help="torchvision's file of the LPIPS backbone, or their folder")
     return parser
 
 
@@ -55,7 +56,7 @@ def main(argv=None) -> int:
     device = cli.device(args.device)
     output = command.clear_metrics(args.output_dir)
     options = ComparisonOptions(
-        join_processes(device),
+        command.join(args, device),
         args.batch_size,
         args.num_workers,
         args.inception_weights,
@@ -73,7 +74,7 @@ def main(argv=None) -> int:
         return 0
     for name, value in values.items():
         print(f"{name:>24} {value:.4f}")
-    facts = protocol.facts() | facts
+    facts = protocol.facts(facts["sets"]["fake"]["images"]) | facts
     facts |= {
         "device": options.device,
         "loading": command.loading_facts(options.batch_size, options.num_workers),

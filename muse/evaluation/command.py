@@ -4,6 +4,7 @@ import argparse
 import math
 import os
 from dataclasses import fields, replace
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -19,6 +20,8 @@ from muse.utils.io import writable_directory, write_json
 from muse.utils.viz_utils import save_image
 
 METRICS_FILE = "metrics.json"
+# Minutes that a process waits for the slowest: shares differ, and one process writes or fits alone.
+COLLECTIVE_MINUTES = 12 * 60.0
 
 
 def add_flag(parser: argparse.ArgumentParser, *names: str, **options) -> None:
@@ -46,26 +49,51 @@ def add_data_flags(parser: argparse.ArgumentParser, output_dir: str, train: bool
         type=int,
         help="only so many of each set, drawn evenly from all of it by training.seed",
     )
+    add_timeout_flag(parser)
     cli.refuse(parser, cli.ONE_PROCESS, *cli.LAUNCHER_FLAGS)
 
 
-def add_protocol_flags(parser: argparse.ArgumentParser, command: str) -> None:
+def add_timeout_flag(parser: argparse.ArgumentParser) -> None:
+    """--collective_timeout."""
+    add_flag(
+        parser,
+        "collective_timeout",
+        type=float,
+        default=COLLECTIVE_MINUTES,
+        metavar="MINUTES",
+        help="how long one of several processes waits for the slowest",
+    )
+
+
+def join(args: argparse.Namespace, device: str) -> str:
+    """`join_processes` with the time-out of the flags."""
+    minutes = getattr(args, "collective_timeout", COLLECTIVE_MINUTES)
+    check_number("collective_timeout", minutes, 0.0)
+    return join_processes(device, timedelta(minutes=minutes))
+
+
+def add_protocol_flags(
+    parser: argparse.ArgumentParser, command: str, precision: bool = True
+) -> None:
     """--protocol, --resize, --crop, --precision; `set_up` puts them into `Setup.protocol`.
 
     Args:
         parser: of the command.
         command: the script's name, which the table of protocols knows.
+        precision: with --precision, for a command that runs a model.
     """
     names = ", ".join(protocol_names(command))
     add_flag(parser, "protocol", default="native", metavar="NAME", help=f"one of {names}")
     add_flag(parser, "resize", type=int, metavar="N", help="shorter edge, wins over the protocol")
     add_flag(parser, "crop", type=int, metavar="N", help="side of the square, likewise")
-    add_flag(
-        parser,
-        "precision",
-        choices=PRECISIONS,
-        help="of what is measured; below float32 by autocast, for a GPU; default: the protocol's",
-    )
+    if precision:
+        add_flag(
+            parser,
+            "precision",
+            choices=PRECISIONS,
+            help="of what is measured; below float32 by autocast, for a GPU; default: the "
+            "protocol's",
+        )
     parser.set_defaults(protocol_of=command)
 
 
@@ -77,7 +105,11 @@ def resolve_protocol(args: argparse.Namespace, cfg: DictConfig | None) -> UsedPr
     """
     for name in ("resize", "crop"):
         check_number(name, getattr(args, name), 1)
-    sizes = {"resize": args.resize, "crop": args.crop, "precision": args.precision}
+    sizes = {
+        "resize": args.resize,
+        "crop": args.crop,
+        "precision": getattr(args, "precision", None),
+    }
     return use_protocol(args.protocol, args.protocol_of, cfg, **sizes)
 
 
@@ -118,7 +150,7 @@ def set_up(args: argparse.Namespace, cfg: DictConfig) -> Setup:
     clear_metrics(setup.output_dir)
     # trained weights make denormal activations, which a CPU computes three times slower
     torch.set_flush_denormal(True)
-    return replace(setup, device=join_processes(setup.device))
+    return replace(setup, device=join(args, setup.device))
 
 
 def clear_metrics(output_dir: str | Path) -> Path:
@@ -139,7 +171,7 @@ def write_metrics(setup: Setup, measured: Measured, picture: str | None = None) 
     """
     folder = writable_directory(setup.output_dir)
     loading = loading_facts(setup.images_at_a_time(), setup.workers())
-    facts = setup.protocol_facts() | measured.facts
+    facts = setup.protocol_facts(measured.facts.get("images")) | measured.facts
     protocol = cli.protocol(setup, setup.cfg, **facts, loading=loading)
     write_values(folder / METRICS_FILE, measured.values, protocol)
     if picture is not None and measured.picture is not None:

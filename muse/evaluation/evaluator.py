@@ -11,14 +11,17 @@ from pathlib import Path
 
 import torch
 
+from muse.data.crops import reflect_pad, unpad
 from muse.errors import ConfigError
 from muse.evaluation import measurement
+from muse.evaluation.image_writer import image_writer
 from muse.evaluation.measurement import Measured, Setup
 from muse.evaluation.metrics.frechet import frechet_metric
 from muse.evaluation.metrics.inception import inception_metric
 from muse.evaluation.metrics.lpips import lpips_metric, perceptual_metric
-from muse.evaluation.metrics.networks import MetricOptions
+from muse.evaluation.metrics.networks import MetricOptions, rounded_bytes
 from muse.evaluation.metrics.psnr_ssim import ImageMean, check_pair, psnr, ssim
+from muse.evaluation.recipes import ReconstructionRecipe
 from muse.utils.distributed import all_sum, leave_processes
 from muse.utils.viz_utils import comparison_sheet
 
@@ -27,9 +30,10 @@ from muse.utils.viz_utils import comparison_sheet
 # it and its SHA-256); `compute` sums over processes, changes nothing and can be called again.
 # `rfid` and `is` stand apart, since they share one pass of one network.
 METRICS: dict[str, Callable] = {
-    "psnr": lambda name, options: ImageMean(name, psnr),
-    "ssim": lambda name, options: ImageMean(name, ssim),
+    "psnr": lambda name, options: ImageMean(name, _of_pairs(psnr, options)),
+    "ssim": lambda name, options: ImageMean(name, _of_pairs(ssim, options)),
     "lpips": lpips_metric,
+    "lpips_": lpips_metric,
     "fd_": frechet_metric,
     "perceptual_": perceptual_metric,
 }
@@ -67,6 +71,13 @@ def _key(name: str) -> str:
     raise ConfigError(f"unknown metric '{name}': one of rfid, is, {known}")
 
 
+def _of_pairs(measure: Callable, options: MetricOptions) -> Callable:
+    """The measure, of pictures rounded to bytes where the options say so."""
+    if not options.rounded_pairs:
+        return measure
+    return lambda real, fake: measure(real, rounded_bytes(fake).to(fake.dtype) / 255)
+
+
 def _clamped(images: torch.Tensor) -> torch.Tensor:
     """Inside [0,1]; most are already, and a copy costs more than a look."""
     low, high = torch.aminmax(images)
@@ -80,7 +91,8 @@ class Evaluator:
     be had.
 
     Args:
-        metrics: names out of psnr (dB), ssim, lpips, rfid, is, fd_<network>, perceptual_<network>.
+        metrics: names out of psnr (dB), ssim, lpips, lpips_<network>, rfid, is, fd_<network>,
+            perceptual_<network>.
         feature_network: the name of a network adds the metric fd_<name> (efficientnet_lite0, or any
             of timm's); a callable images -> (B, D) is used for the fd_ metric named, or adds
             fd_<its name>.
@@ -88,8 +100,10 @@ class Evaluator:
         expect: the number of images that must have been seen, over all processes, at `compute`.
         inception_weights: torch-fidelity's file, instead of its download.
         feature_weights: a file for the feature network, instead of its library's download.
-        lpips_net: alex, vgg or squeeze.
-        lpips_weights: torchvision's file of that network, instead of its download.
+        lpips_net: alex, vgg or squeeze, for the plain name `lpips`.
+        lpips_weights: torchvision's file of that network, or a folder of such files, instead of a
+            download.
+        recipe: of a protocol: parts of the Inception Score, whether pairs are rounded to bytes.
     """
 
     def __init__(
@@ -103,6 +117,7 @@ class Evaluator:
         feature_weights: str | Path | None = None,
         lpips_net: str = "alex",
         lpips_weights: str | Path | None = None,
+        recipe: ReconstructionRecipe | None = None,
     ):
         names = [metrics] if isinstance(metrics, str) else list(metrics)
         given = None if isinstance(feature_network, str) else feature_network
@@ -110,6 +125,7 @@ class Evaluator:
             names.append(f"fd_{feature_network}")
         elif given is not None and not any(name.startswith("fd_") for name in names):
             names.append(f"fd_{getattr(given, 'name', type(given).__name__.lower())}")
+        recipe = recipe or ReconstructionRecipe("")
         options = MetricOptions(
             device=device,
             feature_network=given,
@@ -117,6 +133,9 @@ class Evaluator:
             inception_weights=inception_weights,
             lpips_net=lpips_net,
             lpips_weights=lpips_weights,
+            rounded_pairs=recipe.rounded_pairs,
+            is_splits=recipe.is_splits,
+            is_part=recipe.is_part,
         )
         self.device, self.expect = torch.device(device), expect
         self.count = self.total = 0  # of this process, and of all (known after `compute`)
@@ -167,20 +186,32 @@ class Evaluator:
 
 @torch.no_grad()
 def reconstruct_batches(
-    model, batches: Iterable[dict], evaluator: Evaluator, autocast: Callable = nullcontext
-) -> Iterable[tuple[torch.Tensor, torch.Tensor]]:
+    model,
+    batches: Iterable[dict],
+    evaluator: Evaluator,
+    autocast: Callable = nullcontext,
+    pad_multiple: int | None = None,
+) -> Iterable[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
     """Reconstruct every batch's `images`, add the pairs to the evaluator, and hand them on.
 
-    The pairs, (B,3,H,W) twice, are on the evaluator's device. `autocast` makes the context in which
-    the model runs; metrics stay outside it.
+    The pairs, (B,3,H,W) twice, are on the evaluator's device; with them come the batch's indices.
+
+    Args:
+        model: has `reconstruct`.
+        batches: with `images`, and `indices` where there are several processes.
+        evaluator: takes the pairs.
+        autocast: makes the context in which the model runs; metrics stay outside it.
+        pad_multiple: pictures are padded by reflection to a multiple of so many pixels before the
+            model, and reconstructions cut back.
     """
     for batch in batches:
-        real = batch["images"].to(evaluator.device)
+        real = batch["images"].to(evaluator.device, non_blocking=True)
+        padded, padding = reflect_pad(real, pad_multiple) if pad_multiple else (real, None)
         with autocast():
-            fake = model.reconstruct(real)
-        fake = fake.float()
+            fake = model.reconstruct(padded)
+        fake = (fake if padding is None else unpad(fake, padding)).float()
         evaluator.update(real, fake, batch.get("indices"))
-        yield real, fake
+        yield real, fake, batch.get("indices")
 
 
 def evaluate_reconstruction(
@@ -202,7 +233,11 @@ def evaluate_reconstruction(
 
 
 def measure_reconstruction(
-    setup: Setup, metrics: Sequence[str], num_pictures: int = 0, **options
+    setup: Setup,
+    metrics: Sequence[str] | None = None,
+    num_pictures: int = 0,
+    save_images: str | Path | None = None,
+    **options,
 ) -> Measured | None:
     """The measurement of scripts/evaluate.py; None in the processes that write nothing.
 
@@ -211,17 +246,23 @@ def measure_reconstruction(
 
     Args:
         setup: what to measure, on which data.
-        metrics: names, as for `Evaluator`.
+        metrics: names, as for `Evaluator`; None takes the protocol's.
         num_pictures: how many pictures the sheet shows; 0 makes none.
+        save_images: folder or npz file for all reconstructions, see `image_writer`.
         options: `feature_network` and the other options of `Evaluator`.
     """
     measurement.check_number("num_pictures", num_pictures, 0)
+    recipe = setup.protocol.recipe if setup.protocol else ReconstructionRecipe("")
     loader = measurement.eval_data(setup, "val", ("images",))
-    evaluator = Evaluator(metrics, device=setup.device, **options)
+    evaluator = Evaluator(metrics or recipe.metrics, device=setup.device, recipe=recipe, **options)
     model = setup.load_model()
     first: list[tuple[torch.Tensor, torch.Tensor]] = []
-    with measurement.one_line_errors("evaluation"):
-        for real, fake in reconstruct_batches(model, loader, evaluator, setup.autocast):
+    pairs = reconstruct_batches(model, loader, evaluator, setup.autocast, recipe.pad_multiple)
+    writer = image_writer(save_images) if save_images else nullcontext(lambda *_: None)
+    # the pictures come under their name once all values are there
+    with measurement.one_line_errors("evaluation"), writer as save:
+        for real, fake, indices in pairs:
+            save(fake, indices)
             missing = num_pictures - sum(len(pair[0]) for pair in first)
             if missing > 0:
                 first.append((real[:missing].cpu(), fake[:missing].cpu()))
@@ -231,6 +272,7 @@ def measure_reconstruction(
         values = evaluator.compute()
     if not leave_processes():
         return None
-    pairs = [torch.cat(side) for side in zip(*first, strict=True)]
-    sheet = functools.partial(comparison_sheet, *pairs) if pairs else None
-    return Measured(values, evaluator.protocol() | facts, sheet)
+    facts |= evaluator.protocol() | ({"saved_images": str(save_images)} if save_images else {})
+    sides = [torch.cat(side) for side in zip(*first, strict=True)]
+    sheet = functools.partial(comparison_sheet, *sides) if sides else None
+    return Measured(values, facts, sheet)

@@ -1,19 +1,20 @@
 """Frozen features of a data set for a probe: extracted once, kept on disk, memory-mapped.
 
 A store is a folder named by the hash of what the features depend on. Every process writes its own
-rows as they come (one batch in memory at a time); process 0 then puts all rows in data-set order.
-1.28 million images of 512 float32 features are 2.6 GB of disk, and reading them back takes page
-cache, not memory of the process.
+rows in parts of at most 64 MB as they come; process 0 then puts all rows in data-set order. After
+a stop the next start extracts what no part covers (feature_parts.py). 1.28 million images of 512
+float32 features are 2.6 GB of disk, half of it where the network ran in 16 bits, and reading them
+back takes page cache, not memory of the process.
 """
 
-import contextlib
+import copy
 import hashlib
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,15 +24,25 @@ import torch
 from muse import __version__
 from muse.config import plain
 from muse.data.decode import IMAGE_EXTENSIONS, MASK_EXTENSION
+from muse.data.eval import EvalLoader
+from muse.data.faults import BadSamples
 from muse.data.records import Span
 from muse.errors import DataError
 from muse.evaluation import measurement
+from muse.evaluation.feature_parts import (
+    Coverage,
+    Extraction,
+    covered_places,
+    held,
+    merge_parts,
+    write_parts,
+)
 from muse.evaluation.measurement import Setup
 from muse.evaluation.probed_network import ProbedNetwork
-from muse.utils.distributed import all_objects, is_main_process, process_index
+from muse.utils.distributed import all_objects, is_main_process
+from muse.utils.io import atomic_directory
 
 logger = logging.getLogger(__name__)
-COPY_ROWS = 8192
 PARTS = ("train", "val")
 
 
@@ -41,6 +52,7 @@ class FeatureSet(NamedTuple):
     features: numpy.ndarray
     targets: numpy.ndarray
     facts: dict
+    indices: numpy.ndarray  # (N,) places in the data set, without the skipped samples
 
 
 def frozen_sets(
@@ -95,8 +107,7 @@ def frozen_features(
     arrays, notes = stored_features(
         setup.cache_dir or f"{setup.output_dir}/features",
         facts,
-        lambda: _extract(loader, network, target, pooled, relabel),
-        lambda: measurement.data_facts(setup, loader),
+        LoaderExtraction(setup, loader, network, target, pooled, relabel),
     )
     # a store may be from a run that allowed more
     measurement.check_share(notes["samples"], setup.cfg.dataset.max_bad_fraction)
@@ -105,29 +116,90 @@ def frozen_features(
     return FeatureSet(
         arrays["features"],
         arrays[target],
-        {**notes, **classes, "images": len(arrays[target])},
+        {**notes, **classes, "images": len(arrays[target]), "dtype": str(arrays["features"].dtype)},
+        arrays["indices"],
     )
 
 
-@torch.no_grad()
-def _extract(
-    loader: Iterable[dict],
-    network: ProbedNetwork,
-    target: str,
-    pooled: bool,
-    relabel: Callable[[torch.Tensor], torch.Tensor] | None,
-) -> Iterator[dict[str, numpy.ndarray]]:
-    """Batch by batch: features, targets and indices of this process's samples."""
-    for batch in loader:
-        maps = network.features(batch["images"]).float()
-        if not torch.isfinite(maps).all():
+@dataclass
+class LoaderExtraction:
+    """Features, targets and indices of this process's samples, batch by batch.
+
+    Where the network runs in less than float32, the features are kept in float16.
+    """
+
+    setup: Setup
+    loader: EvalLoader
+    network: ProbedNetwork
+    target: str
+    pooled: bool
+    relabel: Callable[[torch.Tensor], torch.Tensor] | None = None
+    _asked: int = 0  # samples of this start that `progress` has told of
+    _bad: dict | None = None
+
+    def batches(self, covered: numpy.ndarray) -> Iterator[dict[str, numpy.ndarray]]:
+        """Of the samples at other places; shards that are read as streams give all of theirs."""
+        if len(covered):
+            stream = self.loader.stream
+            stream.places = numpy.setdiff1d(stream.places, covered, assume_unique=True).tolist()
+            self.loader.max_bad_fraction = 1.0  # `notes` holds the limit, for the whole set
+        self._asked, self._bad = 0, None
+        for batch in self.loader:
+            yield {
+                "features": self._features(batch),
+                self.target: self._targets(batch),
+                "indices": batch["indices"].numpy(),
+            }
+
+    @torch.no_grad()
+    def _features(self, batch: dict) -> numpy.ndarray:
+        network, precision = self.network, self.setup.protocol_facts()["precision"]
+        with self.setup.autocast():
+            compute = network.vectors if self.pooled else network.features
+            values = compute(batch["images"]).float()
+        if not torch.isfinite(values).all():
             raise DataError(f"features of {batch['keys'][0]} and its batch contain NaN or infinity")
-        values = relabel(batch[target]) if relabel else batch[target]
-        yield {
-            "features": (network.pool(maps) if pooled else maps).cpu().numpy(),
-            target: values.to(torch.int64 if target == "labels" else torch.int32).numpy(),
-            "indices": batch["indices"].numpy(),
+        if precision != "float32":
+            values = values.half()
+            if not torch.isfinite(values).all():
+                raise DataError(
+                    f"features of {batch['keys'][0]} and its batch are above 65504, which 16 bits "
+                    "do not hold: --precision float32"
+                )
+        return values.cpu().numpy()
+
+    def _targets(self, batch: dict) -> numpy.ndarray:
+        values = batch[self.target]
+        values = self.relabel(values) if self.relabel else values
+        return values.to(torch.int64 if self.target == "labels" else torch.int32).numpy()
+
+    def progress(self) -> Coverage:
+        """See `feature_parts.Extraction`; shards read as streams have no places to tell."""
+        bad = self.loader.bad.state_dict()
+        before = self._bad or {"seen": 0, "counts": {}, "keys": {}}
+        new = {
+            "seen": bad["seen"] - before["seen"],
+            "counts": {k: n - before["counts"].get(k, 0) for k, n in bad["counts"].items()},
+            "keys": {k: keys[len(before["keys"].get(k, ())) :] for k, keys in bad["keys"].items()},
         }
+        stream, covered = self.loader.stream, []
+        if stream.source.local:
+            first, _ = stream.span()
+            covered = stream.places[first + self._asked : first + bad["seen"]]
+        self._asked, self._bad = bad["seen"], copy.deepcopy(bad)
+        return Coverage(numpy.array(covered, numpy.int64), new)
+
+    def notes(self, earlier: Sequence[dict]) -> dict:
+        """`measurement.data_facts`, with what earlier starts have read and skipped."""
+        bad = self.loader.bad
+        for state in earlier if is_main_process() else ():
+            both = BadSamples(1.0)
+            both.load_state_dict(state)
+            bad.seen += both.seen
+            for kind, count in both.counts.items():
+                bad.counts[kind] = bad.counts.get(kind, 0) + count
+                bad.keys[kind] = (both.keys.get(kind, []) + bad.keys.get(kind, []))[: bad.keep]
+        return measurement.data_facts(self.setup, self.loader)
 
 
 # -------------------------------------------------------------------------------------- the store
@@ -175,10 +247,7 @@ def _file_facts(path: str) -> list:
 
 
 def stored_features(
-    folder: str | Path,
-    facts: dict,
-    extract: Callable[[], Iterable[dict[str, numpy.ndarray]]],
-    notes: Callable[[], dict] = dict,
+    folder: str | Path, facts: dict, extraction: Extraction
 ) -> tuple[dict[str, numpy.ndarray], dict]:
     """The store of `facts`, or a new one: name -> memory-mapped array in data-set order, and notes.
 
@@ -187,94 +256,37 @@ def stored_features(
     Args:
         folder: where stores lie.
         facts: what the arrays depend on.
-        extract: yields this process's batches, name -> array with one row a sample, `indices` among
-            them.
-        notes: asked once after it, kept with the store and given back whenever it is read.
+        extraction: makes the rows that are not there, in every process its own.
     """
     target = Path(folder) / store_key(facts)
-    if all(all_objects((target / "facts.json").exists())):
+    made = target / "facts.json"
+    if all(all_objects(made.exists())):
         logger.info("features from %s", target)
     else:
-        _fill(target, facts, extract, notes)
+        work = target.with_name(f".{target.name}.parts")
+        with held(work, made) as ours:
+            if ours:
+                _fill(target, work, facts, extraction)
+        all_objects(None)  # everyone waits for the store
     arrays = {path.stem: numpy.load(path, mmap_mode="r") for path in sorted(target.glob("*.npy"))}
-    return arrays, json.loads((target / "facts.json").read_text())["notes"]
+    return arrays, json.loads(made.read_text())["notes"]
 
 
-def _fill(target: Path, facts: dict, extract: Callable, notes: Callable[[], dict]) -> None:
-    partial = target.with_name(f".{target.name}.partial")
+def _fill(target: Path, work: Path, facts: dict, extraction: Extraction) -> None:
+    covered, earlier = all_objects(covered_places(work) if is_main_process() else None)[0]
+    if len(covered):
+        logger.info("%d samples are extracted already: going on with the others", len(covered))
+    elif is_main_process():  # parts that cannot say what they cover, of shards read as streams
+        earlier = []
+        for path in work.glob("part-*.npz"):
+            path.unlink()
+    earlier = all_objects(earlier)[0]
+    write_parts(work, extraction, covered)
+    all_objects(None)  # everyone waits for the last part
+    noted = extraction.notes(earlier)
     if is_main_process():
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-    all_objects(None)  # everyone waits for the folder
-    try:
-        parts = [
-            part for part in all_objects(_write_rows(partial, process_index(), extract())) if part
-        ]
-        noted = notes()
-        if is_main_process():
-            if not parts:
-                raise DataError("no samples to extract features from")
-            _merge(partial, parts)
-            (partial / "facts.json").write_text(
-                json.dumps({"facts": facts, "notes": noted}, default=str)
-            )
-            shutil.rmtree(target, ignore_errors=True)
-            partial.rename(target)
-        all_objects(None)
-    except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise
-
-
-def _write_rows(folder: Path, rank: int, batches: Iterable[dict[str, numpy.ndarray]]) -> dict:
-    """Append every array of every batch to its own raw file.
-
-    Returns name -> (file, dtype, shape of a row, rows).
-    """
-    described: dict[str, tuple] = {}
-    with contextlib.ExitStack() as stack:
-        files = {}
-        for batch in batches:
-            for name, rows in batch.items():
-                path = folder / f"{name}.{rank}.raw"
-                if name not in files:
-                    files[name] = stack.enter_context(open(path, "wb"))
-                    described[name] = (str(path), rows.dtype.str, rows.shape[1:], 0)
-                _, dtype, shape, count = described[name]
-                if rows.dtype.str != dtype or rows.shape[1:] != tuple(shape):
-                    raise DataError(
-                        f"{name}: a batch of {rows.dtype} {rows.shape[1:]} after "
-                        f"{numpy.dtype(dtype)} {shape}"
-                    )
-                files[name].write(numpy.ascontiguousarray(rows).tobytes())
-                described[name] = (str(path), dtype, shape, count + len(rows))
-    return described
-
-
-def _merge(folder: Path, parts: list[dict]) -> None:
-    """Raw files of all processes -> one .npy an array, rows by index; the raw files are removed."""
-    indices = numpy.concatenate(
-        [numpy.fromfile(part["indices"][0], dtype=part["indices"][1]) for part in parts]
-    )
-    places = numpy.empty(len(indices), dtype=numpy.int64)
-    places[numpy.argsort(indices, kind="stable")] = numpy.arange(len(indices))
-    if len(numpy.unique(indices)) != len(indices):
-        raise DataError("a sample was read twice: its index occurs more than once")
-    for name in parts[0]:
-        if name == "indices":
-            continue
-        _, dtype, shape, _ = parts[0][name]
-        merged = numpy.lib.format.open_memmap(
-            folder / f"{name}.npy", mode="w+", dtype=dtype, shape=(len(indices), *shape)
-        )
-        start = 0
-        for part in parts:
-            path, _, _, count = part[name]
-            rows = numpy.memmap(path, dtype=dtype, mode="r", shape=(count, *shape))
-            for first in range(0, count, COPY_ROWS):
-                block = rows[first : first + COPY_ROWS]
-                merged[places[start + first : start + first + len(block)]] = block
-            start += count
-        merged.flush()
-    for path in folder.glob("*.raw"):
-        path.unlink()
+        with atomic_directory(target) as folder:
+            merge_parts(work, folder)
+            content = json.dumps({"facts": facts, "notes": noted}, default=str)
+            (folder / "facts.json").write_text(content)
+        shutil.rmtree(work, ignore_errors=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from muse.errors import ConfigError, DataError
 from muse.evaluation.image_sets import ImageSet
 from muse.evaluation.metrics.frechet import RunningMoments, frechet_distance, warn_of_few
-from muse.evaluation.metrics.inception import Inception, inception_score
+from muse.evaluation.metrics.inception import Inception, inception_score, score_in_parts
 from muse.evaluation.metrics.lpips import Lpips
 from muse.evaluation.metrics.networks import load_feature_network
 from muse.evaluation.metrics.precision_recall import precision_recall
@@ -252,23 +252,6 @@ class _SetFeatures:
         used = sorted(self.metrics & set(self.images.statistics))
         count = self.count if self.images.count is None else self.images.count
         return {"source": self.images.name, "images": count, "statistics_of_file": used}
-
-
-def score_in_parts(logits: Tensor, size: int) -> tuple[float, float]:
-    """Inception Score as ADM's evaluator has it: mean and spread over parts in their order.
-
-    The exponential of the mean KL divergence from each part's own mean, in float64.
-
-    Args:
-        logits: (N, classes).
-        size: pictures in a part; the last may have fewer.
-    """
-    scores = []
-    for part in logits.double().split(size):
-        logs = part.log_softmax(1)
-        shares = logs.exp()
-        scores.append((shares * (logs - shares.mean(0).log())).sum(1).mean().exp())
-    return float(torch.stack(scores).mean()), float(torch.stack(scores).std(correction=0))
 
 
 @torch.no_grad()

@@ -1,111 +1,94 @@
-"""Linear probe on frozen features: BatchNorm without affine parameters, then one linear layer.
+"""Linear probe on frozen features: heads side by side, trained as a recipe says (recipes.py).
 
-SGD with Nesterov momentum and a cosine schedule. Several learning rates train at once, a linear
-head each: every batch of features is read and normalised once for all of them. Rate and epoch are
-chosen on a part of the training set that is held out (held_out.py); what is reported is measured on
-the validation set.
+Every batch of features is read once for all heads: one for each learning rate, pooling and number
+of last blocks. What the recipe leaves open is chosen on a part of the training set that is held out
+(held_out.py); what is reported is measured on the validation set.
 """
 
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
-from typing import NamedTuple
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 
+import numpy
 import torch
+from torch import Tensor
 
-from muse.evaluation.frozen_features import frozen_sets, probe_facts, read_rows
+from muse.evaluation.frozen_features import read_rows
 from muse.evaluation.held_out import split_training_set
-from muse.evaluation.measurement import (
-    Measured,
-    Setup,
-    check_classes,
-    check_number,
-    one_line_errors,
-)
 from muse.evaluation.metrics.accuracy_iou import (
     Accuracy,
     check_labels,
     majority_accuracy,
 )
 from muse.evaluation.probe_heads import (
-    HeadScore,
+    EVAL_BLOCK,
     LinearProbe,
-    cosine_schedule,
     probe_batch,
-    probe_optimizer,
-    probe_step,
+    rate_factor,
 )
-from muse.evaluation.probed_network import pixel_maps, probed_network
-from muse.utils.distributed import leave_processes
+from muse.evaluation.probe_result import BestOnValidation, EpochScores, Head, ProbeResult
+from muse.evaluation.probed_network import pixel_maps
+from muse.evaluation.protocols import find_protocol
+from muse.evaluation.recipes import LinearProbeRecipe
 
-LEARNING_RATES = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0)
-
-
-@dataclass(frozen=True)
-class BestOnValidation(Accuracy):
-    """The greatest accuracy over all rates and epochs, chosen on the pictures that it is of."""
-
-    epoch: int
-    learning_rate: float
+NATIVE_PROBE: LinearProbeRecipe = find_protocol("native", "linear_probe")
+# Endless (features (n, C), labels (n,)) of training samples, of (places, batch size, seed).
+Batches = Callable[[Tensor, int, int], Iterator[tuple[Tensor, Tensor]]]
 
 
 @dataclass(frozen=True)
-class ProbeResult:
-    """Accuracies on the validation set.
+class ProbeSets:
+    """What a probe is trained and measured on; see `train_linear_probe`."""
 
-    `last` is the final epoch, of the rate that was best there on the held-out training samples;
-    `best` is the epoch and the rate that were best on them. `by_rate` gives the final epoch of
-    every rate. `best_on_validation` is chosen on the validation set itself, as much of the field
-    does, and so reads too high.
-    """
+    train_features: object
+    train_labels: Tensor
+    val_features: object
+    val_labels: Tensor
+    num_classes: int
+    columns: Mapping[str, slice]
+    seed: int
+    device: str | torch.device
+    augmented: Batches | None
+    fitted: Tensor
+    held: Tensor
 
-    last: Accuracy
-    best: Accuracy
-    best_epoch: int
-    best_learning_rate: float
-    learning_rate: float
-    by_rate: dict[str, Accuracy]
-    best_on_validation: BestOnValidation
-    chance: float
-    majority: Accuracy
-    classes: int
-    train_samples: int
-    held_out: int  # of the training samples; 0 where no class has two, and then all choose
-    val_samples: int
-
-    def as_dict(self) -> dict:
-        """Plain numbers for metrics.json."""
-        return asdict(self)
-
-
-class EpochScores(NamedTuple):
-    """Of all heads after an epoch."""
-
-    epoch: int
-    chosen_on: list[HeadScore]
-    reported: list[HeadScore]
+    def batches(self, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Endless: stored features in a new order each epoch, or what `augmented` gives."""
+        if self.augmented is not None:
+            yield from self.augmented(self.fitted, batch_size, self.seed)
+        count, generator = len(self.fitted), torch.Generator().manual_seed(self.seed)
+        while True:
+            order = self.fitted[torch.randperm(count, generator=generator)]
+            # the odd rest waits for another epoch
+            for batch in order[: count // batch_size * batch_size].split(batch_size):
+                index = batch.sort().values  # reads of a mapped file in file order
+                yield read_rows(self.train_features, index), self.train_labels[index]
 
 
 def train_linear_probe(
     train_features,
-    train_labels: torch.Tensor,
+    train_labels: Tensor,
     val_features,
-    val_labels: torch.Tensor,
+    val_labels: Tensor,
     num_classes: int | None = None,
-    rates: Sequence[float] = LEARNING_RATES,
-    epochs: int = 100,
+    rates: Sequence[float] | None = None,
+    epochs: int | None = None,
     batch_size: int | None = None,
     seed: int = 0,
     device: str | torch.device = "cpu",
+    recipe: LinearProbeRecipe = NATIVE_PROBE,
+    columns: Mapping[str, slice] | None = None,
+    augmented: Batches | None = None,
 ) -> ProbeResult:
     """Probe of frozen features, evaluated after every epoch (at most 50 times).
 
-    A tenth of the training samples (at most 10,000) is not fitted: rate and epoch are chosen on it.
+    A tenth of the training samples (at most 10,000) is not fitted: what the recipe leaves open is
+    chosen on it. With `recipe.trial_epochs` all rates run so many epochs first, with the whole
+    schedule, and only the `trial_keep` best of them run `recipe.epochs`.
 
-    ValueError on labels out of range, missing samples, features of two widths, or when every rate
-    diverges.
+    ValueError on wrong labels, missing samples, features of two widths, or when all heads diverge.
 
-    Memory: batches of rows are copied from the array as they are needed, never the whole; beside
-    them stand the heads (with gradient and momentum 3·R·C·K floats) and logits of at most
+    Memory: batches of rows are copied as they are needed (a GPU with room for twice the features
+    holds all); the heads, with gradient and momentum, are 3·R·C·K floats, and their logits at most
     max(batch_size, EVAL_BLOCK)·R·K floats, twice.
 
     Args:
@@ -114,37 +97,91 @@ def train_linear_probe(
         val_features: (M, C).
         val_labels: (M,).
         num_classes: None is the largest training label + 1.
-        rates: learning rates for a batch of 256; they scale with the batch, as usual.
-        epochs: passes over the training set.
-        batch_size: see `probe_batch`.
+        rates: in place of the recipe's.
+        epochs: likewise.
+        batch_size: likewise; see `probe_batch`.
         seed: of the first weights, the order of samples and the choice of those held out.
         device: where the heads are.
+        recipe: how the heads are trained.
+        columns: name -> columns of the features; each set has heads of its own. None is all.
+        augmented: gives the training batches in place of `train_features`.
     """
-    num_classes = _check_sets(train_features, train_labels, val_features, val_labels, num_classes)
-    fitted, held = split_training_set(train_labels, seed)
-    chosen_on = held if len(held) else fitted
-    count = len(fitted)
-    batch_size = probe_batch(count, batch_size)
-    probe = LinearProbe(train_features.shape[1], num_classes, rates, seed).to(device)
-    optimizer = probe_optimizer(probe, [rate * batch_size / 256 for rate in rates])
-    schedule = cosine_schedule(optimizer, epochs * (count // batch_size))
-    generator = torch.Generator().manual_seed(seed)
-    evaluate_every = max(1, epochs // 50)
+    given = {"learning_rates": rates and tuple(rates), "epochs": epochs, "batch_size": batch_size}
+    recipe = replace(recipe, **{name: value for name, value in given.items() if value is not None})
+    classes = _check_sets(train_features, train_labels, val_features, val_labels, num_classes)
+    sets = ProbeSets(
+        on_device(train_features, device),
+        train_labels,
+        on_device(val_features, device),
+        val_labels,
+        classes,
+        columns or {"": slice(0, train_features.shape[1])},
+        seed,
+        device,
+        augmented,
+        *split_training_set(train_labels, seed),
+    )
+    recipe, trial = _after_trial(sets, recipe)
+    heads, history = _fit(sets, recipe)
+    return _result(history, heads, sets, recipe, trial)
+
+
+def _after_trial(
+    sets: ProbeSets, recipe: LinearProbeRecipe
+) -> tuple[LinearProbeRecipe, dict[str, Accuracy]]:
+    """The recipe with the rates that go on, and how good every head of the trial was."""
+    if not recipe.trial_epochs or len(recipe.learning_rates) <= recipe.trial_keep:
+        return recipe, {}
+    heads, history = _fit(sets, replace(recipe, epochs=recipe.trial_epochs, warmup_epochs=0))
+    scores = dict(zip(heads, history[-1].chosen_on, strict=True))
+    best = {
+        rate: max(score.rank() for head, score in scores.items() if head.rate == rate)
+        for rate in recipe.learning_rates
+    }
+    kept = sorted(best, key=best.get)[-recipe.trial_keep :]
+    trial = {head.name(): score.accuracy for head, score in scores.items()}
+    return replace(recipe, learning_rates=tuple(sorted(kept))), trial
+
+
+def _fit(sets: ProbeSets, recipe: LinearProbeRecipe) -> tuple[list[Head], list[EpochScores]]:
+    """All heads of the recipe through all of its epochs, with their scores."""
+    count, chosen_on = len(sets.fitted), sets.held if len(sets.held) else sets.fitted
+    batch_size = probe_batch(count, recipe.batch_size)
+    scale = batch_size / recipe.rate_batch if recipe.rate_batch else 1.0
+    rates = [rate * scale for rate in recipe.learning_rates]
+    groups = list(sets.columns.values())
+    probe = LinearProbe(groups, sets.num_classes, recipe, rates, sets.seed).to(sets.device)
+    epoch_steps = recipe.epoch_steps or count // batch_size
+    evaluate_every = max(recipe.evaluate_every, recipe.epochs // 50)
     history: list[EpochScores] = []
-    for epoch in range(1, epochs + 1):
-        order = fitted[torch.randperm(count, generator=generator)]
-        # the odd rest waits for another epoch
-        for batch in order[: count // batch_size * batch_size].split(batch_size):
-            index = batch.sort().values  # reads of a mapped file in file order
-            rows = read_rows(train_features, index).float()
-            probe_step(probe, optimizer, rows.to(device), train_labels[index].to(device))
-            schedule.step()
-        if epoch % evaluate_every == 0 or epoch == epochs:
-            choice = probe.score(train_features, train_labels, chosen_on)
-            history.append(EpochScores(epoch, choice, probe.score(val_features, val_labels)))
+    batches = sets.batches(batch_size)
+    for step in range(recipe.epochs * epoch_steps):
+        rows, labels = next(batches)
+        rows, labels = (each.to(sets.device, non_blocking=True) for each in (rows, labels))
+        probe.step(rows.float(), labels, rate_factor(recipe, step, epoch_steps))
+        epoch, rest = divmod(step + 1, epoch_steps)
+        if rest == 0 and (epoch % evaluate_every == 0 or epoch == recipe.epochs):
+            choice = probe.score(sets.train_features, sets.train_labels, chosen_on)
+            reported = probe.score(sets.val_features, sets.val_labels)
+            history.append(EpochScores(epoch, choice, reported))
     if probe.diverged().all():
         raise ValueError("the probe diverged at every learning rate: give smaller ones")
-    return _result(history, rates, train_labels, val_labels, num_classes, len(held))
+    return [Head(name, rate) for name in sets.columns for rate in recipe.learning_rates], history
+
+
+def on_device(features, device: str | torch.device):
+    """Features that a GPU has room for twice over, on it; else as they are, in memory or mapped."""
+    device = torch.device(device)
+    if device.type != "cuda" or isinstance(features, Tensor):
+        return features
+    if 2 * features.nbytes > torch.cuda.mem_get_info(device)[0]:
+        return features
+    dtype = torch.from_numpy(numpy.empty(0, features.dtype)).dtype
+    whole = torch.empty(features.shape, dtype=dtype, device=device)
+    for start in range(0, len(features), EVAL_BLOCK):
+        block = slice(start, start + EVAL_BLOCK)
+        whole[block] = read_rows(features, block).to(device)
+    return whole
 
 
 def _check_sets(
@@ -167,101 +204,42 @@ def _check_sets(
 
 def _result(
     history: list[EpochScores],
-    rates: Sequence[float],
-    train_labels: torch.Tensor,
-    val_labels: torch.Tensor,
-    num_classes: int,
-    held_out: int,
+    heads: list[Head],
+    sets: ProbeSets,
+    recipe: LinearProbeRecipe,
+    trial: dict[str, Accuracy],
 ) -> ProbeResult:
-    last = history[-1]
-    chosen = max(range(len(rates)), key=lambda head: last.chosen_on[head].rank())
-    both = [(scores, head) for scores in history for head in range(len(rates))]
+    final = history[-1]
+    chosen = max(range(len(heads)), key=lambda head: final.chosen_on[head].rank())
+    both = [(scores, head) for scores in history for head in range(len(heads))]
     best, best_head = max(both, key=lambda pair: pair[0].chosen_on[pair[1]].rank())
     top, top_head = max(both, key=lambda pair: pair[0].reported[pair[1]].rank())
     on_validation = top.reported[top_head].accuracy
-    by_rate = zip(rates, last.reported, strict=True)
+    last, best_one = final.reported[chosen].accuracy, best.reported[best_head].accuracy
+    by_head = zip(heads, final.reported, strict=True)
     return ProbeResult(
-        last=last.reported[chosen].accuracy,
-        best=best.reported[best_head].accuracy,
+        reported=best_one if recipe.report == "best" else last,
+        last=last,
+        best=best_one,
         best_epoch=best.epoch,
-        best_learning_rate=rates[best_head],
-        learning_rate=rates[chosen],
-        by_rate={f"{rate:g}": score.accuracy for rate, score in by_rate},
+        best_learning_rate=heads[best_head].rate,
+        learning_rate=heads[chosen].rate,
+        by_rate={head.name(): score.accuracy for head, score in by_head},
         best_on_validation=BestOnValidation(
-            on_validation.micro, on_validation.macro, top.epoch, rates[top_head]
+            on_validation.micro, on_validation.macro, top.epoch, heads[top_head].rate
         ),
-        chance=1 / num_classes,
-        majority=majority_accuracy(train_labels, val_labels, num_classes),
-        classes=num_classes,
-        train_samples=len(train_labels),
-        held_out=held_out,
-        val_samples=len(val_labels),
+        chance=1 / sets.num_classes,
+        majority=majority_accuracy(sets.train_labels, sets.val_labels, sets.num_classes),
+        classes=sets.num_classes,
+        train_samples=len(sets.train_labels),
+        held_out=len(sets.held),
+        val_samples=len(sets.val_labels),
+        columns=heads[chosen].columns,
+        best_columns=heads[best_head].columns,
+        trial=trial,
     )
 
 
-def pixel_features(images: torch.Tensor) -> torch.Tensor:
+def pixel_features(images: Tensor) -> Tensor:
     """The raw-pixel baseline: (B,3,H,W) -> (B,768), the picture shrunk to 16×16 by area."""
     return pixel_maps(images).flatten(1)
-
-
-@dataclass(frozen=True)
-class ProbeRecipe:
-    """How the probe of `run_linear_probe` is trained: settings of `train_linear_probe`."""
-
-    num_classes: int | None = None
-    epochs: int = 100
-    batch_size: int | None = None
-    learning_rates: tuple[float, ...] = LEARNING_RATES
-
-    def __post_init__(self) -> None:
-        check_number("num_classes", self.num_classes, 2)
-        check_number("epochs", self.epochs, 1)
-        check_number("probe_batch_size", self.batch_size, 2)
-        check_number("learning_rates", self.learning_rates, 0.0)
-
-    def facts(self, result: ProbeResult, seed: int) -> dict:
-        """For the protocol: the settings that `result` was had with."""
-        held = f"{result.held_out} held-out training samples, of all classes (seed {seed})"
-        return {
-            "num_classes": result.classes,
-            "epochs": self.epochs,
-            "batch_size": probe_batch(result.train_samples - result.held_out, self.batch_size),
-            "learning_rates": list(self.learning_rates),
-            "rate_and_epoch_chosen_on": held if result.held_out else "the fitted training samples",
-            "fitted_samples": result.train_samples - result.held_out,
-        }
-
-
-def run_linear_probe(
-    setup: Setup, recipe: ProbeRecipe, feature: str = "semantic", baseline: str | None = None
-) -> Measured | None:
-    """The measurement of scripts/linear_probe.py; its values are those of a `ProbeResult`.
-
-    None in the processes that only extract features.
-
-    Args:
-        setup: what is probed, on which data.
-        recipe: how the probe is trained.
-        feature: a kind of `MUSE_ViT.features`.
-        baseline: encoder or pixels, probed instead, see `probed_network`.
-    """
-    network, seed = probed_network(setup, feature, baseline), setup.cfg.training.seed
-    train, val = frozen_sets(setup, network, "labels", pooled=True)
-    if not leave_processes():
-        return None
-    check_classes(train.facts, val.facts)
-    with one_line_errors("linear probe"):
-        result = train_linear_probe(
-            train.features,
-            torch.tensor(train.targets),
-            val.features,
-            torch.tensor(val.targets),
-            recipe.num_classes,
-            recipe.learning_rates,
-            recipe.epochs,
-            recipe.batch_size,
-            seed,
-            setup.device,
-        )
-    facts = probe_facts(network, recipe.facts(result, seed), train, val)
-    return Measured(result.as_dict(), facts)

@@ -3,7 +3,7 @@
 `Setup` is all that a measurement is told besides its own settings. A command makes it of its flags
 (command.py); in Python one writes it down:
 
-    run_linear_probe(Setup(load_config(FILE), checkpoint=DIRECTORY), ProbeRecipe(epochs=20))
+    run_linear_probe(Setup(load_config(FILE), checkpoint=DIRECTORY))
 """
 
 import contextlib
@@ -104,10 +104,10 @@ class Setup:
         cut = self.protocol.recipe.crop if self.protocol else None
         return cut or configured_cut(self.cfg)
 
-    def protocol_facts(self) -> dict:
-        """The protocol's `facts`."""
+    def protocol_facts(self, images: int | None = None) -> dict:
+        """The protocol's `facts`, of a measurement on so many pictures."""
         if self.protocol is not None:
-            return self.protocol.facts()
+            return self.protocol.facts(images)
         return {"name": "native", **cut_facts(self.picture_crop()), "precision": "float32"}
 
     def autocast(self) -> contextlib.AbstractContextManager:

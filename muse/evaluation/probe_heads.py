@@ -1,4 +1,9 @@
-"""Linear heads that train side by side on frozen features, one a learning rate."""
+"""Linear heads that train side by side on frozen features: one a rate, a pooling and a depth.
+
+The gradient of a linear layer under cross-entropy is written down, (softmax - target)ᵀ · features,
+so that a step is two matrix products for all rates together, one softmax, and one update in place,
+without a graph and without a wait for the device.
+"""
 
 import math
 from collections.abc import Sequence
@@ -6,14 +11,15 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import nn
-from torch.nn.utils import skip_init
+from torch import Tensor, nn
 
 from muse.evaluation.frozen_features import read_rows
 from muse.evaluation.metrics.accuracy_iou import Accuracy, accuracy
+from muse.evaluation.recipes import LinearProbeRecipe
 
 EVAL_BLOCK = 4096
 LARGEST_RATE = 1e38  # float32 holds no larger step; a head with such a rate diverges all the same
+LARS_TRUST = 1e-3
 
 
 class HeadScore(NamedTuple):
@@ -27,34 +33,133 @@ class HeadScore(NamedTuple):
         return self.accuracy.micro, -self.loss
 
 
-class LinearProbe(nn.Module):
-    """BatchNorm (momentum .1, no affine) and R linear heads C → K, one a learning rate."""
+class HeadGroup(nn.Module):
+    """R heads C -> K on the same columns of the features, one a rate, as one matrix (R·K, C).
 
-    def __init__(self, channels: int, num_classes: int, rates: Sequence[float], seed: int):
+    Args:
+        columns: of the stored features.
+        heads: R.
+        num_classes: K.
+        recipe: its `normalise` and `norm_eps`.
+        generator: of the first weights.
+    """
+
+    def __init__(
+        self,
+        columns: slice,
+        heads: int,
+        num_classes: int,
+        recipe: LinearProbeRecipe,
+        generator: torch.Generator,
+    ):
         super().__init__()
-        self.norm = nn.BatchNorm1d(channels, affine=False)
-        generator = torch.Generator().manual_seed(seed)
-        start = torch.randn(channels, num_classes, generator=generator) * 0.01
-        # skip_init: a measurement must not draw from the global generator
-        self.heads = nn.ModuleList(skip_init(nn.Linear, channels, num_classes) for _ in rates)
-        for head in self.heads:  # all rates start from the same weights
-            head.weight.data.copy_(start.T)
-            nn.init.zeros_(head.bias)
+        width = columns.stop - columns.start
+        self.columns, self.heads, self.normalise = columns, heads, recipe.normalise
+        eps = recipe.norm_eps
+        self.norm = nn.BatchNorm1d(width, eps, affine=False) if eps is not None else nn.Identity()
+        start = torch.randn(width, num_classes, generator=generator) * 0.01
+        self.register_buffer("weight", start.T.repeat(heads, 1))  # all rates start equal
+        self.register_buffer("bias", torch.zeros(heads * num_classes))
+        self.register_buffer("weight_velocity", torch.zeros_like(self.weight))
+        self.register_buffer("bias_velocity", torch.zeros_like(self.bias))
 
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        """(n, C) -> (n, R, K)"""
-        weight = torch.cat([head.weight for head in self.heads])  # (R*K, C): one product for all
-        bias = torch.cat([head.bias for head in self.heads])
-        return F.linear(self.norm(features), weight, bias).unflatten(1, (len(self.heads), -1))
+    def inputs(self, features: Tensor) -> Tensor:
+        """(n, C of all columns) -> (n, C) as the heads see it."""
+        rows = features[:, self.columns]
+        return self.norm(F.normalize(rows, dim=1) if self.normalise else rows)
 
-    def diverged(self) -> torch.Tensor:
-        """(R,) whether a head's weights are no longer finite."""
-        return torch.stack([~head.weight.isfinite().all() for head in self.heads])
+    def logits(self, features: Tensor) -> Tensor:
+        """(n, C of all columns) -> (n, R·K)"""
+        return F.linear(self.inputs(features), self.weight, self.bias)
+
+    def gradients(self, features: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Of the mean cross-entropy of each head: (R·K, C) and (R·K,)."""
+        inputs = self.inputs(features)
+        logits = torch.addmm(self.bias, inputs, self.weight.T)
+        errors = logits.view(len(inputs) * self.heads, -1).softmax(1)  # (n·R, K)
+        errors.scatter_add_(
+            1, labels.repeat_interleave(self.heads)[:, None], errors.new_full((len(errors), 1), -1)
+        )
+        errors = errors.view(len(inputs), -1)  # (n, R·K)
+        share = 1 / len(inputs)
+        weight = torch.addmm(self.weight, errors.T, inputs, beta=0, alpha=share)
+        return weight, errors.sum(0).mul_(share)
+
+
+class LinearProbe(nn.Module):
+    """All heads of a probe: for every set of columns a group with a head for each rate.
+
+    Args:
+        groups: columns of the features, one group each.
+        num_classes: K.
+        recipe: normalisation, optimizer, momentum, decay.
+        rates: the learning rates R, as they are used.
+        seed: of the first weights.
+    """
+
+    def __init__(
+        self,
+        groups: Sequence[slice],
+        num_classes: int,
+        recipe: LinearProbeRecipe,
+        rates: Sequence[float],
+        seed: int,
+    ):
+        super().__init__()
+        self.recipe, self.num_classes = recipe, num_classes
+        generator = torch.Generator().manual_seed(seed)  # a measurement leaves the global one alone
+        self.groups = nn.ModuleList(
+            HeadGroup(columns, len(rates), num_classes, recipe, generator) for columns in groups
+        )
+        self.register_buffer("rates", torch.tensor([min(rate, LARGEST_RATE) for rate in rates]))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """(n, C) -> (n, groups · R, K)"""
+        logits = [group.logits(features).unflatten(1, (group.heads, -1)) for group in self.groups]
+        return torch.cat(logits, 1)
 
     @torch.no_grad()
-    def score(
-        self, features, labels: torch.Tensor, places: torch.Tensor | None = None
-    ) -> list[HeadScore]:
+    def step(self, features: Tensor, labels: Tensor, factor: float = 1.0) -> None:
+        """One step of every head on one batch, on the probe's device.
+
+        Args:
+            features: (n, C) float32.
+            labels: (n,).
+            factor: of the schedule, times every rate.
+        """
+        self.train()
+        rates = self.rates * factor
+        for group in self.groups:
+            weight, bias = group.gradients(features, labels)
+            self._update(group.weight, group.weight_velocity, weight, rates)
+            self._update(group.bias, group.bias_velocity, bias, rates)
+
+    def _update(self, value: Tensor, velocity: Tensor, gradient: Tensor, rates: Tensor) -> None:
+        """SGD with momentum, Nesterov's, or LARS (You et al. 2017) for each head by itself."""
+        recipe, matrix = self.recipe, value.dim() == 2
+        heads = (len(rates), -1)
+        value, velocity, gradient = (each.view(heads) for each in (value, velocity, gradient))
+        lars = recipe.optimizer == "lars"
+        if recipe.weight_decay and (matrix or not lars):  # LARS leaves biases alone
+            gradient.add_(value, alpha=recipe.weight_decay)
+        if lars and matrix:
+            size, change = value.norm(dim=1), gradient.norm(dim=1)
+            trust = LARS_TRUST * size / change
+            gradient.mul_(trust.where((size > 0) & (change > 0), torch.ones_like(trust))[:, None])
+        velocity.mul_(recipe.momentum).add_(gradient)
+        if recipe.optimizer == "nesterov":
+            change = gradient.add_(velocity, alpha=recipe.momentum)
+        else:
+            change = velocity
+        value.addcmul_(change, rates[:, None], value=-1)
+
+    def diverged(self) -> Tensor:
+        """(groups · R,) whether a head's weights are no longer finite."""
+        finite = [group.weight.view(group.heads, -1).isfinite().all(1) for group in self.groups]
+        return ~torch.cat(finite)
+
+    @torch.no_grad()
+    def score(self, features, labels: Tensor, places: Tensor | None = None) -> list[HeadScore]:
         """A score for each head; one that diverged has no right answer.
 
         Args:
@@ -63,32 +168,38 @@ class LinearProbe(nn.Module):
             places: the rows that count, ascending; None is all.
         """
         self.eval()
-        device, classes = self.norm.running_mean.device, self.heads[0].out_features
+        device, classes = self.rates.device, self.num_classes
         count = len(labels) if places is None else len(places)
-        guesses, losses = [], torch.zeros(len(self.heads))
+        truth = labels if places is None else labels[places]
+        guesses, losses = [], torch.zeros(len(self.groups) * len(self.rates), device=device)
         for start in range(0, count, EVAL_BLOCK):
             block = slice(start, start + EVAL_BLOCK)
-            rows = block if places is None else places[block]
-            logits = self(read_rows(features, rows).float().to(device))  # (n, R, K)
-            right = logits.take_along_dim(labels[rows].to(device).view(-1, 1, 1), 2)  # (n, R, 1)
-            losses += (logits.logsumexp(2) - right[..., 0]).sum(0).cpu()
-            guesses.append(logits.argmax(2).T.cpu())
-        answers = torch.cat(guesses, dim=1)  # (R, N)
+            rows = read_rows(features, block if places is None else places[block])
+            rows, right = rows.to(device).float(), truth[block].to(device)
+            best = []
+            for index, group in enumerate(self.groups):
+                logits = group.logits(rows).view(len(rows) * group.heads, -1)  # (n·R, K)
+                each = F.cross_entropy(
+                    logits, right.repeat_interleave(group.heads), reduction="none"
+                ).view(-1, group.heads)
+                losses[index * group.heads : (index + 1) * group.heads] += each.sum(0)
+                best.append(logits.argmax(1).view(-1, group.heads))
+            guesses.append(torch.cat(best, 1).T.cpu())
+        answers = torch.cat(guesses, dim=1)  # (groups · R, N)
         answers[self.diverged().cpu()] = -1
-        truth = labels if places is None else labels[places]
         return [
             HeadScore(accuracy(row, truth, classes), loss / count)
             for row, loss in zip(answers, losses.nan_to_num(torch.inf).tolist(), strict=True)
         ]
 
 
-def probe_optimizer(probe: LinearProbe, rates: Sequence[float]) -> torch.optim.SGD:
-    """Nesterov SGD with a parameter group, and so a learning rate, for each head."""
-    groups = [
-        {"params": head.parameters(), "lr": min(rate, LARGEST_RATE)}
-        for head, rate in zip(probe.heads, rates, strict=True)
-    ]
-    return torch.optim.SGD(groups, momentum=0.9, nesterov=True)
+def rate_factor(recipe: LinearProbeRecipe, step: int, epoch_steps: int) -> float:
+    """What the rates are multiplied by at `step` (from 0): linear warm-up, then half a cosine."""
+    epoch = step // epoch_steps if recipe.cosine_by == "epoch" else step / epoch_steps
+    if epoch < recipe.warmup_epochs:
+        return epoch / recipe.warmup_epochs
+    left = recipe.epochs - recipe.warmup_epochs
+    return 0.5 * (1 + math.cos(math.pi * (epoch - recipe.warmup_epochs) / left))
 
 
 def cosine_schedule(
@@ -98,20 +209,6 @@ def cosine_schedule(
     return torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: 0.5 * (1 + math.cos(math.pi * step / steps))
     )
-
-
-def probe_step(
-    probe: LinearProbe, optimizer: torch.optim.SGD, features: torch.Tensor, labels: torch.Tensor
-) -> None:
-    """One step of every head on one batch: features (n, C), labels (n,), on the probe's device."""
-    probe.train()
-    logits = probe(features)  # (n, R, K)
-    targets = labels.repeat_interleave(logits.shape[1])
-    # mean over samples, sum over heads: the heads' gradients do not touch each other
-    loss = F.cross_entropy(logits.flatten(0, 1), targets, reduction="sum") / len(features)
-    optimizer.zero_grad()
-    loss.backward()
-    optimizer.step()
 
 
 def probe_batch(count: int, given: int | None = None) -> int:

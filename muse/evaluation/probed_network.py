@@ -1,6 +1,6 @@
 """What a probe looks at: features of the student, of its bare encoder, or the pixels themselves."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -10,10 +10,11 @@ from torch import nn
 from muse.config import plain
 from muse.errors import CheckpointError
 from muse.evaluation.measurement import Setup
+from muse.evaluation.token_columns import TokenLayers, columns_of, token_vectors
 from muse.models.internvit import build_encoder
 from muse.models.layers import padding_to_multiple
 from muse.models.loading import weights_file
-from muse.models.muse_vit import IMAGENET_MEAN, IMAGENET_STD
+from muse.models.muse_vit import IMAGENET_MEAN, IMAGENET_STD, MUSE_ViT
 from muse.utils.io import file_sha256
 from muse.utils.weights import state_sha256
 
@@ -60,6 +61,45 @@ class ProbedNetwork(NamedTuple):
     facts: dict
     pool: Callable[[torch.Tensor], torch.Tensor] = _grid_mean  # (B,C,h,w) -> (B,C')
     cell: int | None = None  # pixels of a cell, to whose multiples pictures are padded; None: never
+    layers: TokenLayers | None = None  # where its tokens can be read; None: only `features`
+    columns: dict[str, slice] | None = None  # of `pool`'s vectors; None: all are one set
+
+    def vectors(self, images: torch.Tensor) -> torch.Tensor:
+        """(B,3,H,W) -> (B, C') for probes of whole pictures."""
+        if self.columns is None:
+            return self.pool(self.features(images).float())
+        blocks = self.facts["last_blocks"][-1]
+        return token_vectors(self.layers, self.features, images, blocks).float()
+
+    def with_pooling(self, pooling: Sequence[str], last_blocks: Sequence[int]) -> "ProbedNetwork":
+        """The same network with vectors of its tokens, see token_columns.py.
+
+        What the mean of the last block's map gives anyway stays as it is; so do pixels.
+        """
+        if self.pool is not _grid_mean:
+            return self
+        facts = {"pooling": list(pooling), "last_blocks": sorted(last_blocks)}
+        if (tuple(pooling), tuple(last_blocks)) == (("mean",), (1,)):
+            return self._replace(facts=self.facts | facts)
+        columns = columns_of(self.layers, pooling, last_blocks)
+        return self._replace(facts=self.facts | facts, columns=columns)
+
+
+def _encoder_layers(encoder: nn.Module) -> TokenLayers:
+    def tokens(out) -> torch.Tensor:  # older versions of transformers give a tuple
+        return out if isinstance(out, torch.Tensor) else out[0]
+
+    return TokenLayers(encoder.encoder.layer, tokens, True, encoder.config.hidden_size)
+
+
+def _student_layers(student: MUSE_ViT, kind: str) -> TokenLayers | None:
+    if kind == "encoder":
+        return _encoder_layers(student.encoder)
+    if kind not in ("semantic", "block"):
+        return None
+    place = 1 if kind == "semantic" else 0  # of a block's output: tokens, S, log A
+    dim = student.config.dim
+    return TokenLayers(student.muse_blocks, lambda out: out[place], False, dim)
 
 
 def pixel_maps(images: torch.Tensor) -> torch.Tensor:
@@ -94,7 +134,10 @@ def probed_network(
             **({"grid": "the encoder's own"} if own_grid else {}),
         }
         return ProbedNetwork(
-            lambda images: encoder.features(images.to(device)), facts, cell=encoder.cell
+            lambda images: encoder.features(images.to(device, non_blocking=True)),
+            facts,
+            cell=encoder.cell,
+            layers=_encoder_layers(encoder.encoder),
         )
     if setup.checkpoint is None:
         raise CheckpointError(
@@ -115,5 +158,8 @@ def probed_network(
             lambda images: student.encoder_features(images.to(device)), facts, cell=student.cell
         )
     return ProbedNetwork(
-        lambda images: student.features(images.to(device), kind), facts, cell=student.cell
+        lambda images: student.features(images.to(device, non_blocking=True), kind),
+        facts,
+        cell=student.cell,
+        layers=_student_layers(student, kind),
     )

@@ -149,7 +149,7 @@ PROTOCOLS: dict[str, dict[str, Recipe]] = {
             epochs=10,
             epoch_steps=1250,
         ),
-        "knn": NeighbourRecipe("DINOv2", crop=EVAL_224),
+        "knn": NeighbourRecipe("DINOv2", crop=EVAL_224, pooling=("cls",)),
         "segment_probe": SegmentationRecipe(
             "DINOv2's linear ADE20K probe in mmsegmentation",
             crop=PictureCrop("center", 512, None, filter="bilinear", resize_mask=False),

@@ -58,6 +58,8 @@ class LinearProbeRecipe:
     cosine_by: str = "step"  # step or epoch
     report: str = "last"  # last, or best of the epochs that are evaluated
     evaluate_every: int = 1  # epochs
+    trial_epochs: int = 0  # of a first run of all rates, with the whole schedule; 0: none
+    trial_keep: int = 1  # rates that go on after it
     chosen_on: str = "held-out training pictures"  # rate, pooling and best epoch
 
 
@@ -67,6 +69,8 @@ class NeighbourRecipe:
 
     source: str
     crop: PictureCrop | None = None
+    pooling: tuple[str, ...] = ("mean",)
+    last_blocks: tuple[int, ...] = (1,)
     normalise: bool = True
     ks: tuple[int, ...] = (10, 20, 100, 200)
     temperature: float = 0.07

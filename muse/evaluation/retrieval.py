@@ -1,4 +1,4 @@
-"""Image-text retrieval among few candidates, from L2-normalised embeddings."""
+"""Image-text retrieval, among few candidates or all, from L2-normalised embeddings."""
 
 from collections.abc import Sequence
 
@@ -8,6 +8,7 @@ from torch import Tensor
 from muse.evaluation.metrics.accuracy_iou import hit_probability
 
 RECALLS = (1, 5)
+ALL_RECALLS = (1, 5, 10)  # where all are candidates
 MOST_GROUPS = 1000
 QUERIES = 32_000  # in all groups together; larger groups are fewer
 BLOCK = 2**22  # similarities in memory at a time: 16 MB
@@ -60,6 +61,72 @@ def retrieval(
         for k, total in zip(RECALLS, sums.tolist(), strict=True):
             result[f"{name}_r{k}"] = total / members.numel()
     return result | {f"chance_r{k}": min(k / group, 1.0) for k in RECALLS}
+
+
+def full_retrieval(
+    image_embeds: Tensor,
+    text_embeds: Tensor,
+    image_of: Tensor,
+    recalls: Sequence[int] = ALL_RECALLS,
+) -> dict[str, float]:
+    """R@k with every picture against every caption, image → text and text → image.
+
+    A picture finds its text where any of its captions is among the k best; every caption is a query
+    for its picture. Equal scores count as a random choice among them. Memory: one block of
+    similarities.
+
+    Args:
+        image_embeds: (N, E), L2-normalised.
+        text_embeds: (M, E), all captions of all pictures.
+        image_of: (M,) each caption's picture; ValueError for a picture without one.
+        recalls: the k.
+    """
+    pictures, texts = len(image_embeds), len(text_embeds)
+    owned = torch.bincount(image_of, minlength=pictures)
+    if len(image_of) != texts or len(owned) != pictures or not pictures or not owned.all():
+        raise ValueError("retrieval needs a picture for every caption, and a caption for each")
+    hits = {"image_to_text": torch.zeros(len(recalls)).double()}
+    hits["text_to_image"] = hits["image_to_text"].clone()
+    rows = max(1, BLOCK // texts)
+    for start in range(0, pictures, rows):
+        scores = image_embeds[start : start + rows].float() @ text_embeds.float().T  # (rows, M)
+        own = image_of == torch.arange(start, start + len(scores))[:, None]
+        hits["image_to_text"] += torch.stack([_any_hit(scores, own, k).sum() for k in recalls])
+    rows = max(1, BLOCK // pictures)
+    for start in range(0, texts, rows):
+        scores = text_embeds[start : start + rows].float() @ image_embeds.float().T  # (rows, N)
+        right = image_of[start : start + rows]
+        found = [hit_probability(scores, right, k).sum() for k in recalls]
+        hits["text_to_image"] += torch.stack(found)
+    result: dict[str, float] = {"images": pictures, "captions": texts}
+    for name, count in (("image_to_text", pictures), ("text_to_image", texts)):
+        for k, total in zip(recalls, hits[name].tolist(), strict=True):
+            result[f"{name}_r{k}"] = total / count
+    for k in recalls:
+        chance = _one_of(torch.full_like(owned, k), owned, texts - owned)
+        result[f"image_to_text_chance_r{k}"] = float(chance.mean())
+        result[f"text_to_image_chance_r{k}"] = min(k / pictures, 1.0)
+    return result
+
+
+def _any_hit(scores: Tensor, own: Tensor, k: int) -> Tensor:
+    """(n,) probability that a row's k best hold one of its own (n, m), ties at random."""
+    best = scores.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
+    level = scores == best
+    places = k - ((scores > best) & ~own).sum(1)
+    return _one_of(places, (level & own).sum(1), (level & ~own).sum(1))
+
+
+def _one_of(places: Tensor, right: Tensor, wrong: Tensor) -> Tensor:
+    """Probability that at least one of `right` is among the first `places` of a random order."""
+    drawn = torch.minimum(places.clamp(min=0), wrong).double()
+    right, wrong = right.double(), wrong.double()
+
+    def log_choices(total: Tensor) -> Tensor:
+        return (total + 1).lgamma() - (drawn + 1).lgamma() - (total - drawn + 1).lgamma()
+
+    none = (log_choices(wrong) - log_choices(wrong + right)).exp()
+    return torch.where(places > wrong, 1.0, 1 - none)
 
 
 def _hits(queries: Tensor, candidates: Tensor) -> Tensor:

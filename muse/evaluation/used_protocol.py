@@ -65,16 +65,19 @@ class UsedProtocol:
         """With other fields of the recipe, as a command's own flags give them."""
         return replace(self, recipe=replace(self.recipe, **changes))
 
-    def facts(self) -> dict:
+    def facts(self, images: int | None = None) -> dict:
         """For `protocol` in metrics.json: name, cut, recipe, and what is not the protocol's own.
 
-        The name stands alone only where `changed` is empty. Nothing is null: a field of the recipe
-        that has no value is left out.
+        The name stands alone only where `changed` is empty: it holds `images` where another number
+        was measured than the protocol's. Nothing is null: a field of the recipe that has no value
+        is left out.
         """
         table, used = asdict(self.standard), asdict(self.recipe)
         changed = [key for key, value in used.items() if value != table[key]]
         if self.precision != table.get("precision", "float32") and "precision" not in changed:
             changed.append("precision")
+        if images is not None and table.get("images") not in (None, images):
+            changed.append("images")
         aside = ("source", "crop", "precision")
         recipe = {k: v for k, v in used.items() if k not in aside and v is not None}
         return {

@@ -5,6 +5,7 @@ import json
 import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,8 @@ from omegaconf import DictConfig
 
 from muse.data.eval import EvalLoader
 from muse.errors import ConfigError
-from muse.evaluation.class_names import class_names, read_lines
+from muse.evaluation.caption_files import CaptionMaker
+from muse.evaluation.class_names import ClassNames, class_names, read_lines
 from muse.evaluation.frozen_features import store_key
 from muse.evaluation.measurement import (
     Measured,
@@ -24,7 +26,8 @@ from muse.evaluation.measurement import (
     one_line_errors,
 )
 from muse.evaluation.metrics.accuracy_iou import Accuracy, check_labels, hit_probability
-from muse.evaluation.retrieval import retrieval
+from muse.evaluation.retrieval import ALL_RECALLS, full_retrieval, retrieval
+from muse.evaluation.zero_shot_task import ALL, ZeroShotTask
 from muse.models.muse_vit import MUSE_ViT
 from muse.teachers import build_text_teacher, class_embeddings
 from muse.teachers.prompts import Template, imagenet_templates, prompts
@@ -107,7 +110,7 @@ def text_weights(
 class _Embedded(NamedTuple):
     images: torch.Tensor  # (N, E) on the CPU
     labels: torch.Tensor  # (N,), or (0,)
-    captions: list[str]
+    captions: list  # N: a text, or all texts of a picture
 
 
 @torch.no_grad()
@@ -122,17 +125,18 @@ def embed_data(
     rows: dict[str, list] = {"images": [], "indices": [], "labels": [], "text": []}
     for batch in loader:
         with autocast():
-            embeds = model.embed_image(batch["images"].to(device))
+            embeds = model.embed_image(batch["images"].to(device, non_blocking=True))
         rows["images"].append(embeds.float().cpu())
         rows["indices"].append(batch["indices"])
         rows["labels"].append(batch["labels"]) if "labels" in fields else None
-        rows["text"] += batch["text"] if "text" in fields else []
+        rows["text"] += batch.get("captions", batch["text"]) if "text" in fields else []
     none, width = torch.zeros(0, dtype=torch.long), int(model.config.semantic_dim)
     order = all_rows(torch.cat([none, *rows["indices"]])).argsort()
     captions = [text for part in all_objects(rows["text"]) for text in part]
+    labels = all_rows(torch.cat([none, *rows["labels"]]))
     return _Embedded(
         all_rows(torch.cat([torch.zeros(0, width), *rows["images"]]))[order],
-        all_rows(torch.cat([none, *rows["labels"]]))[order],
+        labels[order] if "labels" in fields else labels,
         [captions[i] for i in order.tolist()] if captions else [],
     )
 
@@ -151,58 +155,79 @@ def _text_tower(cfg: DictConfig, device: str) -> tuple[TextTeacher, dict]:
     return teacher.to(device), facts | {"weights_sha256": state_sha256(teacher)}
 
 
-def check_candidates(count: int) -> None:
-    """ConfigError unless retrieval among `count` captions is none (0) or a choice."""
-    if count < 0 or count == 1:
-        raise ConfigError(f"--retrieval must be 0 (none) or at least 2 candidates, not {count}")
-
-
-def run_zero_shot(
-    setup: Setup,
-    classnames: str | None = None,
-    templates: str | None = None,
-    candidates: int = 0,
-) -> Measured | None:
+def run_zero_shot(setup: Setup, task: ZeroShotTask | None = None) -> Measured | None:
     """The measurement of scripts/zero_shot.py; None in the processes that only embed.
 
     Args:
         setup: what is measured, on which data.
-        classnames: file of names in the order of the labels, or `imagenet`; see `class_names`.
-        templates: file of templates; None is open_clip's 80.
-        candidates: also caption retrieval among so many; 0 is none.
+        task: classification, retrieval, or both.
     """
-    check_candidates(candidates)
-    fields = ("images", "labels") + (("text",) if candidates else ())
-    loader = eval_data(setup, "val", fields)
-    classes = class_names(loader, classnames)
-    names = classes.names
-    if is_main_process():
-        logger.info("%d class names: %s", len(names), classes.source)
-    phrases = read_lines(templates, "template") if templates else imagenet_templates()
+    task = task or ZeroShotTask()
+    source = task.source(setup)
+    classifies = task.classifies(setup, source)
+    fields = ("images", *(["labels"] if classifies else []), *(["text"] if task.retrieval else []))
+    maker = {"maker": CaptionMaker} if task.retrieval == ALL else {}
+    setup = replace(setup, val_url=source)
+    loader = eval_data(setup, "val", fields, **maker)
+    classes = class_names(loader, task.classnames) if classifies else None
+    if classes and is_main_process():
+        logger.info("%d class names: %s", len(classes.names), classes.source)
+    phrases = read_lines(task.templates, "template") if task.templates else imagenet_templates()
     model = setup.load_model()
     teacher, tower = _text_tower(setup.cfg, setup.device)
     with one_line_errors("zero-shot"):
-        weights = text_weights(teacher.encode, tower, names, phrases, f"{setup.output_dir}/text")
-        images, labels, captions = embed_data(model, loader, setup.device, fields, setup.autocast)
-        data = data_facts(setup, loader)
-        check_count(loader, data, len(images))
-        classes.check(labels.tolist())
+        if classes:
+            folder = f"{setup.output_dir}/text"
+            weights = text_weights(teacher.encode, tower, classes.names, phrases, folder)
+        found = embed_data(model, loader, setup.device, fields, setup.autocast)
+        data = data_facts(setup, loader) | {"images": len(found.images)}
+        check_count(loader, data, len(found.images))
+        if classes:
+            classes.check(found.labels.tolist())
         if not leave_processes():
             return None
-        values = zero_shot(images, labels, weights)
-        if candidates:
-            texts = _caption_embeds(teacher.encode, captions)
-            seed = setup.cfg.training.seed
-            found = retrieval(images, texts, captions, candidates, seed=seed)
-            values |= {f"retrieval_{name}": value for name, value in found.items()}
-    text = json.dumps([prompts("{}", phrases), names])
-    prompt_facts = {
+        values, facts = {}, {"text_tower": tower, **data}
+        if classes:
+            values |= zero_shot(found.images, found.labels, weights)
+            facts["prompts"] = _prompt_facts(classes, phrases, task.templates)
+        if task.retrieval:
+            recalls, facts["retrieval"] = _retrieval(setup, task, teacher.encode, found)
+            values |= {f"retrieval_{name}": value for name, value in recalls.items()}
+    return Measured(values, facts)
+
+
+def _prompt_facts(classes: ClassNames, phrases: Sequence[Template], file: str | None) -> dict:
+    text = json.dumps([prompts("{}", phrases), classes.names])
+    return {
         "classnames": classes.source,
-        "classes": len(names),
+        "classes": len(classes.names),
         "templates": len(phrases),
+        "templates_from": file or "open_clip's 80",
         "sha256": hashlib.sha256(text.encode()).hexdigest(),
     }
-    return Measured(values, {"text_tower": tower, "prompts": prompt_facts, **data})
+
+
+def _retrieval(
+    setup: Setup, task: ZeroShotTask, encode: Callable, found: _Embedded
+) -> tuple[dict[str, float], dict]:
+    """The recalls, and for the protocol what was retrieved among what."""
+    if task.retrieval != ALL:
+        texts = _caption_embeds(encode, found.captions)
+        seed = setup.cfg.training.seed
+        values = retrieval(found.images, texts, found.captions, task.retrieval, seed=seed)
+        return values, {"candidates": task.retrieval, "captions_per_image": "the first"}
+    recipe = setup.protocol.recipe if setup.protocol else None
+    most = recipe.captions_per_image if recipe else None
+    kept = [captions[:most] for captions in found.captions]
+    counts = torch.tensor([len(captions) for captions in kept])
+    texts = _caption_embeds(encode, [caption for captions in kept for caption in captions])
+    image_of = torch.repeat_interleave(torch.arange(len(kept)), counts)
+    values = full_retrieval(found.images, texts, image_of, ALL_RECALLS)
+    return values, {
+        "candidates": ALL,
+        "captions_per_image": {"least": int(counts.min()), "most": int(counts.max())},
+        "captions_counted": "all" if most is None else f"the first {most} of a picture",
+    }
 
 
 def _caption_embeds(encode: Callable, captions: Sequence[str]) -> torch.Tensor:

@@ -1,22 +1,24 @@
 """Sums over processes; with no process group every function returns what one process gives."""
 
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
 
-def join_processes(device: str) -> str:
+def join_processes(device: str, timeout: timedelta | None = None) -> str:
     """Join the process group that a launcher (torchrun, accelerate) has prepared, if any.
 
-    Gives the device of this process: of several GPUs its own.
+    Gives the device of this process: of several GPUs its own. `timeout` is how long a collective
+    waits for the slowest process; None is torch's (10 minutes of nccl, 30 of gloo).
     """
     if int(os.environ.get("WORLD_SIZE", "1")) == 1 or dist.is_initialized():
         return device
     if device == "cuda":
         device = f"cuda:{os.environ.get('LOCAL_RANK', '0')}"
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
+    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo", timeout=timeout)
     return device
 
 

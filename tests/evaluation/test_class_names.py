@@ -49,7 +49,7 @@ def test_a_subset_of_imagenet_is_scored_under_its_own_names(classnames, run, sub
     assert found["top1_chance"] == 1 / 4
     assert prompts["classnames"] == ("open_clip's ImageNet names by WordNet ids of 4 class folders")
     (tmp_path / "names.txt").write_text("\n".join(IMAGENET_CLASSNAMES[label] for label in SUBSET))
-    assert run("--val_url", str(subset), "--classnames", str(tmp_path / "names.txt")) == 0
+    assert run("--val_url", str(subset), "--classes", str(tmp_path / "names.txt")) == 0
     by_hand, same_prompts = read(tmp_path)
     assert by_hand == found and same_prompts["sha256"] == prompts["sha256"]
 

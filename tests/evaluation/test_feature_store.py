@@ -2,6 +2,7 @@
 
 import json
 import os
+import threading
 
 import numpy as np
 import pytest
@@ -10,9 +11,11 @@ from PIL import Image
 from muse import __version__
 from muse.data.sources import open_source
 from muse.errors import DataError
-from muse.evaluation import frozen_features
+from muse.evaluation import feature_parts, frozen_features
+from muse.evaluation.feature_parts import covered_places, merge_parts, write_parts
 from muse.evaluation.frozen_features import source_facts, store_key, stored_features
 from scripts import segment_probe
+from tests.evaluation.stores import GivenBatches
 
 FEATURES = np.arange(60, dtype=np.float32).reshape(20, 3)
 
@@ -24,45 +27,93 @@ def batches(indices, size):
 
 
 def test_rows_come_back_in_order_and_are_extracted_once(tmp_path):
-    calls = []
-
-    def extract():
-        calls.append(1)
-        return batches([7, 3, 5, 0, 11], 2)
-
+    rows = GivenBatches(batches([7, 3, 5, 0, 11], 2), {"skipped": 2})
     for _ in range(2):
-        arrays, notes = stored_features(tmp_path, {"a": 1}, extract, lambda: {"skipped": 2})
+        arrays, notes = stored_features(tmp_path, {"a": 1}, rows)
         np.testing.assert_array_equal(arrays["features"], FEATURES[[0, 3, 5, 7, 11]])
         assert arrays["labels"].tolist() == [0, 3, 1, 3, 3] and notes == {"skipped": 2}
+        assert arrays["indices"].tolist() == [0, 3, 5, 7, 11]
         assert isinstance(arrays["features"], np.memmap)
-    assert len(calls) == 1
-    stored_features(tmp_path, {"a": 2}, extract)
-    assert len(calls) == 2
+    assert rows.handed == [7, 3, 5, 0, 11]
+    stored_features(tmp_path, {"a": 2}, rows)
+    assert rows.handed == 2 * [7, 3, 5, 0, 11]
+
+
+@pytest.mark.parametrize("stopped", [KeyboardInterrupt(), RuntimeError("out of memory")])
+def test_a_second_start_extracts_what_is_missing(tmp_path, monkeypatch, stopped):
+    monkeypatch.setattr(feature_parts, "PART_BYTES", 100)  # two batches of two rows
+    given = list(batches([7, 3, 5, 0, 11, 2, 9, 4], 2))
+    first = GivenBatches(given, stop=(3, stopped))
+    with pytest.raises(type(stopped)):
+        stored_features(tmp_path, {}, first)
+    assert first.handed == [7, 3, 5, 0, 11, 2]
+    (work,) = tmp_path.iterdir()  # nothing under the store's own name
+    assert work.name.endswith(".parts") and len(list(work.glob("part-*.npz"))) == 1
+    second = GivenBatches(given)
+    arrays, _ = stored_features(tmp_path, {}, second)
+    assert second.handed == [11, 2, 9, 4]  # the part that was not full is made again
+    assert [state["seen"] for state in second.earlier] == [4]
+    np.testing.assert_array_equal(arrays["features"], FEATURES[[0, 2, 3, 4, 5, 7, 9, 11]])
+    assert arrays["labels"].tolist() == [0, 2, 3, 0, 1, 3, 1, 3]
+    assert [path.name for path in tmp_path.iterdir()] == [store_key({})]
 
 
 def test_parts_of_two_processes_are_merged(tmp_path, monkeypatch):
-    monkeypatch.setattr(frozen_features, "COPY_ROWS", 3)
-    odd, even = list(range(1, 20, 2)), list(range(0, 20, 2))
-    parts = [
-        frozen_features._write_rows(tmp_path, rank, batches(own, 4))
-        for rank, own in enumerate((odd, even))
+    monkeypatch.setattr(feature_parts, "PART_BYTES", 50)
+    for own in (list(range(1, 20, 2)), list(range(0, 20, 2))):
+        write_parts(tmp_path, GivenBatches(batches(own, 4)), np.empty(0))
+    assert covered_places(tmp_path)[0].tolist() == list(range(20))
+    (tmp_path / "store").mkdir()
+    merge_parts(tmp_path, tmp_path / "store")
+    np.testing.assert_array_equal(np.load(tmp_path / "store" / "features.npy"), FEATURES)
+    names = sorted(file.name for file in (tmp_path / "store").iterdir())
+    assert names == ["features.npy", "indices.npy", "labels.npy"]
+
+
+def test_two_jobs_share_a_store(tmp_path, monkeypatch):
+    """The second waits for the first, deletes nothing of it, and reads what it has made."""
+    monkeypatch.setattr(feature_parts, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(feature_parts, "PART_BYTES", 1)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow():
+        for batch in batches([4, 2, 0], 1):
+            yield batch
+            begun.set()
+            assert go_on.wait(30)
+
+    class Slow(GivenBatches):
+        def batches(self, covered):
+            return slow()
+
+    results = {}
+    second = GivenBatches(batches([4, 2, 0], 1))
+    jobs = [
+        threading.Thread(target=lambda: results.update(a=stored_features(tmp_path, {}, Slow([])))),
+        threading.Thread(target=lambda: results.update(b=stored_features(tmp_path, {}, second))),
     ]
-    frozen_features._merge(tmp_path, parts)
-    np.testing.assert_array_equal(np.load(tmp_path / "features.npy"), FEATURES)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["features.npy", "labels.npy"]
+    jobs[0].start()
+    assert begun.wait(30)
+    jobs[1].start()
+    jobs[1].join(0.2)
+    assert jobs[1].is_alive() and second.handed == []
+    go_on.set()
+    for job in jobs:
+        job.join(30)
+    assert second.handed == []
+    for arrays, _ in results.values():
+        np.testing.assert_array_equal(arrays["features"], FEATURES[[0, 2, 4]])
+    assert [path.name for path in tmp_path.iterdir()] == [store_key({})]
 
 
-def test_nothing_half_done_is_left(tmp_path):
-    def broken():
-        yield from batches([0, 1], 1)
-        raise DataError("shard broke off")
-
+def test_nothing_half_done_is_left_of_wrong_data(tmp_path):
+    broken = GivenBatches(batches([0, 1], 1), stop=(1, DataError("shard broke off")))
     with pytest.raises(DataError, match="broke off"):
         stored_features(tmp_path, {}, broken)
     with pytest.raises(DataError, match="no samples"):
-        stored_features(tmp_path, {}, lambda: batches([], 1))
+        stored_features(tmp_path, {}, GivenBatches([]))
     with pytest.raises(DataError, match="read twice"):
-        stored_features(tmp_path, {}, lambda: batches([1, 1], 1))
+        stored_features(tmp_path, {}, GivenBatches(batches([1, 1], 1)))
     assert list(tmp_path.iterdir()) == []
 
 

@@ -21,9 +21,9 @@ from muse.evaluation.image_comparison import (
     ComparisonOptions,
     check_metrics,
     compare_image_sets,
-    score_in_parts,
 )
 from muse.evaluation.image_sets import open_image_set
+from muse.evaluation.metrics.inception import score_in_parts
 from muse.evaluation.metrics.spatial_frechet import spatial_features
 from muse.evaluation.protocols import find_protocol
 from muse.evaluation.recipes import ReconstructionRecipe

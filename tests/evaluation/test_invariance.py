@@ -1,4 +1,4 @@
-"""The four commands give the same numbers for every batch size, and for one or two processes."""
+"""The commands give the same numbers for every batch size, and for one or two processes."""
 
 import json
 import os
@@ -9,11 +9,12 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 
-from scripts import evaluate, linear_probe, segment_probe, zero_shot
+from scripts import evaluate, knn, linear_probe, segment_probe, zero_shot
 
 COMMANDS = {
     "evaluate": (evaluate, ["--metrics", "psnr,ssim,perceptual_random,fd_efficientnet_lite0"]),
     "linear_probe": (linear_probe, ["--epochs", "3"]),
+    "knn": (knn, ["--k", "5,10"]),
     "zero_shot": (zero_shot, ["--retrieval", "8"]),
     "segment_probe": (segment_probe, ["--labels", "plain", "--steps", "10"]),
 }

@@ -7,6 +7,7 @@ import torch
 from muse.evaluation import probe_heads
 from muse.evaluation.frozen_features import stored_features
 from muse.evaluation.linear_probe import train_linear_probe
+from tests.evaluation.stores import GivenBatches
 
 
 class Watched:
@@ -33,16 +34,16 @@ def store(folder, seed, count):
     labels = torch.randint(0, 4, (count,), generator=generator)
     rows = 2 * torch.eye(4, 16)[labels] + torch.randn(count, 16, generator=generator)
 
-    def extract():
-        for start in range(0, count, 50):
-            part = slice(start, start + 50)
-            yield {
-                "features": rows[part].numpy(),
-                "labels": labels[part].numpy(),
-                "indices": np.arange(count)[part],
-            }
-
-    arrays, _ = stored_features(folder, {"seed": seed}, extract)
+    parts = [slice(start, start + 50) for start in range(0, count, 50)]
+    batches = [
+        {
+            "features": rows[part].numpy(),
+            "labels": labels[part].numpy(),
+            "indices": np.arange(count)[part],
+        }
+        for part in parts
+    ]
+    arrays, _ = stored_features(folder, {"seed": seed}, GivenBatches(batches))
     return arrays["features"], torch.tensor(np.array(arrays["labels"])), rows
 
 

@@ -17,7 +17,6 @@ from muse.evaluation.class_names import read_class_names, read_lines
 from muse.evaluation.held_out import split_training_set
 from muse.evaluation.linear_probe import pixel_features, train_linear_probe
 from muse.evaluation.metrics.accuracy_iou import accuracy, hit_probability
-from muse.evaluation.probe_heads import LinearProbe, probe_optimizer, probe_step
 from muse.evaluation.retrieval import retrieval
 from muse.evaluation.zero_shot import zero_shot
 from muse.teachers.prompts import class_embeddings, prompts
@@ -94,32 +93,6 @@ def test_the_held_out_part_is_of_all_classes_and_no_part_of_what_is_fitted():
     # one sample of a class is needed to fit it
     assert split_training_set(torch.tensor([0, 1, 1]), seed=0)[1].tolist() in ([1], [2])
     assert split_training_set(torch.tensor([0, 1, 2]), seed=0)[1].tolist() == []
-
-
-def test_one_nesterov_step_is_torchs():
-    """Each of two heads trained together takes the steps of a linear layer trained alone."""
-    rates = (0.5, 0.02)
-    probe = LinearProbe(4, 3, rates, seed=0)
-    optimizer = probe_optimizer(probe, rates)
-    linears = [torch.nn.Linear(4, 3) for _ in rates]
-    for linear, head in zip(linears, probe.heads):
-        linear.load_state_dict(head.state_dict())
-    alone = [
-        torch.optim.SGD(one.parameters(), rate, 0.9, nesterov=True)
-        for one, rate in zip(linears, rates)
-    ]
-    norm = torch.nn.BatchNorm1d(4, affine=False)
-    for seed in range(3):
-        x, y = torch.randn(8, 4, generator=torch.Generator().manual_seed(seed)), torch.arange(8) % 3
-        probe_step(probe, optimizer, x, y)
-        normed = norm(x)
-        for linear, own in zip(linears, alone):
-            own.zero_grad()
-            F.cross_entropy(linear(normed), y).backward()
-            own.step()
-    for linear, head in zip(linears, probe.heads):
-        torch.testing.assert_close(head.weight, linear.weight)
-        torch.testing.assert_close(head.bias, linear.bias)
 
 
 def test_macro_accuracy_is_sklearns_and_skips_absent_classes():

@@ -149,7 +149,7 @@ def test_the_protocol_says_the_values_that_were_used(name, run, tmp_path):
         probe = protocol["probe"]
         assert probe["batch_size"] == 58 and probe["fitted_samples"] == 58  # of 64, 6 held out
         assert probe["num_classes"] == 8 and probe["epochs"] == 2
-        assert probe["rate_and_epoch_chosen_on"].startswith("6 held-out training samples")
+        assert probe["chosen_on"].startswith("6 held-out training samples")
     if name == "segment_probe":
         assert protocol["probe"]["num_classes"] == 9
     if name == "evaluate":

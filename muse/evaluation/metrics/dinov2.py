@@ -6,6 +6,7 @@ is brought to 16 x 16 as the authors' own code does it, without antialias and wi
 .1; timm's own way gives other features.
 """
 
+import json
 from pathlib import Path
 
 import numpy
@@ -62,13 +63,36 @@ class DinoV2(nn.Module):
         return self.network((pillow_resize(images, SIDE) - self.mean) / self.std)
 
 
+def _check_folder(folder: Path, model: str) -> None:
+    """DataError unless the folder's config.json is of the model."""
+    try:
+        found = json.loads((folder / "config.json").read_text(encoding="utf-8"))["architecture"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"{folder} is not a folder of timm's hub (config.json that names its architecture, "
+            "model.safetensors), which fd_dinov2 could read"
+        ) from error
+    if found.split(".")[0] != model.split(".")[0]:
+        raise DataError(f"{folder} holds {found}, and fd_dinov2 is by {model}")
+
+
 def load_dinov2(weights: str | Path | None = None, model: str = MODEL) -> DinoV2:
-    """DINOv2 by timm; `weights` is a local file. DataError, one line, when there are none."""
+    """DINOv2 by timm. DataError, one line, when there are no weights.
+
+    Args:
+        weights: a local file, or a local copy of timm's hub folder (config.json,
+            model.safetensors); None fetches it from the hub.
+        model: timm's name.
+    """
     import timm  # noqa: PLC0415  seconds that other metrics need not wait
 
     try:
         if weights is None:
             network = timm.create_model(model, pretrained=True)
+        elif Path(weights).is_dir():
+            _check_folder(Path(weights), model)
+            # at 518 even where the folder does not say so: timm would resample the embedding
+            network = timm.create_model(f"local-dir:{weights}", pretrained=True, img_size=518)
         else:
             # one clear error for a missing or foreign file
             read_state_dict(weights, "the feature network dinov2")

@@ -1,6 +1,7 @@
 """Perceptual metrics: LPIPS by the `lpips` package, and parts of muse/losses/perceptual.py."""
 
 import urllib.error
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -19,8 +20,9 @@ class Lpips(nn.Module):
     """LPIPS v0.1 of the `lpips` package: (B,3,H,W) in [0,1] twice -> (B,).
 
     weights: a file with torchvision's state dict of the backbone (alex: alexnet, vgg: vgg16,
-    squeeze: squeezenet1_1); None lets torchvision download it. The linear heads come with the
-    package. DataError, one line, when there is neither.
+    squeeze: squeezenet1_1), or a folder with such files under torchvision's names; None lets
+    torchvision download it. The linear heads come with the package. DataError, one line, when there
+    is neither.
     """
 
     def __init__(self, net: str = "alex", weights: str | None = None):
@@ -30,6 +32,7 @@ class Lpips(nn.Module):
         if net not in LPIPS_NETS:
             raise ConfigError(f"unknown LPIPS backbone '{net}': one of {', '.join(LPIPS_NETS)}")
         backbone = getattr(torchvision.models, LPIPS_NETS[net])
+        weights = _in_folder(weights, net)
         if weights is None:
             try:
                 trained = backbone(weights="DEFAULT", progress=False)
@@ -53,9 +56,20 @@ class Lpips(nn.Module):
         return self.network(real.float(), fake.float(), normalize=True).flatten()
 
 
+def _in_folder(weights: str | Path | None, net: str) -> str | Path | None:
+    """The file of a backbone, where `weights` is a folder."""
+    if weights is None or not Path(weights).is_dir():
+        return weights
+    found = sorted(Path(weights).glob(f"{LPIPS_NETS[net]}*.pth"))
+    if not found:
+        raise DataError(f"{weights} holds no {LPIPS_NETS[net]}*.pth, which lpips_{net} needs")
+    return found[0]
+
+
 def lpips_metric(name: str, options: MetricOptions) -> ImageMean:
-    """`lpips`, with the backbone of the options."""
-    network = Lpips(options.lpips_net, options.lpips_weights).to(options.device)
+    """`lpips`, with the backbone of the options, or `lpips_<backbone>`."""
+    net = options.lpips_net if name == "lpips" else name.removeprefix("lpips_")
+    network = Lpips(net, options.lpips_weights).to(options.device)
     return ImageMean(name, network, network_protocol(network, "lpips"))
 
 

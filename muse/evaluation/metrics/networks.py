@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from muse.errors import ConfigError, DataError
+from muse.evaluation.metrics.dinov2 import MODEL, SIDE, load_dinov2
 from muse.teachers.efficientnet_lite import load_efficientnet_lite0
 from muse.utils.weights import read_state_dict, state_sha256
 
@@ -29,6 +30,9 @@ class MetricOptions:
     inception_weights: str | None = None
     lpips_net: str = "alex"
     lpips_weights: str | None = None
+    rounded_pairs: bool = False  # psnr and ssim see reconstructions rounded to bytes
+    is_splits: int | None = 10  # parts of the Inception Score
+    is_part: int | None = None  # or parts of so many pictures, in the order of the set
 
 
 def rounded_bytes(images: torch.Tensor) -> torch.Tensor:
@@ -117,8 +121,14 @@ def _timm(name: str, weights: str | Path | None) -> FeatureNetwork:
     return FeatureNetwork(name, network, pooled, state_sha256(network))
 
 
+def _dinov2(weights: str | Path | None) -> FeatureNetwork:
+    network = load_dinov2(weights)
+    return FeatureNetwork(f"timm {MODEL} at {SIDE}", network, network.pooled, state_sha256(network))
+
+
 REGISTRY: dict[str, Callable[[str | Path | None], FeatureNetwork]] = {
-    "efficientnet_lite0": _efficientnet_lite0
+    "efficientnet_lite0": _efficientnet_lite0,
+    "dinov2": _dinov2,
 }
 
 
