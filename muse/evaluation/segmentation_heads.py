@@ -120,7 +120,7 @@ def heads_optimizer(heads: SegmentationHeads, recipe: SegmentationRecipe) -> tor
     return torch.optim.AdamW(groups, betas=betas, weight_decay=recipe.weight_decay)
 
 
-def rate_factor(recipe: SegmentationRecipe, step: int, steps: int) -> float:
+def segmentation_rate(recipe: SegmentationRecipe, step: int, steps: int) -> float:
     """Of the learning rate in step 0 .. steps - 1; a linear warm-up multiplies the schedule."""
     done = step / steps
     schedule = {
@@ -153,7 +153,7 @@ def train_heads(
     """
     optimizer = heads_optimizer(heads, recipe)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: rate_factor(recipe, step, steps)
+        optimizer, lambda step: segmentation_rate(recipe, step, steps)
     )
     add_gradients = {"cells": _cells_backward, "pixels": _pixels_backward}[recipe.loss]
     for number, (features, labels) in zip(range(1, steps + 1), batches, strict=False):
