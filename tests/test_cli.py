@@ -447,7 +447,7 @@ def test_flags_of_the_release_with_a_meaning_here(monkeypatch, flags, photo, tmp
     setup, recipe = seen["run_linear_probe"][:2]
     assert (recipe.learning_rates, recipe.epochs, setup.max_images) == ((0.25,), 7, 3)
     assert segment_probe.main([*flags, "--mode", "muse", "--lr", "0.01", *output]) == 0
-    assert seen["run_segment_probe"][1].learning_rate == 0.01
+    assert seen["run_segment_probe"][0].protocol.recipe.learning_rates == (0.01,)
     bare = [f"config={flags[1]}", f"checkpoint_path={flags[3]}", f"img_path={photo}"]
     assert inference.main([*bare, "--device", "cpu", "--output_dir", str(tmp_path / "a")]) == 0
     assert (tmp_path / "a/photo.png").is_file()
