@@ -53,23 +53,26 @@ def test_runs_what_it_can_and_names_the_rest(small, capsys):
 
 
 def test_what_was_measured_is_read_and_another_command_is_run(small, capsys, monkeypatch):
-    outcome = reproduce.measure("runs", small / "out", long=False)
+    outcome = reproduce.run_measurement("runs", small / "out", long=False)
     assert outcome.state == "measured" and outcome.numbers == {"best": {"micro": 0.5}}
-    assert reproduce.measure("runs", small / "out", long=False).state == "measured before"
+    assert reproduce.run_measurement("runs", small / "out", long=False).state == "measured before"
     assert (small / "out/runs/runs").read_text() == "x"
-    assert reproduce.measure("runs", small / "out", False, ["--device", "cpu"]).state == "measured"
+    assert (
+        reproduce.run_measurement("runs", small / "out", False, ["--device", "cpu"]).state
+        == "measured"
+    )
     assert (small / "out/runs/runs").read_text() == "xx"
 
 
 def test_a_need_is_found_at_its_first_place(small):
     (small / "weights").mkdir()
-    assert reproduce.measure("lacks", small / "out", long=False).state == "missing: weights"
+    assert reproduce.run_measurement("lacks", small / "out", long=False).state == "missing: weights"
     (small / "weights/b.bin").touch()
     (small / "weights/a.bin").touch()
     words = reproduce.command_words(MEASUREMENTS["lacks"], small / "out")
     assert words[0][-2:] == [str(small / "out"), str(small / "weights/a.bin")]
-    assert reproduce.measure("lacks", small / "out", long=False).state == "measured"
-    assert reproduce.measure("takes_long", small / "out", long=True).state == "measured"
+    assert reproduce.run_measurement("lacks", small / "out", long=False).state == "measured"
+    assert reproduce.run_measurement("takes_long", small / "out", long=True).state == "measured"
 
 
 def test_every_cell_names_its_measurement_and_every_command_its_needs():
