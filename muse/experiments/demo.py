@@ -133,13 +133,16 @@ def _yardsticks(cfg: DictConfig, data: Path, plan: DemoPlan) -> dict[str, Yardst
 
 
 def _with_precision(run: _Run) -> _Run:
-    """The run with the precision of its plan, or of its first stage if that is there already."""
+    """The run with the precision of its plan; one that is measured here is measured once."""
     if any(one.startswith("training.mixed_precision=") for one in run.overrides):
         return run
     precision = run.plan.precision
     if precision is None:
-        record = _record(run.output / run.stages[0]) or {}
-        precision = record.get("precision") or fastest_precision(_stage_cfg(run, "stage1"))
+        # Kept at once: with another one the stages would start again.
+        kept = run.output / "precision.json"
+        if not kept.is_file():
+            write_json(kept, fastest_precision(_stage_cfg(run, "stage1")))
+        precision = json.loads(kept.read_text())
     return run._replace(overrides=[f"training.mixed_precision={precision}", *run.overrides])
 
 
