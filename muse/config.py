@@ -100,7 +100,7 @@ def stage_files(directory: str | Path) -> list[Path]:
     for folder in (path, *(root / _short(path) for root in SHIPPED)):
         if files := sorted(folder.glob("stage*.yaml")):
             return files
-    known = sorted({Path(one).parent.as_posix() for one in _shipped_names() if "stage" in one})
+    known = {Path(one).parent.as_posix() for one in _shipped_names() if "stage" in one}
     raise ConfigError(
         f"{directory}: no stage*.yaml in that directory{nearest(str(_short(path)), known)}"
     )
@@ -196,11 +196,9 @@ def _shipped(path: Path) -> Path | None:
     return next((file for file in files if file.is_file()), None)
 
 
-def _shipped_names() -> list[str]:
+def _shipped_names() -> set[str]:
     """Names of all configurations that come with muse, such as `muse_tiny/stage3.yaml`."""
-    return sorted(
-        {file.relative_to(root).as_posix() for root in SHIPPED for file in root.rglob("*.yaml")}
-    )
+    return {one.relative_to(root).as_posix() for root in SHIPPED for one in root.rglob("*.yaml")}
 
 
 def _file_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[DictConfig]:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from muse.evaluation.suite import Yardstick
-from muse.experiments.demo_pictures import spread_over_captions
+from muse.experiments.demo_pictures import named_thing, spread_over_captions
 from muse.utils.curves import save_figure
 
 GROUP = 32  # captions that a picture chooses from
@@ -41,8 +41,8 @@ class Answer(NamedTuple):
 def answer_pictures(model: Any, yardstick: Yardstick, count: int = COUNT) -> list[Answer]:
     """Answers for `count` pictures, spread over the set without a look at the answers.
 
-    Each picture gets its own caption and others drawn at random, all different, as in the retrieval
-    that the table reports.
+    Each picture gets its own caption and others drawn at random, all different, none of which names
+    the same thing in other words (the retrieval of the table leaves those in).
     """
     val = yardstick.val
     chosen = spread_over_captions(val.text, count)
@@ -55,7 +55,7 @@ def answer_pictures(model: Any, yardstick: Yardstick, count: int = COUNT) -> lis
     found = []
     for picture, embed, probabilities in zip(chosen.tolist(), embeds, classes):
         own = val.text[picture]
-        others = [caption for caption in first if caption != own]
+        others = [caption for caption in first if named_thing(caption) != named_thing(own)]
         drawn = torch.randperm(len(others), generator=generator)[: GROUP - 1]
         captions = [own, *(others[i] for i in drawn.tolist())]
         similarity = yardstick.text[[first[one] for one in captions]].float() @ embed
@@ -113,7 +113,7 @@ def draw_answers(answers: list[Answer], yardstick: Yardstick, path: Path) -> Pat
         axis.imshow(yardstick.val.images[one.picture].permute(1, 2, 0).clamp(0, 1).numpy())
         for height, text, right in (
             (-0.04, caption_text(one), one.caption_is_right),
-            (-0.30, class_text(one), one.class_is_right),
+            (-0.25, class_text(one), one.class_is_right),
         ):
             axis.text(
                 0,
@@ -124,7 +124,7 @@ def draw_answers(answers: list[Answer], yardstick: Yardstick, path: Path) -> Pat
                 va="top",
                 transform=axis.transAxes,
             )
-    figure.subplots_adjust(0.01, 0.12 / rows, 0.99, 0.99, 0.08, 0.48)
+    figure.subplots_adjust(0.01, 0.34 / rows, 0.99, 0.99, 0.08, 0.48)
     return save_figure(figure, path)
 
 

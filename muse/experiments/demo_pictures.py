@@ -60,11 +60,16 @@ def _draw_reconstructions(model: Any, pictures: Pictures, path: Path) -> None:
     save_image(tile([list(row) for row in rows], labels), path)
 
 
+def named_thing(caption: str) -> str:
+    """A caption without its category: "A zebra" of "A zebra, a kind of animal."."""
+    return caption.split(",")[0].rstrip(".")
+
+
 def spread_over_captions(captions: list[str], count: int) -> Tensor:
     """Indices of `count` pictures, spread over the set, with as few equal captions as possible."""
-    first: dict[str, int] = {}  # caption without its category -> first picture that has it
+    first: dict[str, int] = {}  # what a caption names -> first picture of it
     for index, caption in enumerate(captions):
-        first.setdefault(caption.split(",")[0], index)
+        first.setdefault(named_thing(caption), index)
     pool = list(first.values())
     if len(pool) < count:
         rest = [index for index in range(len(captions)) if index not in set(pool)]

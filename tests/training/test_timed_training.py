@@ -109,11 +109,14 @@ def test_the_stages_share_the_time_that_is_left():
     [
         ([(1, 9), (5, 4)], "bf16"),  # seconds of float32 and bfloat16; the first pair warms up
         ([(9, 1), (4, 5)], "no"),
-        ([(1, 1), (3, 9), (8, 2)], "bf16"),  # the best pass of each counts
+        ([(1, 1), (3, 4), (8, 2)], "bf16"),  # the best pass of each counts
+        ([(1, 1), (1, 9), None], "no"),  # clear after one pass: the others are not made
     ],
 )
 def test_the_faster_precision_is_chosen(passes, chosen, settings):
-    ticks = iter([tick for pair in passes for seconds in pair for tick in (0.0, float(seconds))])
+    ticks = iter(
+        [tick for pair in passes if pair for seconds in pair for tick in (0.0, float(seconds))]
+    )
     cfg = settings("topology_warmup")
     found = timed_training.fastest_precision(cfg, len(passes) - 1, lambda: next(ticks))
     assert found == chosen
