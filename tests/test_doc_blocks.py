@@ -96,14 +96,14 @@ def test_a_block_is_read_with_its_mark():
 
 
 # --- blocks that run
-# As tools/demo.sh does it, with two steps a stage, on drawn pictures under the name of the stamps.
+# As tools/demo.sh does it, with two steps a stage, on drawn pictures named as the real ones.
 DEMO = """
 from pathlib import Path
 from muse.experiments.demo import STAGES, stage_config
 from muse.experiments.demo_data import make_demo_data
 from muse.training.tokenizer_task import train
 output = Path("outputs/demo")
-data = output / "data-stamps"
+data = output / "data-everything"
 make_demo_data(kind="shapes", output=data, images=16, val_images=4, workers=1)
 own = [
     f"dataset.params.train_shards_path_or_url={data}/train-*.tar",
