@@ -277,7 +277,7 @@ def test_unknown_words_are_found(dry_environment, parse_alone, capsys):
         check_words(launched)
     with pytest.raises(pytest.fail.Exception):  # the parser complains: nothing is parsed
         check_words(direct)
-    assert "--config" in capsys.readouterr().err
+    assert "--no_such_flag" in capsys.readouterr().err
     assert command_lines("a b \\\n c\n# d\n\nE=1 F=2 # g\nexport H=3\nI=4 j\n") == [
         "a b   c",
         "I=4 j",

@@ -2,11 +2,12 @@
 
 import json
 from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+from typing_extensions import Self
 
 from muse.config import plain
 from muse.errors import CheckpointError
