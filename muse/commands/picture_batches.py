@@ -1,4 +1,4 @@
-"""FittedPicture files of any size as batches of one size, each with what was done to it on reading."""
+"""Picture files of any size as batches of one size, each with what was done to it on reading."""
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
