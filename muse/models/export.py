@@ -24,7 +24,8 @@ class LatentEncoder(nn.Module):
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.model.unchecked_latent(images)
+        trunk = self.model._trunk(images, False)
+        return self.model._latent(trunk.tokens, trunk.grid)
 
 
 class PixelDecoder(nn.Module):

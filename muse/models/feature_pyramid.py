@@ -70,5 +70,11 @@ class FeaturePyramid(nn.Module):
 
     def forward(self, images: Tensor) -> list[Tensor]:
         """images (B, 3, H, W) in [0, 1]; sides that are no multiples of the cell are padded."""
-        maps = self.model.feature_maps(images)
-        return [maps[level] for level in self.levels]
+        model = self.model
+        trunk = model._trunk(model._pad(images), False)
+        tokens = {
+            "encoder": (trunk.encoder_tokens, trunk.encoder_grid),
+            "block": (trunk.tokens, trunk.grid),
+            "semantic": (trunk.semantic, trunk.grid),
+        }
+        return [model._to_map(*tokens[level]) for level in self.levels]

@@ -195,23 +195,6 @@ class MUSE_ViT(PretrainedMixin, nn.Module):
             return self._latent(trunk.tokens, trunk.grid)
         return self._to_map(trunk.semantic if kind == "semantic" else trunk.tokens, trunk.grid)
 
-    def feature_maps(self, images: Tensor) -> dict[str, Tensor]:
-        """images (B, 3, H, W) in [0, 1] -> maps of one pass, for `FeaturePyramid`.
-
-        `encoder` (B, C, H/patch, W/patch); `block` and `semantic` (B, D, h, w).
-        """
-        trunk = self._trunk(self._pad(images), False)
-        return {
-            "encoder": self._to_map(trunk.encoder_tokens, trunk.encoder_grid),
-            "block": self._to_map(trunk.tokens, trunk.grid),
-            "semantic": self._to_map(trunk.semantic, trunk.grid),
-        }
-
-    def unchecked_latent(self, images: Tensor) -> Tensor:
-        """`encode(images).latent` without the check of the range, which a graph cannot hold."""
-        trunk = self._trunk(images, False)
-        return self._latent(trunk.tokens, trunk.grid)
-
     def encoder_features(self, images: Tensor) -> Tensor:
         """images (B, 3, H, W) in [0, 1] -> InternViT tokens (B, C, H/patch, W/patch)."""
         return self._to_map(*self._encode_tokens(self._pad(images)))

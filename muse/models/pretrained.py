@@ -55,7 +55,7 @@ write here which data it were and what was measured, before you publish.
 
 
 class PretrainedMixin:
-    """`save_pretrained`, `push_to_hub` and `from_pretrained`, for a class built by `(config, load_backbones)`."""
+    """Saving, loading and uploading, for a class built by `(config, load_backbones)`."""
 
     def save_pretrained(self, directory: str | Path) -> None:
         """Write config.json, model.safetensors and a card, or leave an old directory as it is."""

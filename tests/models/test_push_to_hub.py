@@ -19,7 +19,8 @@ def test_a_saved_model_has_a_card(tmp_path):
     _, head, body = text.split("---\n", 2)
     fields = yaml.safe_load(head)
     assert fields["license"] == "apache-2.0" and fields["library_name"] == "muse-tokenizer"
-    rows = dict(line.strip("| ").split(" | ") for line in body.splitlines() if line.count("|") == 3)
+    lines = [line.strip("| ").split(" | ") for line in body.splitlines() if line.count("|") == 3]
+    rows = dict(line for line in lines if len(line) == 2)
     assert int(rows["parameters"].replace(",", "")) == sum(p.numel() for p in model.parameters())
     assert rows["latent_dim"] == "8" and rows["encoder initialised from"] == "random"
     assert "MUSE_ViT.from_pretrained(" in body and "Licence" in body
