@@ -143,6 +143,8 @@ def environment(project, tmp_path_factory):
         "MASTER_PORT": str(free_port()),  # another run may have the default one
     }
     server = forked_python.start(programs, variables)
+    (programs / "muse").write_text(f'#!/bin/sh\nexec {python} -m muse "$@"\n')
+    (programs / "muse").chmod(0o755)
     yield variables
     server.terminate()
     server.wait()

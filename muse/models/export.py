@@ -84,6 +84,9 @@ def export_onnx(model: MUSE_ViT, folder: str | Path, size: tuple[int, int] = (22
                 input_names=[given],
                 output_names=[result],
                 opset_version=OPSET,
+                # onnxscript's optimizer takes the 1e-15 that DC-AE's linear attention adds to its
+                # denominators for nothing, and 0/0 gives NaN. onnxruntime optimizes by itself.
+                optimize=False,
                 verbose=False,
             )
             program.save(made / f"{part}.onnx")
