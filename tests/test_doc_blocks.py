@@ -143,6 +143,8 @@ def environment(project, tmp_path_factory):
         "MASTER_PORT": str(free_port()),  # another run may have the default one
     }
     server = forked_python.start(programs, variables)
+    (programs / "muse").write_text(f'#!/bin/sh\nexec {python} -m muse "$@"\n')
+    (programs / "muse").chmod(0o755)
     yield variables
     server.terminate()
     server.wait()
@@ -277,7 +279,7 @@ def test_unknown_words_are_found(dry_environment, parse_alone, capsys):
         check_words(launched)
     with pytest.raises(pytest.fail.Exception):  # the parser complains: nothing is parsed
         check_words(direct)
-    assert "--config" in capsys.readouterr().err
+    assert "--no_such_flag" in capsys.readouterr().err
     assert command_lines("a b \\\n c\n# d\n\nE=1 F=2 # g\nexport H=3\nI=4 j\n") == [
         "a b   c",
         "I=4 j",
