@@ -22,11 +22,13 @@ try:
 
     from muse.config import load_config, model_config, resolved, unset_variable
     from muse.utils.io import file_sha256, versions
+    from muse.utils.threads import wait_without_spinning
 except ModuleNotFoundError as error:  # a Python without the requirements: no traceback
     print(f"error: {missing_package(error)}", file=sys.stderr)
     raise SystemExit(2) from None
 
 logger = logging.getLogger(__name__)
+wait_without_spinning()  # before torch is imported, which no command does above this line
 
 
 def entry(main: Callable[..., int | None]) -> Callable[..., int]:

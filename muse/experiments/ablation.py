@@ -93,7 +93,7 @@ VARIANTS: dict[str, Variant] = {
         (
             TOPOLOGY,
             SEMANTICS,
-            Leg("stage3", (2,), ('optimizer.lr_multipliers={"^encoder\\\\.": 0.03}',)),
+            Leg("stage3", (2,), ('optimizer.lr_multipliers={"^encoder\\\\.": 0.02}',)),
         ),
     ),
 }
