@@ -12,8 +12,8 @@ from muse.errors import ConfigError
 from muse.utils.io import writable_directory
 
 
-@cli.entry
-def main(argv=None) -> int:
+def flags():
+    """The parser of this command."""
     parser = cli.plain_parser(__doc__)
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
@@ -52,7 +52,12 @@ def main(argv=None) -> int:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="configuration overrides for every run"
     )
-    args = cli.parse(parser, argv)
+    return parser
+
+
+@cli.entry
+def main(argv=None) -> int:
+    args = cli.parse(flags(), argv)
 
     # Heavy, and --help is quick.
     from muse.experiments.ablation import CLAIMS, STUDY_PLANS, VARIANTS, Study  # noqa: PLC0415

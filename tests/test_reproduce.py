@@ -6,7 +6,8 @@ import shlex
 import pytest
 
 from muse.experiments import reproduce
-from muse.experiments.paper_tables import MEASUREMENTS, NEEDS, TABLES, Cell, Measurement, Need
+from muse.experiments.paper_measurements import MEASUREMENTS, NEEDS, Measurement, Need
+from muse.experiments.paper_tables import TABLES, Cell
 from muse.experiments.paper_tables import PaperTable as Table
 from scripts import reproduce as script
 from tests.helpers import one_error

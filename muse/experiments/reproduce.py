@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from muse.errors import ConfigError
-from muse.experiments.paper_tables import MEASUREMENTS, NEEDS, TABLES, Cell, Measurement, Need
+from muse.experiments.paper_measurements import MEASUREMENTS, NEEDS, Measurement, Need
+from muse.experiments.paper_tables import TABLES, Cell
 from muse.utils.io import write_json
 
 log = logging.getLogger(__name__)
