@@ -115,7 +115,8 @@ NEEDS = {
     "demo_pictures": Need(
         "the demo's pictures",
         ("$MUSE_DATA", "outputs/demo/data-everything"),
-        "python tools/make_demo_data.py --kind everything --images 6000 --output outputs/demo/data-everything",
+        "python tools/make_demo_data.py --kind everything --images 6000 "
+        "--output outputs/demo/data-everything",
     ),
 }
 
