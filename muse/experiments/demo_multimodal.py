@@ -31,7 +31,7 @@ from muse.utils.io import file_sha256, versions, writable_directory, write_json
 log = logging.getLogger(__name__)
 
 MULTIMODAL_PLANS = {
-    "default": MultimodalDemoPlan((300, 100, 30, 500, 200)),
+    "default": MultimodalDemoPlan((400, 120, 20, 260, 90), batch=16),
     "fast": MultimodalDemoPlan(
         (8, 4, 2, 6, 4),
         images=96,
@@ -43,7 +43,7 @@ MULTIMODAL_PLANS = {
         batch=8,
     ),
     "full": MultimodalDemoPlan(
-        (3000, 1000, 200, 12000, 6000), images=12000, prompts=480, edits=480, held_out=480
+        (3000, 1000, 100, 6000, 2500), images=12000, prompts=480, edits=480, held_out=480
     ),
 }
 
