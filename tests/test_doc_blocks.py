@@ -263,7 +263,7 @@ def check_words(words: list[str]) -> None:
     config = flags.get("config")
     if config and ("muse_" in config or Path(config).is_file()):
         of_generator = script.stem in ("train_generator", "generate")
-        (load_generator_config if of_generator else load_config)(config, flags["overrides"])
+        (load_generator_config if of_generator else load_config)(config, flags.get("overrides", ()))
 
 
 def test_unknown_words_are_found(dry_environment, parse_alone, capsys):
