@@ -24,6 +24,7 @@ def make_parser() -> argparse.ArgumentParser:
     which.add_argument(
         "--generator", metavar="FILE", help="a generator's, such as generation/imagenet256_xl"
     )
+    which.add_argument("--umm", metavar="FILE", help="a multimodal stage's, such as umm_1b/stage2")
     parser.add_argument(
         "--batch_size",
         type=int,
@@ -99,11 +100,33 @@ def print_generator_cost(args: argparse.Namespace) -> int:
     return 0
 
 
+def print_umm_cost(args: argparse.Namespace) -> int:
+    """Training and sampling of a stage of the multimodal model."""
+    from muse.multimodal.umm_cost import umm_cost, umm_cost_text  # noqa: PLC0415 (torch)
+    from muse.multimodal.umm_run_config import load_umm_config  # noqa: PLC0415
+
+    check_numbers(args)
+    cost = umm_cost(
+        load_umm_config(args.umm, args.overrides),
+        Path(args.umm).expanduser().absolute().parent.name,
+        gpus=args.gpus,
+        utilisation=args.utilisation,
+        peak=args.peak_tflops,
+        peak_float32=args.peak_tflops_float32,
+    )
+    print(umm_cost_text(args.umm, cost))
+    if args.json:
+        write_json(args.json, {**cost, "overrides": args.overrides, "versions": versions()})
+    return 0
+
+
 @cli.entry
 def main(argv=None) -> int:
     args = cli.parse(make_parser(), argv)
     if args.generator:
         return print_generator_cost(args)
+    if args.umm:
+        return print_umm_cost(args)
     files = check_flags(args)
 
     # Heavy, and not needed to refuse a flag.

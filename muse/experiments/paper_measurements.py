@@ -280,6 +280,12 @@ MEASUREMENTS = _DEMO_MEASUREMENTS | {
         "about fifteen minutes on two cores",
         True,
     ),
+    "tiny_multimodal": Measurement(
+        ("bash tools/demo_multimodal.sh --output {output}",),
+        (),
+        "about twenty minutes on two cores",
+        True,
+    ),
     "mmbench": _understanding("mmbench", " --rotate"),
     "mmvp": _understanding("mmvp"),
     "geneval": _pictures("text_to_image.py", "geneval", "GenEval's scorer", " --samples 4"),
