@@ -114,8 +114,9 @@ NEEDS = {
     ),
     "demo_pictures": Need(
         "the demo's pictures",
-        ("$MUSE_DATA", "outputs/demo/data-stamps"),
-        "python tools/make_demo_data.py --kind stamps --output outputs/demo/data-stamps",
+        ("$MUSE_DATA", "outputs/demo/data-everything"),
+        "python tools/make_demo_data.py --kind everything --images 6000 "
+        "--output outputs/demo/data-everything",
     ),
 }
 
@@ -180,7 +181,67 @@ def _understanding(name: str, flags: str = "") -> Measurement:
     return Measurement((command,), ("umm_1b", name), "a GPU: ~1 h", True)
 
 
-MEASUREMENTS = {
+def _demo_reconstruction(flags: str) -> Measurement:
+    command = (
+        "bash tools/evaluate.sh configs/muse_tiny/stage3.yaml muse_tiny {output} --val_url "
+        f"{{demo_pictures}}/val-*.tar {flags}"
+    )
+    return Measurement((command,), ("demo_pictures",), "a minute on two cores")
+
+
+def _demo_probe(flags: str, script: str = "linear_probe") -> Measurement:
+    command = (
+        f"python scripts/{script}.py {_TINY} {_DEMO} --max_images 2000 --cache_dir "
+        f"{{output}}/../features --output_dir {{output}}{flags}"
+    )
+    return Measurement((command,), ("demo_pictures",), "a minute on two cores")
+
+
+def _demo_segmentation(flags: str, mode: str = "muse") -> Measurement:
+    command = (
+        f"bash tools/segment_probe.sh {mode} {_TINY} {_DEMO} --labels plain --max_images 1000 "
+        f"--output_dir {{output}}{flags}"
+    )
+    return Measurement((command,), ("demo_pictures",), "minutes on two cores")
+
+
+_DEMO_MEASUREMENTS = {
+    "demo_evaluate_native": _demo_reconstruction("--metrics psnr,ssim,fd_efficientnet_lite0"),
+    "demo_evaluate_release": _demo_reconstruction(
+        "--protocol release --resize 128 --crop 128 --precision float32 --metrics psnr,ssim"
+    ),
+    "demo_evaluate_unilip256": _demo_reconstruction(
+        "--protocol unilip256 --resize 128 --crop 128 --metrics psnr,ssim"
+    ),
+    "demo_evaluate_adm256": _demo_reconstruction(
+        "--protocol adm256 --crop 128 --metrics psnr,ssim,fd_efficientnet_lite0 --save_images "
+        "{output}/reconstructions.npz"
+    ),
+    "demo_probe_native": _demo_probe(""),
+    "demo_probe_release": _demo_probe(" --recipe release"),
+    "demo_probe_mae": _demo_probe(" --recipe mae --augment no"),
+    "demo_probe_dinov2": _demo_probe(" --recipe dinov2 --augment no --epochs 10"),
+    "demo_probe_encoder": _demo_probe(" --baseline --pool cls+mean"),
+    "demo_knn": _demo_probe("", "knn"),
+    "demo_zero_shot": Measurement(
+        (
+            f"python scripts/zero_shot.py {_TINY} --val_url {{demo_pictures}}/val-*.tar "
+            "--retrieval all --output_dir {output}",
+        ),
+        ("demo_pictures",),
+        "a minute on two cores",
+    ),
+    "demo_segment_native": _demo_segmentation(""),
+    "demo_segment_release": _demo_segmentation(
+        " --protocol release --crop 128 --steps 60 --probe_batch_size 16"
+    ),
+    "demo_segment_dinov2": _demo_segmentation(
+        " --protocol dinov2 --resize 128 --crop 128 --steps 60 --probe_batch_size 16 --lr 0.01"
+    ),
+    "demo_segment_encoder": _demo_segmentation("", "baseline"),
+}
+
+MEASUREMENTS = _DEMO_MEASUREMENTS | {
     "reconstruction_release": _reconstruction("release"),
     "reconstruction_adm256": _reconstruction(
         "adm256", "vgg16", flags=" --metrics rfid,psnr,ssim,lpips_vgg --lpips_weights {vgg16}"
@@ -193,22 +254,6 @@ MEASUREMENTS = {
         ),
         ("muse_1b", "imagenet_val", "clip"),
         "a GPU: ~1 h",
-    ),
-    "tiny_reconstruction": Measurement(
-        (
-            "bash tools/evaluate.sh configs/muse_tiny/stage3.yaml muse_tiny {output} --val_url "
-            "{demo_pictures}/val-*.tar --metrics psnr,ssim,fd_efficientnet_lite0",
-        ),
-        ("demo_pictures",),
-        "a minute on two cores",
-    ),
-    "tiny_zero_shot": Measurement(
-        (
-            f"python scripts/zero_shot.py {_TINY} --val_url {{demo_pictures}}/val-*.tar "
-            "--output_dir {output}",
-        ),
-        ("demo_pictures",),
-        "a minute on two cores",
     ),
     "probe_release": _probe("--protocol release"),
     "probe_mae": _probe("--protocol mae"),
@@ -224,22 +269,9 @@ MEASUREMENTS = {
         "a GPU: hours",
         True,
     ),
-    "tiny_probe": Measurement(
-        (f"python scripts/linear_probe.py {_TINY} {_DEMO} --output_dir {{output}}",),
-        ("demo_pictures",),
-        "a minute on two cores",
-    ),
     "segmentation_release": _segment("--protocol release"),
     "segmentation_dinov2": _segment("--protocol dinov2"),
     "segmentation_encoder": _segment("--protocol release", "baseline"),
-    "tiny_segmentation": Measurement(
-        (
-            f"bash tools/segment_probe.sh muse {_TINY} {_DEMO} --labels plain "
-            "--output_dir {output}",
-        ),
-        ("demo_pictures",),
-        "two minutes on two cores",
-    ),
     "imagenet256_xl": _generator("imagenet256_xl"),
     "imagenet256_b": _generator("imagenet256_b"),
     "tiny_generation": Measurement(
