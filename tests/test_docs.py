@@ -22,7 +22,9 @@ from tests.data.helpers import encode, picture
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted(
-    file for file in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")) if file.is_file()
+    file
+    for file in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"))
+    if file.is_file()
 )
 CODE = re.compile(r"```.*?```", re.DOTALL)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"")
@@ -108,7 +110,9 @@ def test_every_test_of_the_comparison_exists():
 
 
 # --- all documents
-@pytest.mark.parametrize("name", ["fidelity.md", "extending.md", "data.md"])
+@pytest.mark.parametrize(
+    "name", ["fidelity.md", "extending.md", "data.md", "training.md", "questions.md"]
+)
 def test_every_key_in_the_text_exists(name):
     """Inline code that begins with a section of the configuration, such as `losses.itc.gather`."""
     known = schema_keys()
@@ -162,6 +166,14 @@ def test_paths_are_found_in_inline_code_and_in_blocks():
     )
     added = "```python\n# muse/f.py\nimport f\n```\n`muse/f.py` `docs/run{0,1}`"
     assert named_paths(text + added) == {"muse/a.py", "tests/d.py", "tools/e.sh", "docs"}
+
+
+def test_the_readme_is_short_and_names_every_page():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.count("\n") <= 150
+    index = text.partition("## Documents\n")[2].partition("\n## ")[0]
+    pages = {f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md")}
+    assert set(re.findall(r"\((docs/\w+\.md)\)", index)) == pages
 
 
 def test_the_readme_draws_every_room_of_the_package():
