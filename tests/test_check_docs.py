@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 from tests.helpers import ROOT
 from tools import doc_blocks as tool
@@ -97,10 +98,13 @@ def test_a_named_block_alone_is_run(tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "made.txt").exists()
 
 
-def test_a_block_over_the_limit_failed(tmp_path, monkeypatch, capsys):
-    monkeypatch.setitem(globals(), "PAGE", "*Takes long.*\n\n```bash\nsleep 60\n```\n")
-    code, (line,) = run_page(tmp_path, monkeypatch, capsys, "--limit", "0.2")
+def test_a_block_over_the_limit_is_ended_with_all_that_it_started(tmp_path, monkeypatch, capsys):
+    block = "sleep 60 &\necho $! > child.txt\nwait\n"
+    monkeypatch.setitem(globals(), "PAGE", f"*Takes long.*\n\n```bash\n{block}```\n")
+    code, (line,) = run_page(tmp_path, monkeypatch, capsys, "--limit", "2")
     assert code == 1 and line.startswith("too long page.md:3: N s")
+    child = Path("/proc") / (tmp_path / "child.txt").read_text().strip() / "stat"
+    assert not child.exists() or child.read_text().rpartition(")")[2].split()[0] == "Z"
 
 
 def test_a_name_that_is_none(tmp_path, monkeypatch, capsys):

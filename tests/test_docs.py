@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from muse.config import load_config
@@ -174,6 +175,22 @@ def test_the_readme_is_short_and_names_every_page():
     index = text.partition("## Documents\n")[2].partition("\n## ")[0]
     pages = {f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md")}
     assert set(re.findall(r"\((docs/\w+\.md)\)", index)) == pages
+
+
+def test_the_citation_is_of_the_software_and_names_the_paper():
+    """What CFF 1.2.0 requires; the title and number of the paper as README has them."""
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= cited.keys()
+    assert cited["cff-version"] == "1.2.0" and cited["type"] == "software"
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    title, number = re.search(r"  title     = \{(.+)\}[\s\S]+?arXiv ([\d.]+)", readme).groups()
+    (paper,) = cited["identifiers"]
+    assert paper == {
+        "type": "url",
+        "value": f"https://arxiv.org/abs/{number}",
+        "description": paper["description"],
+    }
+    assert title in paper["description"] and title in cited["abstract"]
 
 
 def test_the_readme_draws_every_room_of_the_package():

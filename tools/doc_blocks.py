@@ -7,8 +7,10 @@ who comes from README and has run the demo. What needs GPUs, weights, data or th
 and run if it is asked for. What a block prints goes to outputs/check_docs. Exit code 1: one failed.
 """
 
+import os
 import re
 import shlex
+import signal
 import subprocess
 import sys
 import time
@@ -81,17 +83,22 @@ def run_block(block: Block, log: Path, limit: float | None) -> tuple[int | None,
     words = [sys.executable if program == "python" else program, *flags]
     started = time.monotonic()
     with log.open("wb") as out:
+        done = subprocess.Popen(
+            words,
+            stdin=subprocess.PIPE,
+            cwd=ROOT,
+            stdout=out,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,  # so that all that it starts can be ended with it
+        )
         try:
-            done = subprocess.run(
-                words,
-                input=block.code.encode(),
-                cwd=ROOT,
-                stdout=out,
-                stderr=subprocess.STDOUT,
-                timeout=limit,
-            )
+            done.communicate(block.code.encode(), timeout=limit)
             code = done.returncode
-        except subprocess.TimeoutExpired:
+        except BaseException as error:
+            os.killpg(done.pid, signal.SIGKILL)
+            done.wait()
+            if not isinstance(error, subprocess.TimeoutExpired):
+                raise  # Ctrl-C
             code = None
     return code, time.monotonic() - started
 
