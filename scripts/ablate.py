@@ -11,6 +11,8 @@ from muse import cli
 from muse.errors import ConfigError
 from muse.utils.io import writable_directory
 
+SIZES = ("fast", "short", "full")
+
 
 def flags():
     """The parser of this command."""
@@ -21,6 +23,7 @@ def flags():
         action="store_true",
         help="minutes: shows that it runs, says nothing about the method",
     )
+    size.add_argument("--short", action="store_true", help="a third of the steps")
     size.add_argument("--full", action="store_true", help="for a GPU: many more steps and pictures")
     parser.add_argument(
         "--variants",
@@ -70,7 +73,7 @@ def main(argv=None) -> int:
     variants = list(VARIANTS) if variants == ["all"] else variants
     if unknown := [name for name in variants if name not in VARIANTS]:
         raise ConfigError(f"--variants: {', '.join(unknown)}: there are {', '.join(VARIANTS)}")
-    plan = STUDY_PLANS["fast" if args.fast else "full" if args.full else "default"]
+    plan = STUDY_PLANS[next((name for name in SIZES if getattr(args, name)), "default")]
     output = writable_directory(args.output)
     on_cpu = cli.device(None) == "cpu"
     if on_cpu:
