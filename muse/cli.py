@@ -12,15 +12,23 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from omegaconf import DictConfig
-from omegaconf.errors import InterpolationResolutionError
-
 from muse import __version__
-from muse.config import load_config, resolved, unset_variable
+from muse.command_line import missing_package
 from muse.errors import ConfigError, MuseError
-from muse.utils.io import file_sha256, versions
+
+try:
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import InterpolationResolutionError
+
+    from muse.config import load_config, model_config, resolved, unset_variable
+    from muse.utils.io import file_sha256, versions
+    from muse.utils.threads import wait_without_spinning
+except ModuleNotFoundError as error:  # a Python without the requirements: no traceback
+    print(f"error: {missing_package(error)}", file=sys.stderr)
+    raise SystemExit(2) from None
 
 logger = logging.getLogger(__name__)
+wait_without_spinning()  # before torch is imported, which no command does above this line
 
 
 def entry(main: Callable[..., int | None]) -> Callable[..., int]:
@@ -35,6 +43,10 @@ def entry(main: Callable[..., int | None]) -> Callable[..., int]:
             message = unset_variable(error)
         except MuseError as error:
             message = str(error)
+        except ModuleNotFoundError as error:
+            if (error.name or "muse").split(".")[0] in ("muse", "scripts"):
+                raise  # a bug
+            message = missing_package(error)
         except (PermissionError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
             message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
         except OSError as error:
@@ -161,7 +173,11 @@ def load_cfg(args: argparse.Namespace) -> DictConfig:
 
     The authors' weights run under their own routing: where the checkpoint holds them and no
     override names `model.routing`, `args.overrides` gets it, and so does the protocol.
+
+    Without --config (picture commands) it is the checkpoint's own section `model`, alone.
     """
+    if args.config is None:
+        return _own_cfg(args)
     cfg = load_config(args.config, args.overrides, getattr(args, "recipe", None))
     named = any(word.startswith(("model.routing=", "model=")) for word in args.overrides)
     if getattr(args, "checkpoint", None) is None or named or _runs_release(cfg.model):
@@ -174,6 +190,18 @@ def load_cfg(args: argparse.Namespace) -> DictConfig:
     # A user's own override comes later and wins.
     args.overrides = ["model.routing=release", "model.join_semantics=null", *args.overrides]
     return load_config(args.config, args.overrides)
+
+
+def _own_cfg(args: argparse.Namespace) -> DictConfig:
+    """The `model` section beside the checkpoint's weights; a hub id becomes its local directory."""
+    from muse.models.loading import local_checkpoint, own_config  # noqa: PLC0415 (imports torch)
+
+    args.checkpoint = local_checkpoint(args.checkpoint)
+    own = OmegaConf.create({"model": own_config(args.checkpoint)})
+    if wrong := next((w for w in args.overrides if not w.startswith("model.")), None):
+        raise ConfigError(f"{wrong}: without --config only keys of model can be overridden")
+    own.merge_with_dotlist(list(args.overrides))
+    return OmegaConf.create({"model": model_config(own.model)})
 
 
 def _runs_release(model: DictConfig) -> bool:
@@ -204,12 +232,12 @@ def choose_training_device(name: str | None) -> None:
         os.environ["ACCELERATE_USE_CPU"] = "true"
 
 
-def open_model(args: argparse.Namespace, cfg: DictConfig):
+def open_model(args: argparse.Namespace, cfg: DictConfig, precision: str = "float32"):
     """The checkpoint's model on the wanted device, in eval mode; puts the device into `args`."""
     from muse.models.loading import load_model  # noqa: PLC0415 (imports torch)
 
     args.device = device(args.device)
-    return load_model(args.checkpoint, cfg.model, args.device)
+    return load_model(args.checkpoint, cfg.model, args.device, precision)
 
 
 def protocol(args: argparse.Namespace, cfg: DictConfig, **extra: Any) -> dict[str, Any]:

@@ -87,8 +87,23 @@ def shipped_config(name: str) -> Path:
     """
     if file := _shipped(Path(name)):
         return file
-    known = [file.relative_to(root).as_posix() for root in SHIPPED for file in root.rglob("*.yaml")]
-    raise ConfigError(f"{name}: no such configuration comes with muse{nearest(name, known)}")
+    raise ConfigError(
+        f"{name}: no such configuration comes with muse{nearest(name, _shipped_names())}"
+    )
+
+
+def stage_files(directory: str | Path) -> list[Path]:
+    """Every stage of a variant, in order: of a directory, or of one that comes with muse, by name;
+    `ConfigError` where there is none.
+    """
+    path = Path(directory).expanduser()
+    for folder in (path, *(root / _short(path) for root in SHIPPED)):
+        if files := sorted(folder.glob("stage*.yaml")):
+            return files
+    known = {Path(one).parent.as_posix() for one in _shipped_names() if "stage" in one}
+    raise ConfigError(
+        f"{directory}: no stage*.yaml in that directory{nearest(str(_short(path)), known)}"
+    )
 
 
 def model_config(values: Any) -> DictConfig:
@@ -170,16 +185,32 @@ def unset_variable(error: Exception) -> str:
     return f"{first} (needed by {key})" if key else first
 
 
+def _short(path: Path) -> Path:
+    return path.relative_to("configs") if path.is_relative_to("configs") else path
+
+
 def _shipped(path: Path) -> Path | None:
     """The shipped file of this name, which may lack `.yaml` and may begin with `configs/`."""
-    name = path.relative_to("configs") if path.is_relative_to("configs") else path
+    name = _short(path)
     files = [folder / f"{name}{ending}" for folder in SHIPPED for ending in ("", ".yaml")]
     return next((file for file in files if file.is_file()), None)
 
 
+def _shipped_names() -> set[str]:
+    """Names of all configurations that come with muse, such as `muse_tiny/stage3.yaml`."""
+    return {one.relative_to(root).as_posix() for root in SHIPPED for one in root.rglob("*.yaml")}
+
+
 def _file_layers(path: Path, seen: tuple[Path, ...] = ()) -> list[DictConfig]:
+    if path.is_dir():
+        held = sorted(file.name for file in path.glob("*.yaml"))
+        hint = f"; it holds {', '.join(held[:6])}" if held else ""
+        raise ConfigError(f"{path}: is a directory, a configuration file was expected{hint}")
     if not path.is_file():
-        raise ConfigError(f"{path}: no such configuration file")
+        end = "" if path.suffix == ".yaml" else ".yaml"  # suggested in the form that was given
+        known = [name.removesuffix(end) for name in _shipped_names()]
+        hint = "" if path.is_absolute() else nearest(_short(path).as_posix(), known)
+        raise ConfigError(f"{path}: no such configuration file{hint}")
     if path.resolve() in seen:
         raise ConfigError(f"{path}: names itself through `base`")
     try:

@@ -1,32 +1,18 @@
-"""Reconstruct picture files with a trained model."""
+"""Picture files: which ones a user means, how they are read, how results are named."""
 
 import glob
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
-import torch
+from PIL import Image
 from torch import Tensor
 
 from muse.data.decode import BadSample, decode_image
 from muse.data.transforms import to_float, to_pixels
 from muse.errors import DataError
-from muse.models.low_precision import computing
-from muse.utils.viz_utils import fit_side, save_image
-from muse.utils.viz_utils import tile as tile_images
 
+ALPHA_MODES = ("RGBA", "RGBa", "LA", "La", "PA")
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".tif", ".tiff", ".gif"}
-
-
-class Reconstructed(NamedTuple):
-    """One picture's result; PSNR in dB against the input as the model saw it."""
-
-    source: Path
-    reconstruction: Path
-    comparison: Path
-    height: int
-    width: int
-    psnr: float
 
 
 def find_images(pattern: str) -> list[Path]:
@@ -59,46 +45,12 @@ def read_image(file: str | Path) -> Tensor:
         raise DataError(f"{file}: cannot be read ({error.strerror})") from None
 
 
-def reconstruct_files(
-    model,
-    files: Sequence[Path],
-    folder: Path,
-    max_side: int = 2048,
-    tile: int | None = None,
-) -> tuple[list[Reconstructed], list[tuple[Path, str]]]:
-    """Write `NAME.png` (the reconstruction) and `NAME_compare.png` (input beside it) for each file.
-
-    Args:
-        model: a `MUSE_ViT`.
-        files: pictures of any size.
-        folder: where the results go.
-        max_side: larger pictures are shrunk to this side, pixels.
-        tile: decode in tiles of this side, pixels; None: in one piece.
-
-    Returns:
-        The results, and the files that could not be read with the reason.
-
-    Raises:
-        DataError: a result would overwrite an input.
-    """
-    results: list[Reconstructed] = []
-    failed: list[tuple[Path, str]] = []
-    device = next(model.parameters()).device
-    for file, target, both in name_results(files, folder):
-        try:
-            image = fit_side(read_image(file), max_side)
-        except DataError as error:
-            failed.append((file, str(error).removeprefix(f"{file}: ")))
-            continue
-        with torch.inference_mode(), computing(model):
-            recon = model.reconstruct(image[None].to(device), tile=tile)[0].float().cpu()
-        save_image(recon, target)
-        save_image(tile_images([[image, recon]]), both)
-        error = (recon - image).square().mean().clamp_min(1e-12)
-        results.append(
-            Reconstructed(file, target, both, *image.shape[-2:], float(-10 * error.log10()))
-        )
-    return results, failed
+def has_transparency(file: str | Path) -> bool:
+    """Whether a readable picture has transparent pixels, which `read_image` lays on white."""
+    with Image.open(file) as image:  # the header alone, unless there is an alpha channel
+        if image.mode not in ALPHA_MODES and "transparency" not in image.info:
+            return False
+        return image.convert("RGBA").getchannel("A").getextrema()[0] < 255
 
 
 def name_results(files: Sequence[Path], folder: Path) -> list[tuple[Path, Path, Path]]:

@@ -11,9 +11,11 @@ from muse import cli
 from muse.errors import ConfigError
 from muse.utils.io import writable_directory
 
+SIZES = ("fast", "short", "full")
 
-@cli.entry
-def main(argv=None) -> int:
+
+def flags():
+    """The parser of this command."""
     parser = cli.plain_parser(__doc__)
     size = parser.add_mutually_exclusive_group()
     size.add_argument(
@@ -21,6 +23,7 @@ def main(argv=None) -> int:
         action="store_true",
         help="minutes: shows that it runs, says nothing about the method",
     )
+    size.add_argument("--short", action="store_true", help="a third of the steps")
     size.add_argument("--full", action="store_true", help="for a GPU: many more steps and pictures")
     parser.add_argument(
         "--variants",
@@ -52,7 +55,12 @@ def main(argv=None) -> int:
     parser.add_argument(
         "overrides", nargs="*", metavar="key=value", help="configuration overrides for every run"
     )
-    args = cli.parse(parser, argv)
+    return parser
+
+
+@cli.entry
+def main(argv=None) -> int:
+    args = cli.parse(flags(), argv)
 
     # Heavy, and --help is quick.
     from muse.experiments.ablation import CLAIMS, STUDY_PLANS, VARIANTS, Study  # noqa: PLC0415
@@ -65,7 +73,7 @@ def main(argv=None) -> int:
     variants = list(VARIANTS) if variants == ["all"] else variants
     if unknown := [name for name in variants if name not in VARIANTS]:
         raise ConfigError(f"--variants: {', '.join(unknown)}: there are {', '.join(VARIANTS)}")
-    plan = STUDY_PLANS["fast" if args.fast else "full" if args.full else "default"]
+    plan = STUDY_PLANS[next((name for name in SIZES if getattr(args, name)), "default")]
     output = writable_directory(args.output)
     on_cpu = cli.device(None) == "cpu"
     if on_cpu:

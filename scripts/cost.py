@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from muse import cli
-from muse.config import load_config
+from muse.config import load_config, stage_files
 from muse.errors import ConfigError
 from muse.utils.io import versions, write_json
 
@@ -20,9 +20,7 @@ def make_parser() -> argparse.ArgumentParser:
     which.add_argument(
         "--config", help="YAML configuration of one stage, such as configs/muse_1b/stage3.yaml"
     )
-    which.add_argument(
-        "--recipe", metavar="DIR", help="every stage of a variant, such as configs/muse_1b"
-    )
+    which.add_argument("--recipe", metavar="DIR", help="every stage of a variant, such as muse_1b")
     which.add_argument(
         "--generator", metavar="FILE", help="a generator's, such as generation/imagenet256_xl"
     )
@@ -79,14 +77,7 @@ def check_numbers(args: argparse.Namespace) -> None:
 def check_flags(args: argparse.Namespace) -> list[Path]:
     """The files to count; `ConfigError` for a flag out of its range."""
     check_numbers(args)
-    files = (
-        [Path(args.config)]
-        if args.config
-        else sorted(Path(args.recipe).expanduser().glob("stage*.yaml"))
-    )
-    if not files:
-        raise ConfigError(f"{args.recipe}: no stage*.yaml in that directory")
-    return files
+    return [Path(args.config)] if args.config else stage_files(args.recipe)
 
 
 def print_generator_cost(args: argparse.Namespace) -> int:

@@ -1,25 +1,28 @@
-"""Reconstruct pictures of any size: one file, a directory or a glob."""
+"""Reconstruct pictures of any size: files, directories or globs.
+
+Without further flags by the model that comes with the package. Each picture is written as NAME.png,
+and beside its original as NAME_compare.png; PSNR and SSIM go to reconstructions.csv.
+"""
 
 import sys
 
 from muse import cli
-from muse.errors import ConfigError
+from muse.commands.picture_flags import picture_parser, picture_words
 from muse.utils.io import writable_directory
 
 
 @cli.entry
 def main(argv: list[str] | None = None) -> int:
     """Parse, reconstruct, print a line for each picture."""
-    parser = cli.parser(__doc__, checkpoint=True)
-    parser.add_argument(
-        "--image_path", "--image", required=True, help="picture file, directory or glob"
-    )
-    parser.add_argument("--output_dir", required=True)
+    parser = picture_parser(__doc__)
+    parser.add_argument("--image_path", "--image", help="picture file, directory or glob")
+    parser.add_argument("--output_dir", default="reconstructions", help="where the pictures go")
     parser.add_argument(
         "--max_side", type=int, default=2048, help="larger pictures are shrunk to this side, pixels"
     )
+    parser.add_argument("--batch_size", type=int, default=8, help="pictures of one size at a time")
     parser.add_argument(
-        "--tile", type=int, default=None, help="decode in tiles of this side, pixels: less memory"
+        "--tile", type=int, help="decode in tiles of this side, pixels: less memory"
     )
     parser.add_argument(
         "--precision",
@@ -28,22 +31,30 @@ def main(argv: list[str] | None = None) -> int:
         help="of the weights in memory; int8 computes in float32",
     )
     args = cli.parse(parser, argv)
-    if args.tile is not None and args.tile < 1:
-        raise ConfigError(f"--tile must be at least 1 pixel, not {args.tile}")
+    pictures = picture_words(args, args.image_path)
     cfg = cli.load_cfg(args)
-    from muse.inference import find_images, reconstruct_files  # noqa: PLC0415 (imports torch)
-    from muse.models.loading import load_model  # noqa: PLC0415 (imports torch)
+    # They import torch, which `--help` does not need.
+    from muse.commands.picture_batches import check_bounds, find_all  # noqa: PLC0415
+    from muse.commands.reconstruct_pictures import (  # noqa: PLC0415
+        reconstruct_files,
+        write_quality,
+    )
 
-    files = find_images(args.image_path)
+    check_bounds(args.max_side, args.batch_size, args.tile)
+    files = find_all(pictures)
     folder = writable_directory(args.output_dir)
-    args.device = cli.device(args.device)
-    model = load_model(args.checkpoint, cfg.model, args.device, args.precision)
-    results, failed = reconstruct_files(model, files, folder, args.max_side, args.tile)
+    model = cli.open_model(args, cfg, args.precision)
+    results, failed = reconstruct_files(
+        model, files, folder, args.max_side, args.batch_size, args.tile
+    )
     for result in results:
+        notes = "".join(f", {note}" for note in result.notes)
         print(
             f"{result.source} {result.width}x{result.height} -> {result.reconstruction} "
-            f"(PSNR {result.psnr:.2f} dB)"
+            f"(PSNR {result.psnr:.2f} dB, SSIM {result.ssim:.4f}{notes})"
         )
+    if results:
+        write_quality(folder / "reconstructions.csv", results)
     for file, reason in failed:
         print(f"error: {file}: {reason}", file=sys.stderr)
     return 2 if failed else 0

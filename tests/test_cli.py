@@ -79,7 +79,8 @@ def test_inference_of_a_directory_and_of_a_glob(flags, tmp_path, capsys):
         == 0
     )
     assert sorted(os.listdir(tmp_path / "all")) == sorted(
-        f"{stem}{kind}.png" for stem in "abc" for kind in ("", "_compare")
+        ["reconstructions.csv"]
+        + [f"{stem}{kind}.png" for stem in "abc" for kind in ("", "_compare")]
     )
     assert (
         inference.main(
@@ -92,6 +93,7 @@ def test_inference_of_a_directory_and_of_a_glob(flags, tmp_path, capsys):
         "a_compare.png",
         "c.png",
         "c_compare.png",
+        "reconstructions.csv",
     ]
     assert len(capsys.readouterr().out.splitlines()) == 5
 
@@ -220,7 +222,9 @@ MISTAKES = {
         lambda w, t: without(w, "--device", "tpu"),
         "--device tpu: not available here",
     ),
-    "a flag left out": (lambda w, t: without(w, "--output_dir"), "--output_dir"),
+    "a flag left out": (lambda w, t: without(w, "--image_path"), "no input: name a file"),
+    "no side at all": (lambda w, t: [*w, "--max_side", "0"], "--max_side must be at least 1"),
+    "no batch at all": (lambda w, t: [*w, "--batch_size", "0"], "--batch_size must be at least"),
     "an unknown flag": (lambda w, t: [*w, "--imge", "x"], "--imge"),
 }
 
@@ -279,7 +283,8 @@ def test_one_unreadable_picture_among_others(flags, tmp_path, capsys):
         [*flags, "--image_path", str(tmp_path / "in"), "--output_dir", str(tmp_path / "out")]
     )
     assert "b.jpg: not a readable picture" in one_error(capsys, code)
-    assert sorted(os.listdir(tmp_path / "out")) == ["a.png", "a_compare.png"]
+    names = ["a.png", "a_compare.png", "reconstructions.csv"]
+    assert sorted(os.listdir(tmp_path / "out")) == names
 
 
 def test_a_directory_without_permission(flags, photo, tmp_path, monkeypatch, capsys):
@@ -447,7 +452,7 @@ def test_flags_of_the_release_with_a_meaning_here(monkeypatch, flags, photo, tmp
     setup, recipe = seen["run_linear_probe"][:2]
     assert (recipe.learning_rates, recipe.epochs, setup.max_images) == ((0.25,), 7, 3)
     assert segment_probe.main([*flags, "--mode", "muse", "--lr", "0.01", *output]) == 0
-    assert seen["run_segment_probe"][1].learning_rate == 0.01
+    assert seen["run_segment_probe"][0].protocol.recipe.learning_rates == (0.01,)
     bare = [f"config={flags[1]}", f"checkpoint_path={flags[3]}", f"img_path={photo}"]
     assert inference.main([*bare, "--device", "cpu", "--output_dir", str(tmp_path / "a")]) == 0
     assert (tmp_path / "a/photo.png").is_file()

@@ -22,6 +22,7 @@ from muse.config import (
     read_section,
     resolved,
     shipped_config,
+    stage_files,
     unset_variable,
 )
 from muse.config_checks import check_training_crop
@@ -380,7 +381,7 @@ def test_keys_that_exclude_each_other(overrides, words, empty):
 def test_files_that_are_no_configuration(tmp_path):
     with pytest.raises(ConfigError, match="none.yaml: no such configuration file"):
         load_config(tmp_path / "none.yaml")
-    with pytest.raises(ConfigError, match="no such configuration file"):
+    with pytest.raises(ConfigError, match="is a directory, a configuration file was expected"):
         load_config(tmp_path)
     with pytest.raises(ConfigError, match="not readable as YAML"):
         load_config(write(tmp_path, "broken.yaml", "model: {dim: [1\n"))
@@ -587,13 +588,31 @@ def test_shipped_configurations_by_short_name(tmp_path, monkeypatch):
         assert load_config(name) == whole
     with pytest.raises(ConfigError, match="did you mean muse_tiny/stage3.yaml"):
         shipped_config("muse_tiny/stage33.yaml")
-    with pytest.raises(ConfigError, match="muse_tiny/stage9: no such configuration file"):
+    with pytest.raises(ConfigError, match="stage9: no such configuration file; did you mean muse_"):
         load_config("muse_tiny/stage9")
+    with pytest.raises(ConfigError, match="did you mean generation/imagenet256_xl\\?"):
+        load_config("configs/generation/imagenet256xl")
     (tmp_path / "muse_tiny").mkdir()
     write(tmp_path / "muse_tiny", "stage3.yaml", "training: {seed: 5}")
     assert (
         load_config("muse_tiny/stage3.yaml").training.seed == 5
     )  # a file of one's own comes first
+
+
+def test_a_directory_is_no_configuration(tmp_path):
+    with pytest.raises(ConfigError, match="is a directory, a configuration file was expected$"):
+        load_config(tmp_path)
+    with pytest.raises(ConfigError, match="expected; it holds model.yaml, .*stage1.yaml"):
+        load_config(ROOT / "configs/muse_1b")
+
+
+def test_stages_of_a_variant_by_name(tmp_path, monkeypatch):
+    expected = [ROOT / f"configs/muse_1b/stage{n}.yaml" for n in (1, 2, 3)]
+    monkeypatch.chdir(tmp_path)
+    for name in ("muse_1b", "configs/muse_1b", ROOT / "configs/muse_1b"):
+        assert stage_files(name) == expected
+    with pytest.raises(ConfigError, match="muse_1c: no stage.*did you mean muse_1b"):
+        stage_files("muse_1c")
 
 
 def test_shipped_configurations_are_installed_with_the_package(tmp_path):

@@ -96,14 +96,14 @@ def test_a_block_is_read_with_its_mark():
 
 
 # --- blocks that run
-# As tools/demo.sh does it, with two steps a stage, on drawn pictures under the name of the stamps.
+# As tools/demo.sh does it, with two steps a stage, on drawn pictures named as the real ones.
 DEMO = """
 from pathlib import Path
 from muse.experiments.demo import STAGES, stage_config
 from muse.experiments.demo_data import make_demo_data
 from muse.training.tokenizer_task import train
 output = Path("outputs/demo")
-data = output / "data-stamps"
+data = output / "data-everything"
 make_demo_data(kind="shapes", output=data, images=16, val_images=4, workers=1)
 own = [
     f"dataset.params.train_shards_path_or_url={data}/train-*.tar",
@@ -143,6 +143,8 @@ def environment(project, tmp_path_factory):
         "MASTER_PORT": str(free_port()),  # another run may have the default one
     }
     server = forked_python.start(programs, variables)
+    (programs / "muse").write_text(f'#!/bin/sh\nexec {python} -m muse "$@"\n')
+    (programs / "muse").chmod(0o755)
     yield variables
     server.terminate()
     server.wait()
@@ -277,7 +279,7 @@ def test_unknown_words_are_found(dry_environment, parse_alone, capsys):
         check_words(launched)
     with pytest.raises(pytest.fail.Exception):  # the parser complains: nothing is parsed
         check_words(direct)
-    assert "--config" in capsys.readouterr().err
+    assert "--no_such_flag" in capsys.readouterr().err
     assert command_lines("a b \\\n c\n# d\n\nE=1 F=2 # g\nexport H=3\nI=4 j\n") == [
         "a b   c",
         "I=4 j",

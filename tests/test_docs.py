@@ -231,7 +231,7 @@ def test_data_examples_run(tmp_path, monkeypatch, capsys):
             encode(picture(len(animal), 80, 70), "JPEG")
         )
     batch = run_examples("data.md")["batch"]
-    assert sorted(file.name for file in (tmp_path / "data").iterdir()) == [
+    assert sorted(file.name for file in (tmp_path / "data").glob("*.tar")) == [
         "train-000000.tar",
         "train-000001.tar",
     ]

@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from skimage import metrics
 
+from muse.commands.reconstruct_pictures import reconstruct_files
 from muse.errors import DataError
-from muse.inference import find_images, name_results, read_image, reconstruct_files
+from muse.inference import find_images, has_transparency, name_results, read_image
 from tests.data.helpers import picture
 from tests.helpers import tiny_model
 
@@ -116,6 +118,43 @@ def test_one_bad_file_does_not_stop_the_others(pictures, tmp_path):
     ((file, reason),) = failed
     assert file.name == "bad.jpg" and reason.startswith("not a readable picture")
     assert not [path for path in (tmp_path / "out").iterdir() if "bad" in path.name]
+
+
+def test_batches_of_one_size_give_each_picture_its_own_result(tmp_path):
+    """PSNR and SSIM by scikit-image, from the pictures of a model that saw each one alone."""
+    sizes = [(40, 24), (24, 40), (40, 24), (40, 24), (9, 9), (24, 40)]
+    for number, size in enumerate(sizes):
+        picture(number, *size).save(tmp_path / f"{number}.png")
+    files, model = find_images(str(tmp_path)), tiny_model()
+    results, failed = reconstruct_files(model, files, tmp_path / "out", batch_size=2)
+    assert not failed and [result.source for result in results] == files
+    for result in results:
+        image = read_image(result.source)
+        with torch.no_grad():
+            recon = model.reconstruct(image[None])[0]
+        real, fake = image.double().numpy(), recon.double().numpy()
+        assert (read_image(result.reconstruction) - recon).abs().max() < 1 / 254
+        assert result.psnr == pytest.approx(metrics.peak_signal_noise_ratio(real, fake), abs=1e-3)
+        if min(real.shape[1:]) < 11:
+            assert math.isnan(result.ssim)
+            continue
+        window = {"gaussian_weights": True, "sigma": 1.5, "use_sample_covariance": False}
+        expected = metrics.structural_similarity(real, fake, channel_axis=0, data_range=1, **window)
+        assert result.ssim == pytest.approx(expected, abs=1e-4)
+
+
+def test_transparency_is_seen_where_something_is_transparent(tmp_path):
+    clear, opaque = (Image.new("RGBA", (4, 4), (9, 9, 9, alpha)) for alpha in (0, 255))
+    clear.save(tmp_path / "clear.png")
+    opaque.save(tmp_path / "opaque.png")
+    palette = Image.new("P", (4, 4), 1)
+    palette.info["transparency"] = 1
+    palette.save(tmp_path / "palette.gif", transparency=1)
+    picture(0, 4, 4).save(tmp_path / "photo.jpg")
+    names = ("clear.png", "opaque.png", "palette.gif", "photo.jpg")
+    assert [has_transparency(tmp_path / name) for name in names] == [True, False, True, False]
+    results, _ = reconstruct_files(tiny_model(), [tmp_path / "clear.png"], tmp_path / "out")
+    assert results[0].notes == ("transparency on white",)
 
 
 def test_results_never_share_a_name_and_never_lie_over_an_input(tmp_path):

@@ -6,7 +6,8 @@ import shlex
 import pytest
 
 from muse.experiments import reproduce
-from muse.experiments.paper_tables import MEASUREMENTS, NEEDS, TABLES, Cell, Measurement, Need
+from muse.experiments.paper_measurements import MEASUREMENTS, NEEDS, Measurement, Need
+from muse.experiments.paper_tables import TABLES, Cell
 from muse.experiments.paper_tables import PaperTable as Table
 from scripts import reproduce as script
 from tests.helpers import one_error
@@ -53,23 +54,26 @@ def test_runs_what_it_can_and_names_the_rest(small, capsys):
 
 
 def test_what_was_measured_is_read_and_another_command_is_run(small, capsys, monkeypatch):
-    outcome = reproduce.measure("runs", small / "out", long=False)
+    outcome = reproduce.run_measurement("runs", small / "out", long=False)
     assert outcome.state == "measured" and outcome.numbers == {"best": {"micro": 0.5}}
-    assert reproduce.measure("runs", small / "out", long=False).state == "measured before"
+    assert reproduce.run_measurement("runs", small / "out", long=False).state == "measured before"
     assert (small / "out/runs/runs").read_text() == "x"
-    assert reproduce.measure("runs", small / "out", False, ["--device", "cpu"]).state == "measured"
+    assert (
+        reproduce.run_measurement("runs", small / "out", False, ["--device", "cpu"]).state
+        == "measured"
+    )
     assert (small / "out/runs/runs").read_text() == "xx"
 
 
 def test_a_need_is_found_at_its_first_place(small):
     (small / "weights").mkdir()
-    assert reproduce.measure("lacks", small / "out", long=False).state == "missing: weights"
+    assert reproduce.run_measurement("lacks", small / "out", long=False).state == "missing: weights"
     (small / "weights/b.bin").touch()
     (small / "weights/a.bin").touch()
     words = reproduce.command_words(MEASUREMENTS["lacks"], small / "out")
     assert words[0][-2:] == [str(small / "out"), str(small / "weights/a.bin")]
-    assert reproduce.measure("lacks", small / "out", long=False).state == "measured"
-    assert reproduce.measure("takes_long", small / "out", long=True).state == "measured"
+    assert reproduce.run_measurement("lacks", small / "out", long=False).state == "measured"
+    assert reproduce.run_measurement("takes_long", small / "out", long=True).state == "measured"
 
 
 def test_every_cell_names_its_measurement_and_every_command_its_needs():
@@ -114,7 +118,7 @@ def test_the_page_is_made_of_the_tables():
     assert script.PAGE.read_text() == reproduce.page(script.recorded()), (
         "python scripts/reproduce.py --write_page"
     )
-    numbers = {"probe_release": {"best": {"micro": 0.8123}}}
+    numbers = {"probe_release": {"reported": {"micro": 0.8123}}}
     row = "| MUSE-1B (`release`) | linear probe, % ↑ | 85.2 | 81.2 |"
     assert row in reproduce.page(numbers) and row not in reproduce.page({})
 

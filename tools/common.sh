@@ -55,7 +55,7 @@ set_up() {
   if [ -n "${MUSE_PYTHON:-}" ] || [ "${DRY_RUN:-0}" = 1 ]; then return; fi
   if [ ! -x .venv/bin/python ]; then
     echo "making .venv"
-    python3 -c 'import sys; sys.exit(sys.version_info < (3, 11))' || fail "Python 3.11 or newer is needed"
+    python3 -c 'import sys; sys.exit(sys.version_info < (3, 10))' || fail "Python 3.10 or newer is needed"
     python3 -m venv .venv
   fi
   PYTHON="$ROOT/.venv/bin/python"

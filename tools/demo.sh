@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # The whole demo from a fresh clone: makes .venv if there is none, downloads the pictures and frozen networks, trains the stages on the CPU,
-# measures, and writes a report. tools/demo.sh [--fast|--full] [--data DIR] [--kind stamps|shapes] [--output DIR] [key=value ...]
+# measures, and writes a report. tools/demo.sh [--fast|--full] [--encoder muse_tiny|scratch] [--steps N,N,N] [--data DIR]
+# [--kind everything|stamps|shapes] [--output DIR] [key=value ...]
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 set_up requirements.txt requirements-demo.txt
+export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"  # threads that spin at barriers cost a shared machine most of its time
 launch "$PYTHON" scripts/demo.py "$@"

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Mapping
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from torch.utils.flop_counter import (
     sdpa_flop_count,
 )
 from torch.utils.hooks import RemovableHandle
+from typing_extensions import Self
 
 OTHER = "other"
 

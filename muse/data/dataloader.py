@@ -1,6 +1,6 @@
 """The front door to data: endless batches for training, each sample once for evaluation."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -9,9 +9,10 @@ from torch import Tensor
 
 from muse.config import plain
 from muse.data.crops import PictureCrop
+from muse.data.decode import MAX_PIXELS
 from muse.data.eval import EvalLoader, EvalStream, count_samples
 from muse.data.mixture import parse_mixture
-from muse.data.records import InMemory
+from muse.data.records import InMemory, Source
 from muse.data.samples import SampleMaker
 from muse.data.shards import check_enough
 from muse.data.sources import open_source
@@ -41,6 +42,9 @@ def train_loader(
     max_bad_fraction: float = 0.01,
     pin_memory: bool = False,
     maker: type[SampleMaker] = SampleMaker,
+    jpeg_draft: bool = True,
+    device: torch.device | None = None,
+    tokenize: Callable[[list[str]], list[list[int]]] | None = None,
 ) -> TrainLoader:
     """Endless shuffled batches of one rank.
 
@@ -51,25 +55,22 @@ def train_loader(
         fields: what a sample must have, else it is skipped; other captions may be "".
         zero_label_ignored: masks are numbered as in ADE20K, see `reduce_zero_label`.
         resampled: each worker draws shards with replacement; resuming is then approximate.
-        mix: what one draw from the mixture gives: `sample`, or `batch` for batches of one source.
+        mix: `sample` or `batch`: what one draw from the mixture gives, always of one source.
         cache_in_memory: decoded pictures stay in memory, per worker: for small sets.
         maker: what a record becomes, where that is not one picture with its caption.
+        jpeg_draft: see `Transform`.
+        device: where pictures become float32; a GPU then gets them as bytes.
+        tokenize: a text teacher's, run where the batch is made; its result is `tokens`.
 
-    Raises:
-        DataError: at once for missing or too few shards; while iterating, when more than
-            `max_bad_fraction` of the samples cannot be used.
+    Raises DataError at once for missing or too few shards, later for more bad ones than allowed.
     """
     _check_numbers(batch_size, num_workers, rank, world, max_bad_fraction)
-    specs, weights = parse_mixture(source)
-    sources = [open_source(spec) for spec in specs]
-    for one in () if resampled else sources:
-        check_enough(len(one.shards), world, num_workers, one.name)
-    sources = [InMemory(one) for one in sources] if cache_in_memory else sources
-    transform = Transform(resize_shorter_edge, crop_size, random_crop, random_flip)
+    sources, weights = _open_mixture(source, 0 if resampled else world, num_workers)
+    transform = Transform(resize_shorter_edge, crop_size, random_crop, random_flip, jpeg_draft)
     spec = StreamSpec(
-        sources=tuple(sources),
+        sources=tuple(map(InMemory, sources) if cache_in_memory else sources),
         weights=tuple(weights),
-        maker=maker(transform, tuple(fields), zero_label_ignored),
+        maker=maker(transform, tuple(fields), zero_label_ignored, MAX_PIXELS, True, tokenize),
         batch_size=batch_size,
         seed=seed,
         rank=rank,
@@ -79,7 +80,7 @@ def train_loader(
         resampled=resampled,
         mix=mix,
     )
-    return TrainLoader(spec, num_workers, max_bad_fraction, pin_memory)
+    return TrainLoader(spec, num_workers, max_bad_fraction, pin_memory, device)
 
 
 def eval_loader(
@@ -128,11 +129,20 @@ def eval_loader(
     if transform.crop_size is None and batch_size != 1:
         raise ConfigError("pictures without a crop differ in size: batch_size must be 1")
     opened = open_source(source)
-    made = maker(transform, tuple(fields), zero_label_ignored)
+    made = maker(transform, tuple(fields), zero_label_ignored, as_bytes=True)
     first = max_images if sample_seed is None else None
     counts = count_samples(opened, first) if opened.local else []
     stream = EvalStream(opened, made, batch_size, rank, world, max_images, counts, sample_seed)
     return EvalLoader(stream, num_workers, max_bad_fraction, pin_memory)
+
+
+def _open_mixture(source: object, world: int, workers: int) -> tuple[list[Source], list[float]]:
+    """Sources with their weights; with `world` above 0 each must have a shard for every reader."""
+    specs, weights = parse_mixture(source)
+    sources = [open_source(spec) for spec in specs]
+    for one in sources if world else ():
+        check_enough(len(one.shards), world, workers, one.name)
+    return sources, weights
 
 
 def _check_numbers(
@@ -150,9 +160,25 @@ def _check_numbers(
 
 # -------------------------------------------------------------------------- out of a configuration
 def build_train_loader(
-    cfg: DictConfig, *, rank: int = 0, world: int = 1, pin_memory: bool = False
+    cfg: DictConfig,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    pin_memory: bool = False,
+    device: torch.device | None = None,
+    tokenize: Callable[[list[str]], list[list[int]]] | None = None,
 ) -> TrainLoader:
-    """The training batches of process `rank` of `world`; `pin_memory` where they go to a GPU."""
+    """The training batches of process `rank` of `world`.
+
+    Args:
+        cfg: a configuration.
+        rank: of this process.
+        world: how many there are.
+        pin_memory: where batches go to a GPU.
+        device: where pictures become float32.
+        tokenize: the text teacher's. Without worker processes it is left to the teacher, which
+            does it for captions that it does not remember.
+    """
     params = cfg.dataset.params
     return train_loader(
         plain(params.train_shards_path_or_url),
@@ -169,6 +195,8 @@ def build_train_loader(
         max_bad_fraction=cfg.dataset.max_bad_fraction,
         fields=("images", "text") if cfg.losses.itc.weight > 0 else ("images",),
         pin_memory=pin_memory,
+        device=device,
+        tokenize=tokenize if params.num_workers_per_gpu else None,
     )
 
 

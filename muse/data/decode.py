@@ -6,7 +6,8 @@ import logging
 import struct
 import warnings
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import numpy
 from PIL import ExifTags, Image, UnidentifiedImageError
@@ -43,6 +44,7 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+_SIDEWAYS = tuple(_TURNS[number] for number in (5, 6, 7, 8))  # width and height change places
 # What Pillow's readers raise on broken files.
 _BROKEN = (
     OSError,
@@ -56,6 +58,22 @@ _BROKEN = (
     struct.error,
     zlib.error,
 )
+
+
+Size = tuple[int, int]  # (width, height)
+
+
+class DecodedPicture(NamedTuple):
+    """A decoded picture.
+
+    image is RGB and upright; turn is how the stored picture was turned for that, so that a mask can
+    follow; size is the upright picture's own size where the image may have been decoded smaller,
+    else None.
+    """
+
+    image: Image.Image
+    turn: Image.Transpose | None
+    size: Size | None = None
 
 
 class BadSample(Exception):
@@ -72,6 +90,13 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Raises BadSample: empty_file, not_an_image, decompression_bomb, truncated_image or
     corrupt_image.
     """
+    return _open_reduced(data, max_pixels, None)[0]
+
+
+def _open_reduced(
+    data: bytes, max_pixels: int, least: Callable[[int, int], Size] | None
+) -> tuple[Image.Image, Size]:
+    """`open_image`, a JPEG perhaps smaller than stored; and the stored size."""
     if not data:
         raise BadSample("empty_file")
     try:
@@ -82,6 +107,8 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
             width, height = image.size
             if width * height > max_pixels:
                 raise BadSample("decompression_bomb", f"{width}x{height}")
+            if least is not None and image.format == "JPEG" and _may_shrink(image):
+                image.draft(None, least(width, height))
             image.load()
     except UnidentifiedImageError as error:
         raise BadSample("not_an_image") from error
@@ -91,7 +118,7 @@ def open_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
         raise BadSample(
             "truncated_image" if "truncated" in str(error) else "corrupt_image", str(error)
         ) from error
-    return image
+    return image, (width, height)
 
 
 def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
@@ -100,24 +127,38 @@ def decode_image(data: bytes, max_pixels: int = MAX_PIXELS) -> Image.Image:
     Raises BadSample with one of the kinds of `open_image`, or unsupported_mode (float, 32-bit), or
     aspect_ratio (beyond 50:1).
     """
-    return decode_with_turn(data, max_pixels)[0]
+    return decode_picture(data, max_pixels).image
 
 
-def decode_with_turn(
-    data: bytes, max_pixels: int = MAX_PIXELS
-) -> tuple[Image.Image, Image.Transpose | None]:
-    """`decode_image`, and how it turned the stored picture, so that a mask can follow."""
-    image = open_image(data, max_pixels)
+def decode_picture(
+    data: bytes, max_pixels: int = MAX_PIXELS, least: Callable[[int, int], Size] | None = None
+) -> DecodedPicture:
+    """`decode_image`, with what else is known of the picture.
+
+    Args:
+        data: a file's content.
+        max_pixels: of the stored picture.
+        least: gives for a (width, height) those that are needed, wide and high alike: a JPEG is
+            then decoded at the smallest of 1/1, 1/2, 1/4 and 1/8 that is not below them.
+    """
+    image, (width, height) = _open_reduced(data, max_pixels, least)
+    reduced = least is not None and image.format == "JPEG"
     turn = _exif_turn(image)
     if turn is not None:
+        if turn in _SIDEWAYS:
+            width, height = height, width
         image = image.transpose(turn)
-    width, height = image.size
     if max(width, height) > MAX_ASPECT * min(width, height):
         raise BadSample("aspect_ratio", f"{width}x{height}")
     try:
-        return _to_rgb(image), turn
+        return DecodedPicture(_to_rgb(image), turn, (width, height) if reduced else None)
     except _BROKEN as error:
         raise BadSample("unsupported_mode", f"{image.mode}: {error}") from error
+
+
+def _may_shrink(image: Image.Image) -> bool:
+    """False for a turned picture of odd size: it would begin with a part of a pixel."""
+    return _exif_turn(image) is None or not (image.width % 8 or image.height % 8)
 
 
 def _exif_turn(image: Image.Image) -> Image.Transpose | None:

@@ -1,5 +1,6 @@
 """Evaluation data: every sample exactly once, in order, shared out over ranks and workers."""
 
+import os
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -10,8 +11,8 @@ from torch.utils.data import IterableDataset, get_worker_info
 
 from muse.data.decode import BadSample
 from muse.data.faults import BadSamples
-from muse.data.records import SHARD_FAULTS, Record, Source
-from muse.data.samples import Prepared, SampleMaker, torch_loader
+from muse.data.records import SHARD_FAULTS, Record, Source, contents_of
+from muse.data.samples import Prepared, SampleMaker, floats, torch_loader
 from muse.data.shards import split_shards
 from muse.data.transforms import generator_for
 from muse.errors import DataError
@@ -33,27 +34,28 @@ def spread_sample(total: int, count: int, seed: int) -> list[int]:
 
 
 def count_samples(source: Source, limit: int | None = None) -> list[int]:
-    """Samples in each shard of a local source, by its tar headers; stops after `limit`.
+    """Samples in each shard of a local source, by their indexes; stops after `limit`.
 
     Raises DataError if there are none.
     """
-    counts: list[int] = []
-    for shard in source.shards:
-        if limit is not None and sum(counts) >= limit:
+    counts: dict[int, int] = {}
+    order = range(len(source.shards))
+    if limit is None:
+        # Processes that start together begin at different shards: each scans a part of them and
+        # finds the others' indexes beside the rest.
+        first = os.getpid() % len(order)
+        order = [*order[first:], *order[:first]]
+    for number in order:
+        if limit is not None and sum(counts.values()) >= limit:
             break
-        counts.append(1 if source.one_per_shard else _count_shard(source, shard))
-    if not sum(counts):
+        shard = source.shards[number]
+        found = contents_of(source, shard)
+        if found.fault:
+            raise broken_shard(found.fault, shard, found.samples)
+        counts[number] = found.samples
+    if not sum(counts.values()):
         raise DataError(f"{source.name} holds no samples")
-    return counts
-
-
-def _count_shard(source: Source, shard: str) -> int:
-    count = 0
-    for record in source.read(shard):
-        if record.fault in SHARD_FAULTS:
-            raise broken_shard(record.fault, shard, count)
-        count += 1
-    return count
+    return [counts[number] for number in sorted(counts)]
 
 
 def broken_shard(fault: str, shard: str, count: int) -> DataError:
@@ -197,7 +199,7 @@ class EvalLoader:
                     raise broken_shard(kind, key, self.bad.seen - 1)
             self.bad.check()
             if batch is not None:
-                yield batch
+                yield floats(batch)
         self.bad.check(final=True)
         if self.num_samples is not None:
             first, last = self.stream.span()

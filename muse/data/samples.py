@@ -1,7 +1,7 @@
 """From a record's bytes to the tensors of a batch."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ from muse.data.decode import (
     BadSample,
     decode_captions,
     decode_label,
-    decode_with_turn,
+    decode_picture,
     image_bytes,
 )
 from muse.data.masks import decode_mask, reduce_zero_label
@@ -41,12 +41,23 @@ class SampleMaker:
     """Decodes what `fields` asks for; a sample that lacks one of them is bad.
 
     A caption that was not asked for may be missing ("").
+
+    Args:
+        transform: how pictures are resized and cropped.
+        fields: what a sample must have.
+        zero_label_ignored: masks are numbered as in ADE20K.
+        max_pixels: larger pictures are bad samples.
+        as_bytes: batches hold uint8 pictures, a quarter of the memory on their way between
+            processes and to a GPU; `floats` makes them float32.
+        tokenize: makes a text teacher's tokens of a batch's captions, which are added to it.
     """
 
     transform: Transform
     fields: tuple[str, ...] = ("images", "text")
-    zero_label_ignored: bool = False  # masks are numbered as in ADE20K
+    zero_label_ignored: bool = False
     max_pixels: int = MAX_PIXELS
+    as_bytes: bool = False
+    tokenize: Callable[[list[str]], list[list[int]]] | None = None
 
     def __post_init__(self) -> None:
         unknown = set(self.fields) - set(FIELDS)
@@ -64,10 +75,13 @@ class SampleMaker:
         captions = self._captions(members)
         label = decode_label(members) if "labels" in self.fields else None
         mask = decode_mask(members) if "masks" in self.fields else None
-        image, turn = decode_with_turn(image_bytes(members), self.max_pixels)
+        draft = getattr(self.transform, "jpeg_draft", False)
+        least = self.transform.target if draft else None
+        image, turn, size = decode_picture(image_bytes(members), self.max_pixels, least)
         if mask is not None and turn is not None:  # masks lie as the picture is stored
             mask = mask.transpose(turn)
-        pixels, resized = self.transform.resize(image, mask)
+        drafted = {} if size is None else {"size": size}
+        pixels, resized = self.transform.resize(image, mask, **drafted)
         if resized is not None and self.zero_label_ignored:
             resized = torch.from_numpy(reduce_zero_label(resized.numpy()))
         return Prepared(record.key, pixels, captions, label, resized)
@@ -89,9 +103,12 @@ class SampleMaker:
         return Prepared(prepared.key, pixels, captions, prepared.label, mask)
 
     def collate(self, samples: Sequence[Prepared]) -> dict:
-        """A batch: images float32 (B,3,H,W) in [0,1], text, keys; labels and masks if asked for."""
+        """A batch: images float32 (B,3,H,W) in [0,1], or uint8 (B,3,H,W) if as_bytes; text, keys;
+        labels, masks and tokens if asked for.
+        """
+        pixels = torch.stack([sample.pixels for sample in samples])
         batch = {
-            "images": to_float(torch.stack([sample.pixels for sample in samples])),
+            "images": pixels if self.as_bytes else to_float(pixels),
             "text": [sample.captions[0] for sample in samples],
             "keys": [sample.key for sample in samples],
         }
@@ -101,7 +118,19 @@ class SampleMaker:
         if "masks" in self.fields:
             masks = torch.stack([sample.mask for sample in samples])
             batch["masks"] = masks.to(torch.int64)  # (B,H,W)
+        if self.tokenize is not None:
+            batch["tokens"] = tuple(self.tokenize(batch["text"]))
         return batch
+
+
+def floats(batch: dict, device: torch.device | None = None) -> dict:
+    """The batch with its uint8 pictures as float32 in [0,1], on `device` if that is given."""
+    made = dict(batch)
+    for name, value in batch.items():
+        if isinstance(value, Tensor) and value.dtype == torch.uint8:
+            here = value if device is None else value.to(device, non_blocking=True)
+            made[name] = to_float(here)
+    return made
 
 
 def _as_it_is(batch: tuple) -> tuple:

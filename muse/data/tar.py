@@ -1,37 +1,32 @@
 """Tar shards as a source, in WebDataset's layout.
 
-A local, uncompressed shard is read by offset: its members need not be read to be passed over. Every
-other one is read as a stream.
+A local, uncompressed shard is read by offset, from its index (shard_index.py): samples need not be
+read to be passed over, and no header is read twice. Every other shard is read as a stream.
 """
 
-import os
-import re
 import tarfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import TypeVar
 
 from webdataset.gopen import Pipe, gopen, set_options
 from webdataset.tariterators import group_by_keys
 
 from muse.data import shards
 from muse.data.decode import SAMPLE_EXTENSIONS
-from muse.data.records import Record, Span
+from muse.data.records import Record, SharedFile, Span, count_by_reading
+from muse.data.shard_index import (
+    META,
+    ShardContents,
+    StrictTarInfo,
+    keep_first,
+    local_path,
+    shard_contents,
+    shard_index,
+)
 
 _READ_ERRORS = (OSError, EOFError, tarfile.TarError, zlib.error)
-_META = re.compile(r"__[^/]*__($|/)")  # webdataset keeps its own notes in members of such names
-
-
-class _StrictTarInfo(tarfile.TarInfo):
-    """Only the end marker ends an archive; tarfile itself also stops at a damaged header."""
-
-    @classmethod
-    def fromtarfile(cls, archive: tarfile.TarFile) -> tarfile.TarInfo:
-        try:
-            return super().fromtarfile(archive)
-        except tarfile.EOFHeaderError:
-            raise
-        except tarfile.HeaderError as error:
-            raise tarfile.ReadError(f"no end marker: {error}") from error
+T = TypeVar("T")
 
 
 class TarSource:
@@ -66,38 +61,56 @@ class TarSource:
     def read(self, shard: str) -> Iterator[Record]:
         # A local file that is cut short stays so; a stream may do better at the next try.
         retry_on = _READ_ERRORS if shards.is_remote(shard) else (OSError,)
+        start = _read_stream if shards.needs_stream(shard) else _read_indexed
         try:
-            yield from shards.with_retries(
-                lambda: _read_tar(shard),
-                retry_on,
-                shard,
-                self.attempts,
-                self.first_wait,
-                on_retry=self._count_retry,
-            )
+            yield from self._tried(lambda: start(shard), retry_on, shard)
         except (tarfile.TarError, EOFError, zlib.error):
             yield Record(shard, shard, fault="truncated_tar")
         except OSError:
             yield Record(shard, shard, fault="unreadable_shard")
 
+    def contents(self, shard: str) -> ShardContents:
+        """How many samples `read` gives, and the fault after them, without building a record."""
+        if shards.needs_stream(shard):
+            return count_by_reading(self, shard)
+        try:
+            return next(self._tried(lambda: iter([shard_contents(shard)]), (OSError,), shard))
+        except OSError:
+            return ShardContents(0, "unreadable_shard")
 
-def _read_tar(url: str) -> Iterator[Record]:
-    """Records of one shard. Raises one of _READ_ERRORS where it breaks off."""
+    def _tried(
+        self, start: Callable[[], Iterator[T]], retry_on: tuple[type[Exception], ...], shard: str
+    ) -> Iterator[T]:
+        return shards.with_retries(
+            start, retry_on, shard, self.attempts, self.first_wait, on_retry=self._count_retry
+        )
+
+
+def _read_indexed(url: str) -> Iterator[Record]:
+    """Records of a local shard, by their places. Raises OSError."""
+    path, index = local_path(url), shard_index(url)
+    file = SharedFile(path)
+    for key, members in index.samples:
+        spans = {
+            name: Span(path, offset, size)
+            for name, (offset, size) in members.items()
+            if name in SAMPLE_EXTENSIONS
+        }
+        yield Record(key, url, spans, file=file)
+    if index.fault:
+        yield Record(url, url, fault=index.fault)
+
+
+def _read_stream(url: str) -> Iterator[Record]:
+    """Records of one shard from its beginning. Raises one of _READ_ERRORS where it breaks off."""
     stream = gopen(url, "rb")
     finished = False
     try:
-        streamed = shards.needs_stream(url)
-        with tarfile.open(
-            fileobj=stream, mode="r|*" if streamed else "r:", tarinfo=_StrictTarInfo
-        ) as archive:
-            members = _tar_members(archive, url, None if streamed else stream.name)
-            for sample in group_by_keys(members, handler=_keep_first):
+        with tarfile.open(fileobj=stream, mode="r|*", tarinfo=StrictTarInfo) as archive:
+            for sample in group_by_keys(_tar_members(archive, url), handler=keep_first):
                 key, shard = sample.pop("__key__"), sample.pop("__url__")
-                yield Record(
-                    key,
-                    shard,
-                    {name: data for name, data in sample.items() if name in SAMPLE_EXTENSIONS},
-                )
+                members = {name: sample[name] for name in sample if name in SAMPLE_EXTENSIONS}
+                yield Record(key, shard, members)
         while isinstance(stream, Pipe) and stream.read(1 << 16):
             pass  # a command that is cut off by our closing its pipe would report an error
         finished = True
@@ -111,24 +124,10 @@ def _read_tar(url: str) -> Iterator[Record]:
         stream.close()
 
 
-def _tar_members(archive: tarfile.TarFile, url: str, path: str | None) -> Iterator[dict]:
-    """Members for webdataset's grouping, with Spans in place of data in a plain file at `path`."""
-    size = os.path.getsize(path) if path else 0
+def _tar_members(archive: tarfile.TarFile, url: str) -> Iterator[dict]:
+    """Members for webdataset's grouping."""
     while (info := archive.next()) is not None:
         archive.members = []  # tarfile would remember every header
-        if not info.isreg() or _META.match(info.name):
-            continue
-        if path is None:
+        if info.isreg() and not META.match(info.name):
             data = archive.extractfile(info).read()
-        elif info.offset_data + info.size > size:
-            raise tarfile.ReadError("unexpected end of data")
-        else:
-            data = Span(path, info.offset_data, info.size)
-        yield {"fname": info.name, "data": data, "__url__": url}
-
-
-def _keep_first(error: Exception) -> bool:
-    """Of two members of one name the first counts; anything else is raised."""
-    if isinstance(error, ValueError) and "duplicate" in str(error):
-        return True
-    raise error
+            yield {"fname": info.name, "data": data, "__url__": url}

@@ -2,8 +2,8 @@
 
 Every random choice comes from a generator seeded by (seed, epoch, rank, worker, source, key), so a
 position is a few integers: how many draws from the mixture there were, and for each source the
-epoch and how far into it. Going to a position walks through the epoch's records once without
-loading them (the tar headers of local shards; remote shards have to be read).
+epoch and how far into it. Going to a position of a local source shuffles numbers instead of records
+(ordering.py); streams have to be read again.
 """
 
 import copy
@@ -13,14 +13,15 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple
 
+import torch
 from torch.utils.data import IterableDataset, get_worker_info
-from webdataset.filters import shuffle
 
 from muse.data.decode import BadSample
 from muse.data.faults import BadInARow, BadSamples, kinds_of
 from muse.data.mixture import pick_source
+from muse.data.ordering import Places, as_position, replay, shuffled, start_position
 from muse.data.records import InMemory, Record, Source
-from muse.data.samples import Prepared, SampleMaker, torch_loader
+from muse.data.samples import Prepared, SampleMaker, floats, torch_loader
 from muse.data.shards import split_shards
 from muse.data.transforms import generator_for
 from muse.errors import CheckpointError, DataError, MuseError
@@ -54,11 +55,6 @@ class StreamSpec:
     shuffle_buffer: int = 1000
     resampled: bool = False
     mix: str = "sample"  # what a draw from the mixture gives: a sample, or a whole batch
-
-
-def start_position(sources: int, drawn: int = 0, epoch: int = 0) -> dict:
-    """A worker's place: draws from the mixture, and [epoch, records read] by source."""
-    return {"drawn": drawn, "sources": [[epoch, 0] for _ in range(sources)]}
 
 
 @dataclass
@@ -141,19 +137,24 @@ class WorkerStream:
     def _records(self, index: int, epoch: int, skip: int) -> Iterator[Record]:
         """The worker's records of one epoch, shuffled, without the first `skip`."""
         spec, source = self.spec, self.spec.sources[index]
-        left = skip
-        # What is skipped is not read: a record that enters the buffer before skipping ends, and
-        # every record that stays in memory, is loaded when it is decoded.
+        size = 1 if source.one_per_shard else max(1, spec.shuffle_buffer)
+        rng = generator_for("buffer", spec.seed, epoch, spec.rank, self.worker, index)
+        # Every record that stays in memory is loaded when it is decoded.
         lazy = isinstance(source, InMemory)
-        records = (
-            record if left or lazy else record.load()
-            for shard in self._shard_order(index, epoch)
-            for record in source.read(shard)
-        )
-        if spec.shuffle_buffer > 1 and not source.one_per_shard:
-            rng = generator_for("buffer", spec.seed, epoch, spec.rank, self.worker, index)
-            records = shuffle(spec.shuffle_buffer, initial=spec.shuffle_buffer, rng=rng)(records)
-        for record in records:
+        shards = self._shard_order(index, epoch)
+        left, held, start = skip, [], 0
+        if skip and source.local:
+            places = Places(source, shards)
+            numbers, start = replay(places.total, size, rng, skip)
+            held = places.records(numbers)
+            left = max(0, skip - places.total)
+            records = places.read(start)
+        else:
+            records = (record for shard in shards for record in source.read(shard))
+        # What is skipped is not read: a record that enters the buffer before skipping ends is
+        # loaded when it is decoded.
+        loaded = (record if left or lazy else record.load() for record in records)
+        for record in shuffled(loaded, size, rng, held):
             if left:
                 left -= 1
             else:
@@ -197,12 +198,18 @@ class TrainLoader:
     """Endless iterator of batches; `state_dict()` is the position after the last batch handed out.
 
     Iterating again goes on from that position. `bad` counts the samples skipped on this rank.
+    Pictures go to `device` (None: stay where they are) as bytes and become float32 there.
     """
 
     def __init__(
-        self, spec: StreamSpec, num_workers: int, max_bad_fraction: float, pin_memory: bool
+        self,
+        spec: StreamSpec,
+        num_workers: int,
+        max_bad_fraction: float,
+        pin_memory: bool,
+        device: torch.device | None = None,
     ):
-        self.spec, self.num_workers = spec, num_workers
+        self.spec, self.num_workers, self.device = spec, num_workers, device
         self.bad = BadSamples(max_bad_fraction)
         self.batches = 0
         self._retries = [0] * spec.workers
@@ -221,7 +228,7 @@ class TrainLoader:
             if report.error:
                 raise DataError(report.error)
             self.batches += 1
-            yield batch
+            yield floats(batch, self.device)
 
     def _layout(self) -> dict:
         """What the order of samples depends on."""
@@ -267,7 +274,7 @@ class TrainLoader:
         try:
             # Positions written before there was a choice have no `mix`.
             layout = {"mix": "sample", **state["layout"]}
-            positions = [_as_position(p) for p in state["positions"]]
+            positions = [as_position(p) for p in state["positions"]]
             batches = int(state["batches"])
             self.bad.load_state_dict(state["bad"])
         except (KeyError, TypeError, ValueError) as error:
@@ -288,8 +295,3 @@ class TrainLoader:
         self._positions = [
             start_position(len(spec.sources), drawn, epoch) for _ in range(spec.workers)
         ]
-
-
-def _as_position(saved: Mapping) -> dict:
-    places = [[int(epoch), int(read)] for epoch, read in saved["sources"]]
-    return {"drawn": int(saved["drawn"]), "sources": places}

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import numpy
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -31,8 +32,27 @@ def to_pixels(image: Image.Image) -> Tensor:
 
 
 def to_float(images: Tensor) -> Tensor:
-    """uint8 0..255 -> float32 [0,1], any shape."""
-    return images.to(torch.float32).div_(255)
+    """uint8 0..255 -> float32 [0,1], any shape, the same numbers on every device."""
+    # A GPU multiplies by 1/255 where a plain number is given, which rounds otherwise.
+    whole = 255 if images.device.type == "cpu" else torch.full((), 255.0, device=images.device)
+    return images.to(torch.float32).div_(whole)
+
+
+def _resized(image: Image.Image, size: tuple[int, int], full: tuple[int, int]) -> Tensor:
+    """RGB picture -> uint8 (3,h,w) of `size` (width, height).
+
+    Within 1 of Pillow's bicubic where `image` has its `full` size. A reduced one ends with a part
+    of a pixel where the reduction does not divide the size, which must not shift all others.
+    """
+    pixels = torch.from_numpy(numpy.array(image)).permute(2, 0, 1)[None]
+    reduction = round(full[0] / image.width)
+    if (image.width * reduction, image.height * reduction) == full:
+        made = F.interpolate(pixels, size=size[::-1], mode="bicubic", antialias=True)
+    else:
+        # Of sizes, torch takes the whole number below input x factor: a hair above is safe.
+        factors = [new * reduction / old * (1 + 1e-9) for new, old in zip(size, full)][::-1]
+        made = F.interpolate(pixels, scale_factor=factors, mode="bicubic", antialias=True)
+    return made[0]
 
 
 @dataclass(frozen=True)
@@ -44,12 +64,15 @@ class Transform:
         crop_size: side of the square; None keeps the resized picture.
         random_crop: a drawn place where `crop` gets a generator; else the centre.
         random_flip: half of the pictures mirrored where `crop` gets a generator; else none.
+        jpeg_draft: JPEGs may be decoded smaller, and are resized by torch's 8-bit kernel instead
+            of Pillow's: some times as fast, and within 2 of 255 of the plain way on average.
     """
 
     resize_shorter_edge: int | None = 256
     crop_size: int | None = 224
     random_crop: bool = False
     random_flip: bool = False
+    jpeg_draft: bool = False
 
     def __post_init__(self) -> None:
         edge, crop = self.resize_shorter_edge, self.crop_size
@@ -60,21 +83,34 @@ class Transform:
             raise ConfigError(f"crop_size {crop} does not fit into resize_shorter_edge {edge}")
 
     def resize(
-        self, image: Image.Image, mask: Image.Image | None = None
+        self,
+        image: Image.Image,
+        mask: Image.Image | None = None,
+        size: tuple[int, int] | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """RGB picture -> uint8 (3,h,w), antialiased bicubic, and its mask -> int32 (h,w), nearest.
 
         Raises BadSample mask_size if the mask is of another size than the picture.
-        """
-        if mask is not None and mask.size != image.size:
-            raise BadSample("mask_size", f"mask {mask.size}, image {image.size}")
-        size = self._target(*image.size)
-        if size != image.size:
-            image = image.resize(size, Image.Resampling.BICUBIC)
-            mask = None if mask is None else mask.resize(size, Image.Resampling.NEAREST)
-        return to_pixels(image), None if mask is None else torch.from_numpy(numpy.array(mask))
 
-    def _target(self, width: int, height: int) -> tuple[int, int]:
+        Args:
+            image: the picture.
+            mask: if it has one.
+            size: (width, height) of the picture if `image` was decoded with `jpeg_draft`.
+        """
+        full = size or image.size
+        if mask is not None and mask.size != full:
+            raise BadSample("mask_size", f"mask {mask.size}, image {full}")
+        target = self.target(*full)
+        if mask is not None and target != full:
+            mask = mask.resize(target, Image.Resampling.NEAREST)
+        numbers = None if mask is None else torch.from_numpy(numpy.array(mask))
+        if target == image.size:
+            return to_pixels(image), numbers
+        if size is not None:
+            return _resized(image, target, full), numbers
+        return to_pixels(image.resize(target, Image.Resampling.BICUBIC)), numbers
+
+    def target(self, width: int, height: int) -> tuple[int, int]:
         """torchvision's size: the longer side is cut down to whole pixels, not rounded."""
         shorter, longer = min(width, height), max(width, height)
         edge = self.resize_shorter_edge or max(shorter, self.crop_size or 0)

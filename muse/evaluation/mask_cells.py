@@ -48,9 +48,7 @@ def cell_targets(
         size = (rows * grid[0], columns * grid[1])
         masks = F.interpolate(masks[:, None].float(), size, mode="nearest")[:, 0].long()
     ignored = masks == ignore
-    low, high = (int(bound) for bound in torch.aminmax(masks.masked_fill(ignored, 0)))
-    if low < 0 or high >= num_classes:
-        raise ValueError(f"mask labels {low}..{high} do not fit {num_classes} classes")
+    check_mask_labels(masks, num_classes, ignore)
     # a class of its own, dropped below: far cheaper than picking the others out
     labels = masks.masked_fill(ignored, num_classes)
     batch, cells = len(masks), grid[0] * grid[1]
@@ -60,6 +58,30 @@ def cell_targets(
     counts = torch.bincount(places.flatten(), minlength=batch * cells * (num_classes + 1))
     shares = counts.view(-1, num_classes + 1)[:, :num_classes].float()
     return (shares / (rows * columns)).view(batch, cells, num_classes)
+
+
+def cell_maps(
+    masks: torch.Tensor, grid: tuple[int, int], num_classes: int, cell: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a grid can know at best of (B,H,W) labels: (B,K,h,w) shares, and the majority, one-hot.
+
+    Args:
+        masks: (B,H,W) labels.
+        grid: (h, w).
+        num_classes: K.
+        cell: see `covered_size`.
+    """
+    shares = cell_targets(masks, grid, num_classes, cell=cell)  # (B, h*w, K)
+    majority = F.one_hot(shares.argmax(2), num_classes).float()
+    return tuple(maps.transpose(1, 2).unflatten(2, grid) for maps in (shares, majority))
+
+
+def check_mask_labels(masks: torch.Tensor, num_classes: int, ignore: int = IGNORE_INDEX) -> None:
+    """ValueError unless all labels but the ignored one are classes."""
+    bounds = torch.aminmax(masks.masked_fill(masks == ignore, 0))
+    low, high = (int(bound) for bound in bounds)
+    if low < 0 or high >= num_classes:
+        raise ValueError(f"mask labels {low}..{high} do not fit {num_classes} classes")
 
 
 def foreground_masks(masks: torch.Tensor) -> torch.Tensor:

@@ -22,10 +22,16 @@ PIXEL_SIDE = 16
 
 
 class BareEncoder(nn.Module):
-    """The encoder as its source gives it, without a checkpoint of MUSE."""
+    """The encoder as its source gives it, without a checkpoint of MUSE.
 
-    def __init__(self, config: Any):
+    Args:
+        config: of the model.
+        own_grid: its tokens as they are, not averaged onto the latent grid.
+    """
+
+    def __init__(self, config: Any, own_grid: bool = False):
         super().__init__()
+        self.own_grid = own_grid
         self.encoder = build_encoder(config.encoder.source, plain(config.encoder.config), True)
         self.patch, self.unshuffle = self.encoder.config.patch_size[0], config.unshuffle
         self.cell = self.patch * self.unshuffle  # pixels of a cell of the latent grid
@@ -34,14 +40,14 @@ class BareEncoder(nn.Module):
         self.eval()
 
     def features(self, images: torch.Tensor) -> torch.Tensor:
-        """(B,3,H,W) in [0,1] -> (B,C,h,w) on the latent grid, as `MUSE_ViT.features` has them."""
+        """(B,3,H,W) in [0,1] -> (B,C,h,w), as `MUSE_ViT.features` or `.encoder_features`."""
         rows, columns = padding_to_multiple(images.shape[-2:], self.cell)
         if rows or columns:
             images = F.pad(images, (0, columns, 0, rows), mode="replicate")
         tokens = self.encoder(pixel_values=(images - self.mean) / self.std).last_hidden_state[:, 1:]
         grid = [side // self.patch for side in images.shape[-2:]]
         maps = tokens.transpose(1, 2).unflatten(2, grid)  # (B, C, rows, columns) of patches
-        return F.avg_pool2d(maps, self.unshuffle)  # (B, C, h, w)
+        return maps if self.own_grid else F.avg_pool2d(maps, self.unshuffle)  # (B, C, h, w)
 
 
 def _grid_mean(maps: torch.Tensor) -> torch.Tensor:
@@ -101,7 +107,9 @@ def pixel_maps(images: torch.Tensor) -> torch.Tensor:
     return F.interpolate(images, (PIXEL_SIDE, PIXEL_SIDE), mode="area")
 
 
-def probed_network(setup: Setup, feature: str, baseline: str | None = None) -> ProbedNetwork:
+def probed_network(
+    setup: Setup, feature: str, baseline: str | None = None, own_grid: bool = False
+) -> ProbedNetwork:
     """The network of a probe.
 
     Args:
@@ -109,18 +117,21 @@ def probed_network(setup: Setup, feature: str, baseline: str | None = None) -> P
         feature: a kind of `MUSE_ViT.features`.
         baseline: None; `pixels`; or `encoder`, as its source gives it (the checkpoint's where the
             source is random).
+        own_grid: the encoder's tokens as they are, not averaged onto the latent grid.
     """
     model, device = setup.cfg.model, setup.device
+    own_grid = own_grid and baseline == "encoder"
     if baseline == "pixels":
         facts = {"feature": f"pixels {PIXEL_SIDE}x{PIXEL_SIDE}"}
         return ProbedNetwork(pixel_maps, facts, lambda maps: maps.flatten(1))
     if baseline == "encoder" and model.encoder.source != "random":
-        encoder = BareEncoder(model).to(device)
+        encoder = BareEncoder(model, own_grid).to(device)
         facts = {
             "feature": "bare encoder",
             "cell": encoder.cell,
             "source": model.encoder.source,
             "weights_sha256": state_sha256(encoder),
+            **({"grid": "the encoder's own"} if own_grid else {}),
         }
         return ProbedNetwork(
             lambda images: encoder.features(images.to(device, non_blocking=True)),
@@ -140,7 +151,12 @@ def probed_network(setup: Setup, feature: str, baseline: str | None = None) -> P
         "checkpoint_sha256": file_sha256(weights_file(setup.checkpoint)),
         "routing": model.routing,
         "join_semantics": model.join_semantics,
+        **({"grid": "the encoder's own"} if own_grid else {}),
     }
+    if own_grid:
+        return ProbedNetwork(
+            lambda images: student.encoder_features(images.to(device)), facts, cell=student.cell
+        )
     return ProbedNetwork(
         lambda images: student.features(images.to(device, non_blocking=True), kind),
         facts,

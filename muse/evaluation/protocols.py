@@ -75,11 +75,12 @@ PROTOCOLS: dict[str, dict[str, Recipe]] = {
         ),
         "zero_shot": ZeroShotRecipe(RELEASE, crop=EVAL_224),
         "segment_probe": SegmentationRecipe(
-            f"{RELEASE}; as published their file loads no data",
+            f"{RELEASE}; as published their file loads no data; it takes the best epoch of the "
+            "pictures that are reported",
             crop=PictureCrop("squash", None, 512),
             affine=True,
             optimizer="sgd",
-            learning_rate=0.01,
+            learning_rates=(0.01,),
             schedule="constant",
             batch_size=64,
             steps=None,
@@ -87,6 +88,7 @@ PROTOCOLS: dict[str, dict[str, Recipe]] = {
             loss="pixels",
             report="best",
             mean_over="all",
+            rest="drop",
         ),
     },
     "unilip256": {
@@ -150,10 +152,10 @@ PROTOCOLS: dict[str, dict[str, Recipe]] = {
         "knn": NeighbourRecipe("DINOv2", crop=EVAL_224, pooling=("cls",)),
         "segment_probe": SegmentationRecipe(
             "DINOv2's linear ADE20K probe in mmsegmentation",
-            crop=PictureCrop("center", 512, None, resize_mask=False),
+            crop=PictureCrop("center", 512, None, filter="bilinear", resize_mask=False),
             augmentation=SceneAugmentation(),
             affine=True,
-            learning_rate=1e-3,
+            learning_rates=(1e-3,),
             schedule="poly",
             warmup_steps=1500,
             batch_size=16,

@@ -110,7 +110,7 @@ class SegmentationRecipe:
     augmentation: SceneAugmentation | None = None
     affine: bool = False  # of the batch norm, which then is one over all processes
     optimizer: str = "adamw"
-    learning_rate: float = 3e-3
+    learning_rates: tuple[float, ...] = (3e-3,)  # of several, one is chosen
     momentum: float = 0.9  # adamw: its first beta
     weight_decay: float = 1e-4
     schedule: str = "cosine"  # cosine, constant, or poly (linear to zero)
@@ -125,3 +125,5 @@ class SegmentationRecipe:
     report: str = "last"  # last or best epoch
     mean_over: str = "present"  # classes: present, or all
     encoder_grid: str = "native"  # of the baseline; features of the model have the latent grid
+    rest: str = "pad"  # pixels that fill no cell: pad, or drop (the maps stretch over the picture)
+    chosen_on: str = "held-out training pictures"  # rate and best epoch

@@ -1,68 +1,51 @@
-"""Segmentation probe: BatchNorm and a 1×1 convolution on frozen features, mIoU over all pixels."""
+"""Segmentation probe: a batch norm and a 1×1 convolution on frozen features, mIoU over all pixels.
+
+Where a protocol's pictures are small and always the same, features are stored once (this file);
+where they are large or augmented, they are computed as they come (segmentation_training.py).
+"""
 
 import functools
-from dataclasses import dataclass
+from collections.abc import Iterator
 
-import numpy
 import torch
-import torch.nn.functional as F
-from torch import nn
 
-from muse.data.masks import IGNORE_INDEX
-from muse.errors import ConfigError
 from muse.evaluation.frozen_features import FeatureSet, frozen_sets, probe_facts, read_rows
-from muse.evaluation.mask_cells import (
-    cell_targets,
-    count_classes,
-    covered_size,
-    foreground_masks,
-)
+from muse.evaluation.image_writer import image_writer
+from muse.evaluation.mask_cells import foreground_masks
 from muse.evaluation.measurement import (
     Measured,
     Setup,
     check_number,
     eval_data,
-    one_line_errors,
 )
 from muse.evaluation.metrics.accuracy_iou import ConfusionMatrix, IoU
-from muse.evaluation.probe_heads import cosine_schedule
-from muse.evaluation.probed_network import probed_network
+from muse.evaluation.probed_network import ProbedNetwork, probed_network
+from muse.evaluation.protocols import find_protocol
+from muse.evaluation.recipes import SegmentationRecipe
+from muse.evaluation.segmentation_heads import SegmentationHeads, SegmentationProbe, train_heads
+from muse.evaluation.segmentation_pictures import SavedPredictions, prediction_picture
+from muse.evaluation.segmentation_scores import (
+    GridBound,
+    best_head,
+    chosen_facts,
+    hold_out,
+    score_values,
+)
+from muse.evaluation.segmentation_settings import MaskLabels
+from muse.evaluation.segmentation_training import measure_scenes
 from muse.utils.distributed import leave_processes
 from muse.utils.viz_utils import segmentation_sheet
 
-ADE20K_CLASSES = 150
 
-
-class SegmentationProbe(nn.Module):
-    """(B,C,h,w) features -> (B,K,h,w) logits."""
-
-    def __init__(self, channels: int, num_classes: int):
-        super().__init__()
-        self.norm = nn.BatchNorm2d(channels, affine=False)
-        self.classify = nn.Conv2d(channels, num_classes, 1)
-        nn.init.normal_(self.classify.weight, std=0.01)
-        nn.init.zeros_(self.classify.bias)
-
-    def forward(self, features: torch.Tensor) -> torch.Tensor:
-        return self.classify(self.norm(features.float()))
-
-    @torch.no_grad()
-    def predict(
-        self, features: torch.Tensor, size: tuple[int, int], cell: int | None = None
-    ) -> torch.Tensor:
-        """(B,C,h,w) -> (B,*size) class indices: logits resized bilinearly, then the best class.
-
-        The logits cover the padded picture; what lies beyond `size` is cut off.
-
-        Args:
-            features: (B,C,h,w).
-            size: (H,W) of the pictures before any padding.
-            cell: see `covered_size`.
-        """
-        self.eval()
-        covered = covered_size(size, cell)
-        logits = F.interpolate(self(features), covered, mode="bilinear", align_corners=False)
-        return logits[..., : size[0], : size[1]].argmax(1)
+def stored_batches(
+    features, masks, rows: torch.Tensor, batch_size: int, seed: int, device: str | torch.device
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Endless batches (b,C,h,w), (b,H,W) of stored rows, drawn anew each time."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        drawn = torch.randperm(len(rows), generator=generator)[:batch_size].sort().values
+        index = rows[drawn]  # ascending: reads of a mapped file in file order
+        yield read_rows(features, index).to(device), read_rows(masks, index).to(device)
 
 
 def train_segmentation_probe(
@@ -93,34 +76,23 @@ def train_segmentation_probe(
     """
     if len(features) != len(masks) or not len(features):
         raise ValueError(f"{len(features)} feature maps and {len(masks)} masks")
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        probe = SegmentationProbe(features.shape[1], num_classes).to(device)
-    optimizer = torch.optim.AdamW(probe.parameters(), lr=learning_rate, weight_decay=1e-4)
-    schedule = cosine_schedule(optimizer, steps)
-    generator, grid = torch.Generator().manual_seed(seed), features.shape[-2:]
-    probe.train()
-    for _ in range(steps):
-        index = torch.randperm(len(features), generator=generator)[:batch_size].sort().values
-        labels = read_rows(masks, index).to(device)
-        target = cell_targets(labels, grid, num_classes, cell=cell)  # (B, h*w, K)
-        logits = probe(read_rows(features, index).to(device))  # (B, K, h, w)
-        log_shares = logits.log_softmax(1).flatten(2).transpose(1, 2)  # (B, h*w, K)
-        loss = -(target * log_shares).sum() / target.sum().clamp_min(1e-6)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        schedule.step()
-    if not probe.classify.weight.isfinite().all():
-        raise ValueError(
-            f"the probe diverged at learning rate {learning_rate:g}: give a smaller one"
-        )
-    return probe.eval()
+    recipe = find_protocol("native", "segment_probe")
+    heads = SegmentationHeads(features.shape[1], num_classes, [learning_rate], seed=seed).to(device)
+    rows = torch.arange(len(features))
+    batches = stored_batches(features, masks, rows, batch_size, seed, device)
+    for _ in train_heads(heads, batches, recipe, steps, cell):
+        pass
+    return heads.heads[0].eval()
 
 
 @torch.no_grad()
 def evaluate_segmentation(
-    probe: SegmentationProbe, features, masks, batch_size: int = 32, cell: int | None = None
+    probe: SegmentationProbe,
+    features,
+    masks,
+    batch_size: int = 32,
+    cell: int | None = None,
+    rows: torch.Tensor | None = None,
 ) -> IoU:
     """IoU of the probe at the masks' own size.
 
@@ -130,13 +102,13 @@ def evaluate_segmentation(
         masks: (N,H,W), likewise.
         batch_size: maps at a time.
         cell: see `covered_size`.
+        rows: which count, ascending; None is all.
     """
     confusion = ConfusionMatrix(probe.classify.out_channels)
     device = probe.classify.weight.device
-    for start in range(0, len(features), batch_size):
-        block = slice(start, start + batch_size)
-        truth = read_rows(masks, block)
-        maps = read_rows(features, block).to(device)
+    for index in (torch.arange(len(features)) if rows is None else rows).split(batch_size):
+        truth = read_rows(masks, index)
+        maps = read_rows(features, index).to(device)
         confusion.update(probe.predict(maps, truth.shape[-2:], cell).cpu(), truth)
     return confusion.compute()
 
@@ -163,116 +135,121 @@ def foreground_iou(
     )
 
 
-@dataclass(frozen=True)
-class SegmentRecipe:
-    """How the probe of `run_segment_probe` is trained, and on which labels.
-
-    Args:
-        labels: how masks are numbered: ade20k (0 is ignored, 1..150 become 0..149), plain (as they
-            are) or foreground (0 against the rest).
-        num_classes: None is 150 for ade20k, 2 for foreground, else the largest label + 1.
-        steps: batches.
-        batch_size: maps in each.
-        learning_rate: at the start.
-    """
-
-    labels: str = "ade20k"
-    num_classes: int | None = None
-    steps: int = 2000
-    batch_size: int = 32
-    learning_rate: float = 3e-3
-
-    def __post_init__(self) -> None:
-        check_number("num_classes", self.num_classes, 2)
-        check_number("steps", self.steps, 1)
-        check_number("probe_batch_size", self.batch_size, 2)
-        check_number("learning_rate", self.learning_rate, 0.0)
-        if self.num_classes is not None and self.labels == "foreground":
-            raise ConfigError(
-                "--num_classes does not go with --labels foreground, which has two classes"
-            )
-
-    def loading(self) -> dict:
-        """Options of `frozen_features` that give masks this numbering."""
-        relabel = foreground_masks if self.labels == "foreground" else None
-        return {"relabel": relabel, "zero_label_ignored": self.labels == "ade20k"}
-
-    def classes(self, masks: numpy.ndarray) -> int:
-        """What was asked for, or what the numbering has, or what the training masks hold."""
-        found = max(count_classes(masks), 2)
-        known = {"foreground": 2, "ade20k": ADE20K_CLASSES}
-        classes = self.num_classes or known.get(self.labels, found)
-        if classes > IGNORE_INDEX:
-            raise ValueError(
-                f"{classes} classes: at most {IGNORE_INDEX}, since label {IGNORE_INDEX} means an "
-                "ignored pixel"
-            )
-        return classes
-
-    def facts(self, num_classes: int) -> dict:
-        """For the protocol."""
-        return {
-            "labels": self.labels,
-            "num_classes": num_classes,
-            "steps": self.steps,
-            "probe_batch_size": self.batch_size,
-            "learning_rate": self.learning_rate,
-        }
-
-
 def run_segment_probe(
     setup: Setup,
-    recipe: SegmentRecipe,
+    labels: MaskLabels,
     feature: str = "block",
     baseline: str | None = None,
     num_pictures: int = 0,
+    saved: SavedPredictions | None = None,
 ) -> Measured | None:
-    """The measurement of scripts/segment_probe.py; None in processes that only extract features.
+    """The measurement of scripts/segment_probe.py; None in processes that only take part.
 
     Args:
-        setup: what is probed, on which data.
-        recipe: how the probe is trained.
+        setup: what is probed, on which data, by which protocol (None: native).
+        labels: how masks are read.
         feature: a kind of `MUSE_ViT.features`.
         baseline: encoder or pixels, probed instead, see `probed_network`.
         num_pictures: validation pictures in the sheet of predictions; 0 makes none.
+        saved: where the predictions for all validation pictures go.
     """
     check_number("num_pictures", num_pictures, 0)
-    network = probed_network(setup, feature, baseline)
-    train, val = frozen_sets(setup, network, "masks", pooled=False, **recipe.loading())
+    native = find_protocol("native", "segment_probe")
+    recipe = setup.protocol.recipe if setup.protocol else native
+    own_grid = recipe.encoder_grid == "native"
+    network = probed_network(setup, feature, baseline, own_grid=own_grid)
+    measure = _measure_stored if recipe.loss == "cells" else measure_scenes
+    return measure(setup, recipe, labels, network, num_pictures, saved)
+
+
+def _measure_stored(
+    setup: Setup,
+    recipe: SegmentationRecipe,
+    labels: MaskLabels,
+    network: ProbedNetwork,
+    num_pictures: int,
+    saved: SavedPredictions | None,
+) -> Measured | None:
+    loading = {"relabel": labels.relabel, "zero_label_ignored": labels.zero_ignored}
+    train, val = frozen_sets(setup, network, "masks", pooled=False, **loading)
     if not leave_processes():
         return None
-    hint = " (ADE20K's labels counted from 0)" if recipe.labels == "ade20k" else ""
-    with one_line_errors("segmentation probe" + hint):
-        probe = train_segmentation_probe(
-            train.features,
-            train.targets,
-            recipe.classes(train.targets),
-            recipe.steps,
-            recipe.batch_size,
-            recipe.learning_rate,
-            setup.cfg.training.seed,
-            setup.device,
-            network.cell,
-        )
+    with labels.errors():
+        classes = labels.classes(lambda: [train.targets])
+        names = saved.class_names(classes) if saved else ()
+        heads, held = _train_stored(setup, recipe, train, classes, network.cell)
+        scores = [
+            evaluate_segmentation(head, train.features, train.targets, 32, network.cell, held)
+            for head in heads.heads
+            if len(held)
+        ]
+        chosen, by_rate = best_head(heads, scores, recipe.mean_over)
+        probe = heads.heads[chosen]
         result = evaluate_segmentation(probe, val.features, val.targets, cell=network.cell)
-    sheet = functools.partial(_sheet, setup, recipe, probe, val, network.cell, num_pictures)
-    facts = probe_facts(network, recipe.facts(probe.classify.out_channels), train, val)
-    return Measured(result.as_dict(), facts, sheet if num_pictures else None)
+        bound = GridBound(classes, cell=network.cell)
+        for row in range(len(val.targets)):
+            truth = read_rows(val.targets, slice(row, row + 1))[0].long()
+            bound.update(truth, tuple(truth.shape), lambda _: val.features.shape[-2:])
+        values = score_values(result, recipe.mean_over, bound) | by_rate
+    draw = functools.partial(_draw, setup, labels, probe, val, network.cell)
+    if saved:
+        with image_writer(saved.folder) as add:
+            for picture, truth, guess in draw(None):
+                add(prediction_picture(picture, truth, guess, classes, names)[None], None)
+    facts = {
+        **labels.facts(classes),
+        "steps": recipe.steps,
+        "probe_batch_size": recipe.batch_size,
+        **chosen_facts(recipe, chosen, len(held)),
+    }
+    sheet = functools.partial(_sheet, draw, num_pictures, classes) if num_pictures else None
+    return Measured(values, probe_facts(network, facts, train, val), sheet)
 
 
-def _sheet(
+def _train_stored(
+    setup: Setup, recipe: SegmentationRecipe, train: FeatureSet, classes: int, cell: int | None
+) -> tuple[SegmentationHeads, torch.Tensor]:
+    """The heads, trained; and the rows that they were not trained on, none for a single rate."""
+    seed, count = setup.cfg.training.seed, len(train.targets)
+    fitted, held = hold_out(range(count), seed if len(recipe.learning_rates) > 1 else None)
+    rates, channels = recipe.learning_rates, train.features.shape[1]
+    heads = SegmentationHeads(channels, classes, rates, recipe.affine, seed).to(setup.device)
+    batches = stored_batches(
+        train.features,
+        train.targets,
+        torch.tensor(fitted),
+        recipe.batch_size,
+        seed,
+        setup.device,
+    )
+    for _ in train_heads(heads, batches, recipe, recipe.steps, cell):
+        pass
+    return heads, torch.tensor(held, dtype=torch.int64)
+
+
+def _draw(
     setup: Setup,
-    recipe: SegmentRecipe,
+    labels: MaskLabels,
     probe: SegmentationProbe,
     val: FeatureSet,
     cell: int | None,
-    count: int,
-) -> torch.Tensor:
-    """The first `count` pictures of the validation set with their true and predicted labels."""
-    ignored = recipe.loading()["zero_label_ignored"]
-    loader = eval_data(setup, "val", ("images", "masks"), zero_label_ignored=ignored)
-    images = next(iter(loader))["images"][:count]
-    truth = read_rows(val.targets, slice(len(images))).long()
-    maps = read_rows(val.features, slice(len(images))).to(probe.classify.weight.device)
-    guess = probe.predict(maps, truth.shape[-2:], cell).cpu()
-    return segmentation_sheet(images, truth, guess, probe.classify.out_channels)
+    count: int | None,
+) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+    """Picture, true and predicted labels of the first `count` validation pictures, or of all."""
+    device, row = probe.classify.weight.device, 0
+    loader = eval_data(setup, "val", ("images", "masks"), zero_label_ignored=labels.zero_ignored)
+    for batch in loader:
+        for picture in batch["images"]:
+            if row == count:
+                return
+            rows = slice(row, row + 1)
+            truth = read_rows(val.targets, rows).long()
+            guess = probe.predict(read_rows(val.features, rows).to(device), truth.shape[-2:], cell)
+            yield picture, truth[0], guess[0].cpu()
+            row += 1
+
+
+def _sheet(draw, count: int, classes: int) -> torch.Tensor:
+    """The first pictures of the validation set with their true and predicted labels."""
+    images, truth, guess = (torch.stack(parts) for parts in zip(*draw(count), strict=True))
+    return segmentation_sheet(images, truth, guess, classes)

@@ -1,5 +1,6 @@
 """What the demo measures before and after each stage, on pictures that no stage has seen."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -76,7 +77,7 @@ class Pictures:
 class Yardstick:
     """What stays the same between measurements: pictures, teachers, baselines.
 
-    `measure(model)` gives the numbers.
+    `measure(model)` gives the numbers; `beside(source)` is the same on other validation pictures.
 
     Args:
         cfg: names the data.
@@ -95,20 +96,37 @@ class Yardstick:
         val_images: int | None = None,
     ):
         params = cfg.dataset.params
+        self._cfg, self._topology, self._text = cfg, topology_teacher, text_teacher
         self.train = Pictures.load(cfg, params.train_shards_path_or_url, probe_images)
-        self.val = Pictures.load(cfg, params.eval_shards_path_or_url, val_images)
         self.grid, self.blocks = latent_grid(cfg), cfg.model.num_blocks
         self.prior = mean_teacher_maps(topology_teacher, self.train.batches(), self.grid)
-        self.targets = [
-            teacher_maps(topology_teacher, b["images"], self.grid) for b in self.val.batches()
-        ]
         self.classes = read_class_names(
             Path(str(params.train_shards_path_or_url)).parent / "classes.txt"
         )
         with torch.no_grad():
-            self.text = text_teacher(self.val.text)
             self.class_text = class_embeddings(text_teacher, self.classes, TEMPLATES)
+        self._take(params.eval_shards_path_or_url, val_images)
+
+    def _take(self, source: Any, val_images: int | None) -> None:
+        """Read the validation pictures, and what depends on them alone."""
+        self.val = Pictures.load(self._cfg, source, val_images)
+        self.targets = [
+            teacher_maps(self._topology, b["images"], self.grid) for b in self.val.batches()
+        ]
+        with torch.no_grad():
+            self.text = self._text(self.val.text)
         self.baselines = self._baselines()
+
+    def beside(self, source: Any, val_images: int | None = None) -> "Yardstick":
+        """A yardstick for other validation pictures, with this one's training pictures.
+
+        Args:
+            source: shards, as `dataset.params.eval_shards_path_or_url`.
+            val_images: how many are measured; None is all.
+        """
+        other = copy.copy(self)
+        other._take(source, val_images)
+        return other
 
     def _baselines(self) -> dict[str, float]:
         """What needs no model: shrunk pictures, raw pixels under the same probe, chance."""
@@ -161,13 +179,21 @@ class Yardstick:
             embeds.append(out.image_embeds[-1])
         return torch.cat(embeds), quality.compute(), evaluator.compute()
 
-    def measure(self, model: MUSE_ViT) -> dict[str, Any]:
+    def train_features(self, model: MUSE_ViT) -> dict[str, Tensor]:
+        """What the probes of `measure` learn from: features of the training pictures, by kind."""
+        return self._features(model.eval(), self.train)
+
+    def measure(self, model: MUSE_ViT, train: dict[str, Tensor] | None = None) -> dict[str, Any]:
         """All numbers of one model: shares in [0, 1], PSNR in dB, topology in nats.
 
         macro: mean over classes.
+
+        Args:
+            model: put into eval mode.
+            train: its `train_features`, where another yardstick beside this one has them.
         """
-        model.eval()
-        train, val = self._features(model, self.train), self._features(model, self.val)
+        train = train or self.train_features(model)
+        val = self._features(model, self.val)
         embeds, topology, quality = self._outputs(model)
         found = retrieval(embeds, self.text, self.val.text)
         classes = zero_shot(embeds, self.val.labels, self.class_text)

@@ -17,7 +17,7 @@ def check_candidates(count: int | str) -> None:
     """ConfigError unless retrieval among `count` captions is none (0), a choice, or `all`."""
     if count != ALL and (isinstance(count, str) or count < 0 or count == 1):
         raise ConfigError(
-            f"--retrieval must be 0 (none), at least 2 candidates, or {ALL}, not {count}"
+            f"--retrieval must be 0 (none) or at least 2 candidates, not {count}; `{ALL}` takes all"
         )
 
 

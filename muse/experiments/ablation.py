@@ -93,7 +93,7 @@ VARIANTS: dict[str, Variant] = {
         (
             TOPOLOGY,
             SEMANTICS,
-            Leg("stage3", (2,), ('optimizer.lr_multipliers={"^encoder\\\\.": 0.03}',)),
+            Leg("stage3", (2,), ('optimizer.lr_multipliers={"^encoder\\\\.": 0.02}',)),
         ),
     ),
 }
@@ -116,6 +116,7 @@ class StudyPlan:
 
 STUDY_PLANS = {
     "default": StudyPlan(),
+    "short": StudyPlan(steps=(40, 60, 40)),
     "fast": StudyPlan(6, (3, 3, 3), 8, 160, 60, 32, 2),
     "full": StudyPlan(600, (1200, 1200, 1200), 16, 6000, 2000, None, 50),
 }

@@ -1,13 +1,13 @@
-"""The demo: pictures, stage 0, the three stages with a measurement after each, drawings, report."""
+"""The demo: pictures, the three stages with measurements after each, drawings, report."""
 
 import json
 import logging
 import shutil
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from omegaconf import DictConfig
@@ -18,7 +18,10 @@ from muse.config import load_config, resolved, shipped_config
 from muse.errors import DataError
 from muse.evaluation.suite import Yardstick, latent_grid
 from muse.experiments.demo_data import make_demo_data
+from muse.experiments.demo_data.kept_out import check_kept_out
+from muse.experiments.demo_plan import SCRATCH_STAGES, STAGES, DemoPlan
 from muse.experiments.demo_report import write_report
+from muse.experiments.timed_training import fastest_precision, train_for
 from muse.models.loading import load_model
 from muse.teachers.build import shared_text_teacher, shared_topology_teacher
 from muse.training.run_directory import was_run_with
@@ -27,51 +30,30 @@ from muse.utils.io import versions, writable_directory, write_json
 
 log = logging.getLogger(__name__)
 
-STAGES = ("stage0", "stage1", "stage2", "stage3")
-# Seconds of a step of stage 0 on the machine that the default plan was made for. A slower machine
-# gets fewer steps (`DemoPlan.fitted`).
-REFERENCE_STEP = 0.58
+ENCODERS = ("muse_tiny", "scratch")
+KINDS = ("everything", "stamps", "shapes")  # of data; where one cannot be made, the next is
+# Shards that are measured where the data have them: after every stage, and after the last.
+EVERY_STAGE, LAST_STAGE = ("val", "seen"), ("drawn", "seendrawn")
+MOST_SHAPES = 2000
 
 
-@dataclass(frozen=True)
-class DemoPlan:
-    """How much of everything."""
+class _Run(NamedTuple):
+    """What all stages of a demo share."""
 
-    steps: tuple[int, int, int, int]  # of each stage
-    images: int = 3000
-    probe_images: int = 600
-    val_images: int | None = None  # None: all
-    limited: bool = True  # fewer steps on a slow machine
-
-    def fitted(self, seconds_per_step: float) -> "DemoPlan":
-        """On a slower machine than the reference stages 1 to 3 get fewer steps, in proportion."""
-        factor = min(1.0, REFERENCE_STEP / seconds_per_step) if self.limited else 1.0
-        if factor == 1.0:
-            return self
-        log.warning(
-            "this machine takes %.2f s for a step that should take %.2f: "
-            "stages 1-3 get %.0f%% of their steps",
-            seconds_per_step,
-            REFERENCE_STEP,
-            100 * factor,
-        )
-        fewer = (max(20, int(count * factor)) for count in self.steps[1:])
-        return replace(self, steps=(self.steps[0], *fewer))
-
-
-DEMO_PLANS = {
-    "default": DemoPlan((200, 160, 200, 130)),
-    "fast": DemoPlan((12, 12, 10, 8), images=160, probe_images=120, val_images=64, limited=False),
-    "full": DemoPlan((600, 1200, 1200, 1200), images=6000, probe_images=2000, limited=False),
-}
+    output: Path
+    plan: DemoPlan
+    stages: tuple[str, ...]
+    overrides: list[str]
+    yardsticks: Mapping[str, Yardstick]  # by the name of the shards
 
 
 def run_demo(
     output: Path,
     plan: DemoPlan,
     data: Path | None = None,
-    kind: str = "stamps",
+    kind: str | None = None,
     overrides: Sequence[str] = (),
+    encoder: str = "muse_tiny",
 ) -> dict[str, Any]:
     """Train and measure every stage that has not been done yet, and write the report.
 
@@ -79,74 +61,121 @@ def run_demo(
         output: the directory.
         plan: how many steps and pictures.
         data: a directory with train-*.tar, val-*.tar and classes.txt; None makes demo data.
-        kind: of demo data: stamps or shapes.
+        kind: of demo data, one of KINDS; the plan's when None.
         overrides: `key=value` for every stage.
+        encoder: what stage 1 starts from: the packaged one, or from `scratch` one that a stage 0
+            distils.
 
     Returns:
         What `metrics.json` holds.
     """
     started = time.perf_counter()
     output = writable_directory(output)
-    data, kind = (Path(data), "own") if data else demo_data(output, plan.images, kind)
+    data, kind = (Path(data), "own") if data else demo_data(output, plan.images, kind or plan.kind)
+    _check_shards(data)
+    if encoder == "muse_tiny" and kind in ("everything", "stamps"):
+        check_kept_out(data)
     overrides = [
         f"dataset.params.train_shards_path_or_url={data}/train-*.tar",
         f"dataset.params.eval_shards_path_or_url={data}/val-*.tar",
+        *(["model.encoder.source=random"] if encoder == "scratch" else []),
         *overrides,
     ]
     cfg = load_config(shipped_config("muse_tiny/stage3.yaml"), overrides)
-    yardstick = Yardstick(
+    yardsticks = _yardsticks(cfg, data, plan)
+    log.info("data and teachers ready after %.0f s", time.perf_counter() - started)
+    stages = SCRATCH_STAGES if encoder == "scratch" else STAGES
+    run = _with_precision(_Run(output, plan, stages, overrides, yardsticks))
+    last, records = _run_stages(run)
+    results = {
+        "kind": kind,
+        "data": str(data),
+        "encoder": encoder,
+        "plan": asdict(plan),
+        "baselines": {name: one.baselines for name, one in yardsticks.items()},
+        "stages": {name: record["measured"] for name, record in records.items()},
+    }
+    for key in ("steps", "train_seconds", "measure_seconds"):
+        results[key] = {name: record[key] for name, record in records.items()}
+    model = load_model(output / stages[-1] / "final", last.model)
+    val = yardsticks["val"]
+    # Which gradients are exactly zero in the trained model, as docs/fidelity.md says they are.
+    results["routing"] = routing_report(model, val.val.images[:4], val.text[:4])
+    results["seconds"] = round(time.perf_counter() - started, 1)
+    results["protocol"] = _protocol(last, plan, yardsticks)
+    topology = shared_topology_teacher(cfg, latent_grid(cfg))
+    results["answers"] = write_report(output, results, model, yardsticks, topology)
+    write_json(output / "metrics.json", results)
+    return results
+
+
+def _check_shards(data: Path) -> None:
+    """`DataError` before any network loads."""
+    for name in ("train-*.tar", "val-*.tar", "classes.txt"):
+        if not any(data.glob(name)):
+            raise DataError(f"{data}: holds no {name}")
+
+
+def _yardsticks(cfg: DictConfig, data: Path, plan: DemoPlan) -> dict[str, Yardstick]:
+    """One for each set of validation pictures that the data have; all share the training's."""
+    first = Yardstick(
         cfg,
         shared_topology_teacher(cfg, latent_grid(cfg)),
         shared_text_teacher(cfg),
         plan.probe_images,
         plan.val_images,
     )
-    log.info("data and teachers ready after %.0f s", time.perf_counter() - started)
-    plan, last, records = _run_stages(output, plan, overrides, yardstick)
-    results = {
-        "kind": kind,
-        "data": str(data),
-        "plan": asdict(plan),
-        "baselines": yardstick.baselines,
-        "stages": {name: record["measured"] for name, record in records.items()},
-    }
-    for key in ("train_seconds", "measure_seconds"):
-        results[key] = {name: record[key] for name, record in records.items()}
-    model = load_model(Path(last.experiment.output_dir) / "final", last.model)
-    # Which gradients are exactly zero in the trained model, as docs/fidelity.md says they are.
-    results["routing"] = routing_report(model, yardstick.val.images[:4], yardstick.text[:4])
-    results["seconds"] = round(time.perf_counter() - started, 1)
-    results["protocol"] = _protocol(last, plan, yardstick)
-    write_report(output, results, model, yardstick, shared_topology_teacher(cfg, latent_grid(cfg)))
-    write_json(output / "metrics.json", results)
-    return results
+    found = {"val": first}
+    for name in (*EVERY_STAGE, *LAST_STAGE):
+        if name != "val" and any(data.glob(f"{name}-*.tar")):
+            found[name] = first.beside(f"{data}/{name}-*.tar", plan.val_images)
+    return found
 
 
-def _run_stages(
-    output: Path, plan: DemoPlan, overrides: Sequence[str], yardstick: Yardstick
-) -> tuple[DemoPlan, DictConfig, dict[str, Any]]:
-    """The plan as it was carried out, the last stage's configuration, and each stage's record."""
+def _with_precision(run: _Run) -> _Run:
+    """The run with the precision of its plan; one that is measured here is measured once."""
+    if any(one.startswith("training.mixed_precision=") for one in run.overrides):
+        return run
+    precision = run.plan.precision
+    if precision is None:
+        # Kept at once: with another one the stages would start again.
+        kept = run.output / "precision.json"
+        if not kept.is_file():
+            write_json(kept, fastest_precision(_stage_cfg(run, "stage1")))
+        precision = json.loads(kept.read_text())
+    return run._replace(overrides=[f"training.mixed_precision={precision}", *run.overrides])
+
+
+def _run_stages(run: _Run) -> tuple[DictConfig, dict[str, Any]]:
+    """The last stage's configuration, and each stage's record."""
     records: dict[str, Any] = {}
-    for index, stage in enumerate(STAGES):
-        cfg = stage_config(stage, plan.steps[index], output, overrides)
-        records[stage] = run_stage(cfg, yardstick)
-        if index == 0:
-            # The recorded time: a second run of the demo then makes the same plan, and finds its
-            # stages done.
-            plan = plan.fitted(records[stage]["train_seconds"] / plan.steps[0])
-    return plan, cfg, records
+    for stage in run.stages:
+        seconds = run.plan.seconds_for(stage, run.stages, records)
+        cfg, records[stage] = _run_stage(run, stage, seconds)
+    return cfg, records
 
 
-def _protocol(cfg: DictConfig, plan: DemoPlan, yardstick: Yardstick) -> dict[str, Any]:
+def _stage_cfg(run: _Run, stage: str, steps: int | None = None) -> DictConfig:
+    """A stage's configuration; `steps` is what it took in its time, if it is there already."""
+    planned = run.plan.steps_of(stage)
+    every = f"experiment.log_every={max(1, min(10, planned // 10))}"
+    overrides = [every, *run.overrides]
+    return stage_config(stage, steps or planned, run.output, overrides, run.stages)
+
+
+def _protocol(
+    cfg: DictConfig, plan: DemoPlan, yardsticks: Mapping[str, Yardstick]
+) -> dict[str, Any]:
     return {
         "muse": muse.__version__,
         "versions": versions(),
         "threads": torch.get_num_threads(),
+        "precision": cfg.training.mixed_precision,
         "seed": cfg.training.seed,
         "images": {
             "train": plan.images,
-            "probe": len(yardstick.train.labels),
-            "validation": len(yardstick.val.labels),
+            "probe": len(yardsticks["val"].train.labels),
+            "validation": {name: len(one.val.labels) for name, one in yardsticks.items()},
         },
         "crop": cfg.dataset.preprocessing.crop_size,
         "feature_network": "efficientnet_lite0",
@@ -155,68 +184,107 @@ def _protocol(cfg: DictConfig, plan: DemoPlan, yardstick: Yardstick) -> dict[str
 
 
 def demo_data(output: Path, images: int, kind: str) -> tuple[Path, str]:
-    """(directory, kind) of the pictures; `shapes` if the packages of `stamps` are unreachable."""
-    if kind == "stamps":
+    """(directory, kind) of the pictures; the next of KINDS where packages are unreachable."""
+    for one in KINDS[KINDS.index(kind) :]:
+        folder = output / f"data-{one}"
+        count = min(images, MOST_SHAPES) if one == "shapes" else images
         try:
-            make_demo_data(kind="stamps", output=output / "data-stamps", images=images)
-            return output / "data-stamps", "stamps"
+            make_demo_data(kind=one, output=folder, images=count)
+            return folder, one
         except DataError as error:
-            log.warning("%s; going on with drawn shapes", error)
-    make_demo_data(kind="shapes", output=output / "data-shapes", images=min(images, 2000))
-    return output / "data-shapes", "shapes"
+            if one == KINDS[-1]:
+                raise
+            log.warning("%s; going on with %s", error, KINDS[KINDS.index(one) + 1])
+    raise AssertionError  # the last kind has returned or raised
 
 
-def stage_config(stage: str, steps: int, output: Path, overrides: Sequence[str]) -> DictConfig:
-    """The configuration of one stage in the directories of `output`."""
-    before = STAGES[STAGES.index(stage) - 1] if stage != STAGES[0] else None
+def stage_config(
+    stage: str,
+    steps: int,
+    output: Path,
+    overrides: Sequence[str],
+    stages: Sequence[str] = STAGES,
+) -> DictConfig:
+    """The configuration of one stage in the directories of `output`.
+
+    Args:
+        stage: its name.
+        steps: how many it takes, at most.
+        output: the demo's directory.
+        overrides: `key=value`; they win.
+        stages: of the run; each starts from the one before it.
+    """
+    index = list(stages).index(stage)
     own = [
         f"training.max_train_steps={steps}",
         f"experiment.output_dir={output / stage}",
-        f"experiment.init_from={output / before if before else 'null'}",
+        f"experiment.init_from={output / stages[index - 1] if index else 'null'}",
         *overrides,
     ]
     return load_config(shipped_config(f"muse_tiny/{stage}.yaml"), own)
 
 
-def _is_trained(cfg: DictConfig) -> bool:
-    """Whether this stage was trained with these settings. A run with other settings is removed,
-    with the stages after it."""
-    folder = Path(cfg.experiment.output_dir)
-    if not (folder / "config.yaml").is_file():
-        return False
-    same = was_run_with(folder, cfg)
-    if not same:
-        log.info("%s was trained with other settings: starting it again", folder)
-        for later in STAGES[STAGES.index(folder.name) :]:
-            shutil.rmtree(folder.parent / later, ignore_errors=True)
-    return same and (folder / "final").is_dir()
+def _record(folder: Path) -> dict[str, Any] | None:
+    """What a finished and measured stage has left."""
+    file = folder / "measured.json"
+    return json.loads(file.read_text()) if file.is_file() else None
 
 
-def run_stage(cfg: DictConfig, yardstick: Yardstick) -> dict[str, Any]:
-    """Train a stage and measure its final weights, or read the record of an equal run."""
-    folder = Path(cfg.experiment.output_dir)
-    kept = folder / "measured.json"
-    if _is_trained(cfg) and kept.is_file():
-        log.info("%s is there already", folder)
-        return json.loads(kept.read_text())
+def _run_stage(run: _Run, stage: str, seconds: float | None) -> tuple[DictConfig, dict[str, Any]]:
+    """Train a stage and measure its final weights, or read the record of an equal run.
+
+    seconds: how long it trains; None: its steps. Gives its configuration and its record.
+    """
+    folder, timed = run.output / stage, run.plan.seconds
+    record = _record(folder)
+    if record and record["plan_seconds"] == timed:
+        cfg = _stage_cfg(run, stage, record["steps"] if timed else None)
+        if was_run_with(folder, cfg) and (folder / "final").is_dir():
+            log.info("%s is there already", folder)
+            return cfg, record
+    cfg = _stage_cfg(run, stage)
+    # A stage that was to take its steps goes on where it stopped; one of a time starts again.
+    if folder.is_dir() and (timed or record or not was_run_with(folder, cfg)):
+        log.info("%s was not finished, or with other settings: starting it again", folder)
+        for later in run.stages[run.stages.index(stage) :]:
+            shutil.rmtree(run.output / later, ignore_errors=True)
     clock = time.perf_counter()
-    train(cfg)
+    if seconds is None:
+        train(cfg)
+        steps = cfg.training.max_train_steps
+    else:
+        log.info("%s trains for %.0f s", stage, seconds)
+        steps = train_for(cfg, seconds)
     trained = time.perf_counter()
-    numbers = yardstick.measure(load_model(folder / "final", cfg.model))
+    measured = _measure(run, stage, load_model(folder / "final", cfg.model))
     record = {
+        "steps": steps,
+        "plan_seconds": timed,
+        "precision": cfg.training.mixed_precision,
         "train_seconds": round(trained - clock, 1),
         "measure_seconds": round(time.perf_counter() - trained, 1),
-        "measured": numbers,
+        "measured": measured,
     }
-    log.info(
-        "%s measured in %.0f s: PSNR %.2f dB, topology KL %.3f (prior %.3f), R@5 %.3f, probe %.3f",
-        folder.name,
-        record["measure_seconds"],
-        numbers["psnr"],
-        numbers["topology"]["kl"],
-        numbers["topology"]["kl_positional"],
-        numbers["retrieval_r5"],
-        numbers["linear_probe_macro"],
-    )
-    write_json(kept, record)
-    return record
+    write_json(folder / "measured.json", record)
+    return cfg, record
+
+
+def _measure(run: _Run, stage: str, model: Any) -> dict[str, Any]:
+    """The numbers of every set of validation pictures that this stage is measured on."""
+    found = {}
+    train_features = run.yardsticks["val"].train_features(model)
+    for name, yardstick in run.yardsticks.items():
+        if name in EVERY_STAGE or stage == run.stages[-1]:
+            numbers = yardstick.measure(model, train_features)
+            found[name] = numbers
+            log.info(
+                "%s, %s: PSNR %.2f dB, topology KL %.3f (prior %.3f), R@5 %.3f, zero-shot %.3f",
+                stage,
+                name,
+                numbers["psnr"],
+                numbers["topology"]["kl"],
+                numbers["topology"]["kl_positional"],
+                numbers["retrieval_r5"],
+                numbers["zero_shot_macro"],
+            )
+    return found

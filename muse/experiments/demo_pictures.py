@@ -16,43 +16,60 @@ COLUMNS = 8
 CURVES = ("distillation_cosine", "reconstruction", "perceptual", "topology", "itc")
 
 
-def draw_held_out(output: Path, model: Any, val: Pictures, teacher: Any) -> list[tuple[Path, str]]:
-    """Write `reconstructions.png` and `attention.png`.
+def draw_held_out(
+    output: Path, model: Any, val: Pictures, teacher: Any, seen: Pictures | None = None
+) -> list[tuple[Path, str]]:
+    """Write `reconstructions.png`, `attention.png` and, with `seen`, `reconstructions-seen.png`.
 
     Args:
         output: the directory.
         model: what decodes and attends.
         val: pictures that no stage saw; some of them are drawn.
         teacher: gives the last row of the attention.
+        seen: new pictures of objects that the training shows.
 
     Returns:
         (file, caption) of each.
     """
-    chosen = _different(val.text, 2 * COLUMNS)
-    images = val.images[chosen]
-    top, bottom = images[:COLUMNS], images[COLUMNS:]
+    chosen = spread_over_captions(val.text, 2 * COLUMNS)
+    top = val.images[chosen[:COLUMNS]]
     with torch.inference_mode():
-        recon = model.reconstruct(images)
         encoding = model.encode(top, return_attention=True)
         target = teacher_maps(teacher, top, encoding.grid)[-1][:, 0]  # (B,N,N)
-    rows = [list(top), list(recon[:COLUMNS]), list(bottom), list(recon[COLUMNS:])]
     reconstructions = output / "reconstructions.png"
-    save_image(tile(rows, ["original", "reconstruction"] * 2), reconstructions)
+    _draw_reconstructions(model, val, reconstructions)
+    found = [(reconstructions, "Reconstructions of objects it has never seen")]
+    if seen is not None:
+        again = output / "reconstructions-seen.png"
+        _draw_reconstructions(model, seen, again)
+        found.append((again, "Reconstructions of new pictures of training objects"))
     cells = object_cells(val.masks[chosen[:COLUMNS]], encoding.grid)  # (B,N)
     queries = [_query(row, encoding.grid) for row in cells]
     attention = output / "attention.png"
     save_image(attention_sheet(top, encoding, queries, target), attention)
-    return [
-        (reconstructions, "Reconstructions of pictures it has never seen"),
-        (attention, "What each block attends to, from the framed cell"),
-    ]
+    return [*found, (attention, "What each block attends to, from the framed cell")]
 
 
-def _different(captions: list[str], count: int) -> Tensor:
+def _draw_reconstructions(model: Any, pictures: Pictures, path: Path) -> None:
+    """Two rows of pictures, each above its reconstructions."""
+    images = pictures.images[spread_over_captions(pictures.text, 2 * COLUMNS)]
+    with torch.inference_mode():
+        recon = model.reconstruct(images)
+    rows = [row for both in zip(images.split(COLUMNS), recon.split(COLUMNS)) for row in both]
+    labels = ["original", "reconstruction"] * (len(rows) // 2)
+    save_image(tile([list(row) for row in rows], labels), path)
+
+
+def named_thing(caption: str) -> str:
+    """A caption without its category: "A zebra" of "A zebra, a kind of animal."."""
+    return caption.split(",")[0].rstrip(".")
+
+
+def spread_over_captions(captions: list[str], count: int) -> Tensor:
     """Indices of `count` pictures, spread over the set, with as few equal captions as possible."""
-    first: dict[str, int] = {}  # caption without its category -> first picture that has it
+    first: dict[str, int] = {}  # what a caption names -> first picture of it
     for index, caption in enumerate(captions):
-        first.setdefault(caption.split(",")[0], index)
+        first.setdefault(named_thing(caption), index)
     pool = list(first.values())
     if len(pool) < count:
         rest = [index for index in range(len(captions)) if index not in set(pool)]

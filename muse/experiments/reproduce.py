@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from muse.errors import ConfigError
-from muse.experiments.paper_tables import MEASUREMENTS, NEEDS, TABLES, Cell, Measurement, Need
+from muse.experiments.paper_measurements import MEASUREMENTS, NEEDS, Measurement, Need
+from muse.experiments.paper_tables import TABLES, Cell
 from muse.utils.io import write_json
 
 log = logging.getLogger(__name__)
@@ -79,10 +80,10 @@ def run_table(name: str, output: Path, long: bool, flags: Sequence[str] = ()) ->
     if name not in TABLES:
         raise ConfigError(f"{name!r} is no table; there are: {', '.join(TABLES)}")
     names = dict.fromkeys(cell.measurement for cell in TABLES[name].cells)
-    return {one: measure(one, output, long, flags) for one in names}
+    return {one: run_measurement(one, output, long, flags) for one in names}
 
 
-def measure(name: str, output: Path, long: bool, flags: Sequence[str] = ()) -> Outcome:
+def run_measurement(name: str, output: Path, long: bool, flags: Sequence[str] = ()) -> Outcome:
     """One measurement: run, read, or why not."""
     measurement, folder = MEASUREMENTS[name], output / name
     if lacking := missing(measurement):

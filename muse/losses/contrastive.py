@@ -210,7 +210,7 @@ class ITCTerm(Term):
         numbers = {"logit_scale": scale.detach()}
         if WINDOW_SHARE in batch:
             return _GivenGradient.apply(images, scale, batch[WINDOW_SHARE]), numbers
-        text = self.teacher(batch["text"]).to(images.device)  # (B,E)
+        text = self.teacher(batch["text"], batch.get("tokens")).to(images.device)  # (B,E)
         if self.objective == "distillation":
             # The scale has no part in a regression. Times zero, its gradient is still defined, and
             # DistributedDataParallel does not wait for it.

@@ -77,6 +77,10 @@ class MuseLoss(nn.Module):
         """Parameters of the terms that learn beside the student (none in the paper's terms)."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
+    def tokenizer(self) -> Callable[[list[str]], list[list[int]]] | None:
+        """The text teacher's, for the loader's workers; None without one."""
+        return self.terms["itc"].teacher.tokenizer() if "itc" in self.terms else None
+
     def weighted(
         self, out: StudentOutput, batch: dict[str, Any]
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

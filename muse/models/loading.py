@@ -16,7 +16,7 @@ from muse.models.low_precision import fill, lower_precision
 from muse.models.muse_vit import MUSE_ViT
 from muse.models.pretrained import CONFIG_FILE, WEIGHTS_FILE, read_model_config
 from muse.models.release_weights import is_release_file, load_release_checkpoint
-from muse.utils.weights import load_into, packaged, read_state_dict
+from muse.utils.weights import load_into, locate, packaged, read_mapping, read_state_dict
 
 log = logging.getLogger(__name__)
 
@@ -25,6 +25,7 @@ EMA_FILE = "ema.safetensors"
 RELEASE_FILES = ("ema_model/pytorch_model.bin", "pytorch_model.bin")
 SIZES = ("dim", "num_heads", "num_blocks", "unshuffle", "latent_dim", "semantic_dim")
 _CHECKPOINT = re.compile(r"^checkpoint-(\d+)$")
+_HUB_ID = re.compile(r"[\w-][\w.-]*/[\w.-]+")
 
 
 def checkpoints(output_dir: str | Path) -> list[tuple[int, Path]]:
@@ -59,6 +60,39 @@ def weights_file(checkpoint: str | Path) -> Path:
     raise CheckpointError(
         f"{path}: holds neither {WEIGHTS_FILE} nor {EMA_FILE}, so it is no checkpoint of MUSE"
     )
+
+
+def local_checkpoint(checkpoint: str | Path) -> str | Path:
+    """The checkpoint as it was named; of a hub id that is no local path the downloaded directory.
+
+    `CheckpointError` where it cannot be reached.
+    """
+    path = Path(checkpoint).expanduser()
+    if packaged(checkpoint) or path.exists() or not _HUB_ID.fullmatch(str(checkpoint)):
+        return checkpoint
+    return locate(str(checkpoint), [CONFIG_FILE, WEIGHTS_FILE])
+
+
+def own_config(checkpoint: str | Path) -> dict[str, Any]:
+    """The `model` section that lies beside a checkpoint's weights.
+
+    `CheckpointError` where there is none, as with the authors' file, or it is no tokenizer's.
+    """
+    file = weights_file(checkpoint)
+    if is_release_file(file):
+        raise CheckpointError(
+            f"{checkpoint}: the authors' file holds no configuration; name it, such as "
+            "--config muse_1b/stage3"
+        )
+    if not (file.parent / CONFIG_FILE).is_file():
+        raise CheckpointError(
+            f"{checkpoint}: no {CONFIG_FILE} beside its weights, so that its sizes are not known; "
+            "name its configuration with --config"
+        )
+    kind = read_mapping(file.parent / CONFIG_FILE).get("model_type")
+    if kind not in (None, "muse"):
+        raise CheckpointError(f"{checkpoint}: no tokenizer but a model of type {kind!r}")
+    return read_model_config(file.parent)
 
 
 def holds_release_weights(checkpoint: str | Path) -> bool:

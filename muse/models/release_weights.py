@@ -24,6 +24,7 @@ log = logging.getLogger(__name__)
 
 WRAPPERS = ("ema_model", "model", "state_dict", "module")
 PREFIXES = ("module.", "_orig_mod.")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")  # how PyTorch's own files are named
 # What the file may hold beside the student, and why it is left out.
 SKIPPED = [
     (r"^dino_teacher\.", "the topology teacher lives with the trainer"),
@@ -63,9 +64,9 @@ class KeyReport:
 
 def is_release_file(file: Path) -> bool:
     """Whether a file of weights is read as the authors': a pickle, or tensors by their names."""
-    return file.suffix != ".safetensors" or any(
-        name.endswith(CLASS_TOKEN) for name in TensorFiles(file).keys()
-    )
+    if file.suffix == ".safetensors":
+        return any(name.endswith(CLASS_TOKEN) for name in TensorFiles(file).keys())
+    return file.suffix.lower() in PICKLES
 
 
 def read_release_file(path: str | Path) -> dict[str, Tensor]:

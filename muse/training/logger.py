@@ -7,13 +7,14 @@ import time
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import psutil
 import torch
 from omegaconf import DictConfig
 from torch import Tensor
 from tqdm import tqdm
+from typing_extensions import Self
 
 from muse.config import resolved
 from muse.inference import read_image

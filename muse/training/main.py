@@ -29,7 +29,9 @@ def stage_main(stage: str | None, argv: Sequence[str] | None) -> int:
         )
     cli.choose_training_device(args.device)
     # torch and accelerate take seconds, which --help and a mistake need not wait for
+    from muse.data.dataloader import build_train_loader  # noqa: PLC0415
     from muse.training.tokenizer_task import train  # noqa: PLC0415
 
+    build_train_loader(cfg)  # names an unset MUSE_DATA or missing shards before networks load
     log.info("weights for `from_pretrained` and the next stage: %s", train(cfg))
     return 0

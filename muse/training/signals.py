@@ -3,10 +3,11 @@
 import os
 import signal
 from types import FrameType, TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from typing_extensions import Self
 
 from muse.errors import MuseError
 

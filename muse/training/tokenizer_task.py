@@ -1,7 +1,7 @@
 """Training MUSE's tokenizer: one stage of `stages.py`, with the losses that have a weight."""
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,6 +46,7 @@ class TokenizerTask(TrainingTask):
     model: MUSE_ViT
     loss: MuseLoss
     adversary: Adversary | None = None
+    tokenize: Callable[[list[str]], list[list[int]]] | None = None
 
     # ------------------------------------------------------------------------------- building
     def build(self, accelerator: Any) -> MUSE_ViT:
@@ -66,6 +67,7 @@ class TokenizerTask(TrainingTask):
             )
         self.model.to(accelerator.device)
         self.loss.to(accelerator.device)
+        self.tokenize = self.loss.tokenizer()
         # Every step has the same shapes: the fastest convolutions are worth a search.
         torch.backends.cudnn.benchmark = accelerator.device.type == "cuda"
         if training.compile:
@@ -151,6 +153,8 @@ class TokenizerTask(TrainingTask):
             rank=accelerator.process_index,
             world=accelerator.num_processes,
             pin_memory=accelerator.device.type == "cuda",
+            device=accelerator.device,
+            tokenize=self.tokenize,
         )
 
     def look_ahead(self, model: nn.Module, micro: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -89,7 +89,6 @@ class Trainer:
 
         A stop signal saves at the next step boundary and ends the process with status 0.
         """
-        last = self.cfg.training.max_train_steps
         accumulated = self.cfg.training.gradient_accumulation_steps
         self.checkpointer.open()
         self.checkpointer.restore()
@@ -98,7 +97,7 @@ class Trainer:
             StopSignal(self.accelerator) as stop,
         ):
             batches = self.batches()
-            while self.progress.step < last:
+            while not self.finished():
                 began = time.perf_counter()
                 micro = [next(batches) for _ in range(accumulated)]
                 waited = time.perf_counter() - began
@@ -119,11 +118,15 @@ class Trainer:
                         self.progress.step,
                     )
                     raise SystemExit(0)
-                if self._due(self.cfg.experiment.save_every) and self.progress.step < last:
+                if self._due(self.cfg.experiment.save_every) and not self.finished():
                     self.checkpointer.save()
             final = self.checkpointer.write_final()
         self._log_the_end(final)
         return final
+
+    def finished(self) -> bool:
+        """Whether the run has taken all of its steps."""
+        return self.progress.step >= self.cfg.training.max_train_steps
 
     def train_step(self, micro: list[dict[str, Any]]) -> dict[str, Tensor]:
         """One optimizer step over the micro-batches; gives the numbers of the step by name."""

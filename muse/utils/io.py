@@ -166,8 +166,11 @@ def _sync(path: Path) -> None:
 # -------------------------------------------------------------------------------------------- facts
 def file_sha256(path: str | Path) -> str:
     """Hex digest of a file."""
+    digest = hashlib.sha256()
     with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+        while part := file.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()
 
 
 def versions() -> dict[str, str]:

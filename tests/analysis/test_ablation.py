@@ -76,8 +76,8 @@ def test_rows_switch_what_their_labels_say(study):
     assert [run.cfg.model.isolate_streams for run in study.runs("paper", 0)] == [True, True, False]
     assert cells(study, "isolated", 2)[0].model.isolate_streams is True
     rates = {name: cells(study, name, -1)[0].optimizer.lr_multipliers for name in VARIANTS}
-    assert dict(rates["slow_encoder"]) == {"^encoder\\.": 0.03}
-    assert dict(rates["paper"]) == {"^encoder\\.": 0.3}
+    assert dict(rates["slow_encoder"]) == {"^encoder\\.": 0.02}
+    assert dict(rates["paper"]) == {"^encoder\\.": 0.2}
     baseline, weights = cells(study, "baseline", 0)
     assert (
         weights == (True, True)

@@ -106,16 +106,14 @@ def test_what_is_skipped_is_neither_decoded_nor_read(tmp_path, monkeypatch):
     loader = train_loader(urls, **options)
     take(loader, 16)
     decoded, read = [], []
-    decode, read_span = samples.decode_with_turn, records._read_span
-    monkeypatch.setattr(
-        samples, "decode_with_turn", lambda *args: decoded.append(1) or decode(*args)
-    )
-    monkeypatch.setattr(records, "_read_span", lambda span: read.append(span) or read_span(span))
+    decode, read_at = samples.decode_picture, records._read_at
+    monkeypatch.setattr(samples, "decode_picture", lambda *args: decoded.append(1) or decode(*args))
+    monkeypatch.setattr(records, "_read_at", lambda *args: read.append(args) or read_at(*args))
     resumed = train_loader(urls, **options)
     resumed.load_state_dict(loader.state_dict())
     take(resumed, 2)
     assert len(decoded) == 10
-    assert len(read) <= 4 * (10 + 10 + 1)  # four members a sample: two batches and the buffer
+    assert len(read) <= 10 + 10 + 1  # two batches and the buffer
 
 
 def test_resume_under_another_layout_is_approximate_and_says_so(tmp_path, caplog):
@@ -248,10 +246,8 @@ def test_cached_pictures_are_the_same_and_read_once(tmp_path, monkeypatch):
     options = dict(batch_size=4, shuffle_buffer=5, **SIZE)
     plain = take(train_loader(urls, **options), 12)
     decoded = []
-    decode = samples.decode_with_turn
-    monkeypatch.setattr(
-        samples, "decode_with_turn", lambda *args: decoded.append(1) or decode(*args)
-    )
+    decode = samples.decode_picture
+    monkeypatch.setattr(samples, "decode_picture", lambda *args: decoded.append(1) or decode(*args))
     loader = train_loader(urls, cache_in_memory=True, **options)
     assert same(take(loader, 6), plain[:6]) and same(take(loader, 6), plain[6:])
     assert len(decoded) == 16

@@ -25,6 +25,7 @@ from muse.experiments.demo_data import (
     stamp_tables,
     stamps,
 )
+from muse.experiments.demo_data.kept_out import read_kept_out
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -117,7 +118,7 @@ def test_shapes_val_pairs_and_backgrounds_are_unseen(drawn):
             if record["split"] == split
             for pair in record["object"].split()
         }
-        for split in ("train", "val")
+        for split in ("train", "val", "seen")
     }
     grounds = {
         split: {record["background"] for record in records if record["split"] == split}
@@ -125,6 +126,13 @@ def test_shapes_val_pairs_and_backgrounds_are_unseen(drawn):
     }
     assert pairs["val"] and not pairs["train"] & pairs["val"]
     assert not grounds["train"] & grounds["val"]
+    assert pairs["seen"] <= {
+        f"{colour}-{shape}"
+        for colour in shapes.COLOURS
+        for shape in shapes.CLASSES
+        if not shapes.held_out(colour, shape)
+    }
+    assert grounds["seen"] <= grounds["val"] and not grounds["seen"] & grounds["train"]
     colours = {split: {pair.split("-")[0] for pair in found} for split, found in pairs.items()}
     assert colours["val"] <= colours["train"]  # the parts are known, their combination is not
 
@@ -136,7 +144,7 @@ def test_bytes_do_not_depend_on_the_number_of_workers(drawn, tmp_path):
     make_demo_data(
         kind="shapes", output=tmp_path / "two", images=32, val_images=16, size=64, seed=3, workers=2
     )
-    for path in sorted(drawn.iterdir()):
+    for path in sorted(file for file in drawn.iterdir() if file.suffix != ".idx"):  # hold times
         assert (tmp_path / "two" / path.name).read_bytes() == path.read_bytes(), path.name
 
 
@@ -362,6 +370,32 @@ def test_stamps_split_by_subject(cutouts):
     for group in ("frog frog-1", "lion lion-2", "wrench wrench_adjustable", "gnu-baby gnu-stand"):
         first, second = group.split()
         assert side[first] == side[second], group
+
+
+def test_the_packaged_encoder_was_kept_from_the_same_objects(cutouts, roots):
+    """The split's val is the list that lies beside muse_tiny, and its train shows none of it."""
+    kept = read_kept_out()
+    train, val, extra = catalogue.split_objects(cutouts)
+    assert {item.name for item in val} == {
+        name for name in kept["object"] if not name.startswith("openclipart/")
+    }
+    assert not {item.name for item in train + extra} & kept["object"]
+    train_photos, val_photos = catalogue.find_backgrounds(roots)
+    assert {item.name for item in val_photos} == kept["photograph"]
+    assert not {item.name for item in train_photos} & kept["photograph"]
+
+
+def test_seen_shows_objects_of_train_on_photographs_of_val(tmp_path):
+    library_of = lambda names, grounds: library.Library(  # noqa: E731
+        [catalogue.Cutout(name, Path(name), f"a {name}", 0, "photo", True) for name in names],
+        [Image.new("RGBA", (20, 20), (200, 0, 0, 255))] * len(names),
+        [catalogue.Background(name, Path(name), None) for name in grounds],
+        [Image.new("RGB", (96, 96), (0, 0, 200))] * len(grounds),
+    )
+    make = stamps.Stamps(library_of(["a", "b", "x"], ["t"]), library_of(["v"], ["p"]), 2, 32, 0)
+    shown = [make("seen", index).names for index in range(20)]
+    assert {one["object"] for one in shown} == {"a", "b"}  # photo-like ones alone
+    assert {one["background"] for one in shown} == {"p", "gradient"}
 
 
 def test_every_same_subject_name_exists(cutouts):

@@ -144,7 +144,7 @@ SEGMENT = [
         "--num_classes does not go with --labels foreground",
     ),
     (["--steps", "0"], "--steps must be at least 1, not 0"),
-    (["--learning_rate", "inf"], "--learning_rate must be above 0, not inf"),
+    (["--learning_rate", "inf"], "--learning_rates must be above 0, not inf"),
 ]
 CASES = [
     *((evaluate, ["--metrics", "psnr", *extra], said) for extra, said in EVALUATE),

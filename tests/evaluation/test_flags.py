@@ -105,6 +105,7 @@ def test_two_sets_take_the_same_flags(shapes_data, tmp_path, capsys):
     assert evaluate_images.main([*sets, *flags, "--protocol", "adm256", "--crop", "32"]) == 0
     protocol = read(tmp_path)["protocol"]
     assert protocol["name"] == "adm256" and protocol["crop"] == {"center_crop": 32}
+    assert "null" not in json.dumps(protocol)
     assert evaluate_images.main([*sets, *flags]) == 0
     assert read(tmp_path)["protocol"]["crop"] == {}
     code = evaluate_images.main([*sets, *flags, "--protocol", "mae"])

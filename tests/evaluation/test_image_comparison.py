@@ -256,7 +256,7 @@ def test_the_command_cuts_by_protocol_and_flags(sets, tmp_path, capsys):
     written = json.loads(text)
     assert written["psnr"] is None and written["ssim"] == pytest.approx(1)
     said = written["protocol"]
-    assert (said["name"], said["changed"]) == ("adm256", ["crop"])
+    assert (said["name"], said["changed"]) == ("adm256", ["crop", "images"])
     assert said["crop"] == {"center_crop": 16} and "halved by boxes" in said["resize"]["method"]
 
 

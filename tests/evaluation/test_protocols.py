@@ -166,7 +166,7 @@ def test_the_release_rows_of_the_ledger():
     assert (probe.normalise, probe.norm_eps, probe.batch_size) == (True, 1e-6, 4096)
     assert (probe.cosine_by, probe.report, probe.evaluate_every) == ("epoch", "best", 5)
     assert (scene.crop.method, scene.crop.crop_size) == ("squash", 512)
-    assert (scene.optimizer, scene.learning_rate, scene.epochs) == ("sgd", 0.01, 10)
+    assert (scene.optimizer, scene.learning_rates, scene.epochs) == ("sgd", (0.01,), 10)
     assert (scene.schedule, scene.batch_size, scene.affine) == ("constant", 8 * 8, True)
     assert (scene.loss, scene.report, scene.mean_over) == ("pixels", "best", "all")
     whole = find_protocol("release", "evaluate")

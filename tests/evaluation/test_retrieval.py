@@ -238,7 +238,9 @@ def test_missing_captions_are_one_line_and_leave_nothing(run, folder, capsys):
     line = one_error(capsys, run("--captions", folder / "coco.json"))
     assert "--captions is for --retrieval all or a number" in line
     line = one_error(capsys, run("--retrieval", "some"))
-    assert "--retrieval must be 0 (none), at least 2 candidates, or all, not some" in line
+    assert (
+        "--retrieval must be 0 (none) or at least 2 candidates, not some; `all` takes all" in line
+    )
 
 
 # ----------------------------------------------------------------------------- waiting for the rest

@@ -16,6 +16,8 @@ from muse.models.loading import EMA_FILE, initial_model, load_model, weights_fil
 from muse.utils.io import atomic_directory
 from tests.helpers import MODEL, merged, random_images, tiny_model
 
+FILES = ["README.md", "config.json", "model.safetensors"]  # the first is the card
+
 
 def equal(left, right) -> bool:
     a, b = left.state_dict(), right.state_dict()
@@ -38,7 +40,7 @@ def test_round_trip_is_bit_equal_and_in_eval_mode(saved):
     with torch.no_grad():
         assert torch.equal(model.reconstruct(images), again.reconstruct(images))
         assert torch.equal(model.embed_image(images), again.embed_image(images))
-    assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"]
+    assert sorted(os.listdir(folder)) == FILES
     again.save_pretrained(folder.parent / "second")
     for name in ("config.json", "model.safetensors"):
         assert (folder / name).read_bytes() == (folder.parent / "second" / name).read_bytes()
@@ -106,9 +108,7 @@ def test_saving_over_an_old_directory_replaces_it_whole(saved):
     (folder / "stale.txt").write_text("from before")
     other = tiny_model(7)
     other.save_pretrained(folder)
-    assert sorted(os.listdir(folder)) == ["config.json", "model.safetensors"] and os.listdir(
-        folder.parent
-    ) == ["model"]
+    assert sorted(os.listdir(folder)) == FILES and os.listdir(folder.parent) == ["model"]
     assert equal(other, MUSE_ViT.from_pretrained(folder))
 
 

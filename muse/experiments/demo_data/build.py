@@ -16,14 +16,14 @@ from muse.utils.io import atomic_directory, write_json
 logger = logging.getLogger(__name__)
 
 KINDS = {
-    "stamps": Kind(stamps.VERSION, STAMP_CLASSES, stamps.prepare_stamps),
+    "stamps": Kind(stamps.VERSION, STAMP_CLASSES, stamps.prepare_stamps, stamps.EXTRA_SPLITS),
     "everything": Kind(
         everything.VERSION,
         STAMP_CLASSES,
         everything.prepare_everything,
         everything.EXTRA_SPLITS,
     ),
-    "shapes": Kind(shapes.VERSION, shapes.CLASSES, shapes.prepare_shapes),
+    "shapes": Kind(shapes.VERSION, shapes.CLASSES, shapes.prepare_shapes, shapes.EXTRA_SPLITS),
     "edits": Kind(edits.VERSION, STAMP_CLASSES, edits.prepare_edits),
     "questions": Kind(questions.VERSION, STAMP_CLASSES, questions.prepare_questions),
 }

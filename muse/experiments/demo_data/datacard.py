@@ -6,10 +6,10 @@ from muse.experiments.demo_data import everything
 from muse.experiments.demo_data.stamps import EXTRA_SHARE
 
 FILES = """\
-Shards `train-*.tar` and `val-*.tar` with, per picture, `.jpg` (RGB, quality 95, no chroma
-subsampling), `.txt` (caption), `.cls` (class index, line of `classes.txt` from 0), `.seg.png`
-(8-bit grey, no palette: 0 is background, 1 + class index is object). `index.jsonl` names the object
-and the background of every picture."""
+Shards `train-*.tar`, `val-*.tar` and `seen-*.tar` with, per picture, `.jpg` (RGB, quality 95, no
+chroma subsampling), `.txt` (caption), `.cls` (class index, line of `classes.txt` from 0),
+`.seg.png` (8-bit grey, no palette: 0 is background, 1 + class index is object). `index.jsonl` names
+the object and the background of every picture."""
 FILES_OF_KINDS = {
     "edits": """\
 Shards `train-*.tar` and `val-*.tar` with, per pair, `.input.jpg` and `.output.jpg` (before and
@@ -85,7 +85,10 @@ def _split(kind: str, drawn: bool, objects: str | None, records: list[dict]) -> 
             "any other."
         ]
     if drawn:
-        return ["Val shows only colour + shape pairs and backgrounds that train never shows."]
+        return [
+            "Val shows only colour + shape pairs and backgrounds that train never shows; seen "
+            "shows train's pairs on val's backgrounds."
+        ]
     if kind == "everything":
         return everything.describe_parts(records)
     shown = {
@@ -96,7 +99,8 @@ def _split(kind: str, drawn: bool, objects: str | None, records: list[dict]) -> 
     share = shown["val"]["gradient"] / max(sum(shown["val"].values()), 1)
     lines = [
         "By object and by background: no object of val (nor another picture or drawing of the same "
-        "subject) and no photograph of val is in train. The split does not depend on the seed.",
+        "subject) and no photograph of val is in train; seen shows objects of train in new "
+        "pictures, on val's photographs. The split does not depend on the seed.",
         f"Photographs: {len(photos['train'])} in train, {len(photos['val'])} in val "
         f"({', '.join(photos['val'])}); {share:.0%} of the val pictures have a colour gradient "
         "behind the object instead.",

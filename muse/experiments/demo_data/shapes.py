@@ -38,14 +38,16 @@ _HELD = 4
 _MIN_DISTANCE = 110  # of the base colours of shape and background, in 8-bit RGB
 _OVERSAMPLE = 3
 _PLACES = 6  # tried for a further shape
-_SPLITS = {"train": 0, "val": 1}
+_SPLITS = {"train": 0, "val": 1, "seen": 2}
+EXTRA_SPLITS = ("seen",)
 
 
 @dataclass(frozen=True)
 class Shapes:
     """Callable (split, index) -> Sample.
 
-    Val shows pairs of colour and shape, and backgrounds, that train never shows.
+    Val shows pairs of colour and shape, and backgrounds, that train never shows; `seen` shows the
+    pairs of train on val's backgrounds.
     """
 
     size: int
@@ -85,7 +87,7 @@ def prepare_shapes(size: int, seed: int, objects: str = "photo") -> Shapes:
 def grounds_of(split: str) -> list[str]:
     """Names of the backgrounds of a split."""
     names = list(BACKGROUNDS)
-    return names[-_HELD:] if split == "val" else names[:-_HELD]
+    return names[:-_HELD] if split == "train" else names[-_HELD:]
 
 
 def held_out(colour: str, shape: str) -> bool:

@@ -1,4 +1,8 @@
-"""The kind `stamps`: real cut-outs on real photographs, split by object and by background."""
+"""The kind `stamps`: real cut-outs on real photographs, split by object and by background.
+
+`val` shows objects and photographs that `train` never shows; `seen` shows the photo-like objects of
+`train` on the photographs of `val`.
+"""
 
 from dataclasses import dataclass
 
@@ -12,7 +16,8 @@ from muse.experiments.demo_data.stamp_tables import PACKAGES, STAMPS_PACKAGE
 
 VERSION = 1
 EXTRA_SHARE = 0.3  # of the training pictures show objects that are not evaluated (objects="all")
-_SPLITS = {"train": 0, "val": 1}
+EXTRA_SPLITS = ("seen",)
+_SPLITS = {"train": 0, "val": 1, "seen": 2}
 
 
 @dataclass(frozen=True)
@@ -27,14 +32,19 @@ class Stamps:
 
     def __call__(self, split: str, index: int) -> Sample:
         rng = numpy.random.default_rng([self.seed, _SPLITS[split], index])
-        library = getattr(self, split)
-        return composite(library, self._object(split, index, rng), self.size, rng)
+        return composite(self._library(split), self._object(split, index, rng), self.size, rng)
+
+    def _library(self, split: str) -> Library:
+        known, held = self.train, self.val
+        if split != "seen":
+            return known if split == "train" else held
+        return Library(known.objects, known.cutouts, held.backgrounds, held.photographs)
 
     def _object(self, split: str, index: int, rng: numpy.random.Generator) -> int:
         """Each object equally often: the pictures run through shuffled rounds of all objects."""
         if split == "val":
             return self._round(len(self.val.objects), split, index)
-        extra = len(self.train.objects) - self.main
+        extra = len(self.train.objects) - self.main if split == "train" else 0
         if extra and rng.random() < EXTRA_SHARE:
             return self.main + int(rng.integers(extra))
         return self._round(self.main, split, index)

@@ -1,0 +1,1 @@
+"""What the picture commands of `muse` do: pictures in, latents, embeddings and facts out."""
