@@ -194,8 +194,11 @@ def metrics_section(
         [f"<code>{escape(name)}</code>", *(number(column.get(name)) for column in columns)]
         for name in names
     ]
-    rows = [_protocol_row("protocol", found, ("name",)), *rows]
-    rows[1:1] = [_protocol_row("pictures", found, ("images", "num_images"))]
+    known = [
+        _protocol_row("protocol", found, ("name",)),
+        _protocol_row("pictures", found, ("images", "num_images")),
+    ]
+    rows = [row for row in known if set(row[1:]) != {"–"}] + rows
     content = table(head, rows[:ROWS_SHOWN], "numbers")
     if len(rows) > ROWS_SHOWN:
         content += folded(f"{len(rows) - ROWS_SHOWN} more", table(head, rows[ROWS_SHOWN:]))

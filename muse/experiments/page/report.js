@@ -164,7 +164,7 @@ function dimmed(picture) {
 document.querySelectorAll(".attention").forEach((root) => new Explorer(root));
 
 // -------------------------------------------------------------------------------------- curves
-const WIDTH = 320, HEIGHT = 170, LEFT = 44, BOTTOM = 20, TOP = 6;
+const WIDTH = 320, HEIGHT = 170, LEFT = 54, BOTTOM = 20, TOP = 6;
 
 class Chart {
   constructor(name, place) {
