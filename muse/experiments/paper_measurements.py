@@ -281,10 +281,7 @@ MEASUREMENTS = _DEMO_MEASUREMENTS | {
         True,
     ),
     "tiny_multimodal": Measurement(
-        ("bash tools/demo_multimodal.sh --output {output}",),
-        (),
-        "about twenty minutes on two cores",
-        True,
+        ("bash tools/demo_multimodal.sh --output {output}",), (), "twenty minutes, two cores", True
     ),
     "mmbench": _understanding("mmbench", " --rotate"),
     "mmvp": _understanding("mmvp"),

@@ -55,8 +55,7 @@ def umm_cost(
         umm = umm.to_empty(device="cpu").train()
         if one_tensor:
             umm.internvl.lm_head.weight = umm.internvl.get_input_embeddings().weight
-        trainable = training.trainable or UMM_STAGES[training.stage].trainable
-        select_trainable(umm, trainable)
+        select_trainable(umm, training.trainable or UMM_STAGES[training.stage].trainable)
         walk = _Walk(umm)
         answers = training.stage == "projector"
         flops = {"question": walk.question()} if answers else walk.pictures()
@@ -80,12 +79,17 @@ def umm_cost(
         "samples": samples,
         "gpu_hours_most": dearest * samples / limit,
         "gpus": gpus,
-        "bytes": {
-            "weights": 4 * sum(parts.values()),
-            "gradients": 4 * learns,
-            "optimizer": 8 * learns,
-            "ema": 4 * learns if training.ema_decay else 0,
-        },
+        "bytes": _bytes(sum(parts.values()), learns, bool(training.ema_decay)),
+    }
+
+
+def _bytes(parameters: int, learns: int, ema: bool) -> dict[str, int]:
+    """What one process holds in float32, without activations and unsharded."""
+    return {
+        "weights": 4 * parameters,
+        "gradients": 4 * learns,
+        "optimizer": 8 * learns,
+        "ema": 4 * learns * ema,
     }
 
 

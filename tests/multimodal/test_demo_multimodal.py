@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from muse.experiments import demo_multimodal, multimodal_report
+from muse.experiments import demo_multimodal, multimodal_measuring, multimodal_report
 from muse.experiments.generation_judge import LinearClassifier
 from muse.experiments.multimodal_data import (
     EditPairs,
@@ -151,8 +151,10 @@ def test_a_second_run_trains_and_measures_nothing(run, tokenizer, monkeypatch):
     monkeypatch.setattr(
         "muse.experiments.multimodal_stages.train_umm", lambda *_: pytest.fail("trained")
     )
-    monkeypatch.setattr(demo_multimodal._Measuring, "generate", lambda *_: pytest.fail("sampled"))
-    monkeypatch.setattr(demo_multimodal, "choice_scores", lambda *_: pytest.fail("asked"))
+    monkeypatch.setattr(
+        multimodal_measuring.DemoMeasuring, "generate", lambda *_: pytest.fail("sampled")
+    )
+    monkeypatch.setattr(multimodal_measuring, "choice_scores", lambda *_: pytest.fail("asked"))
     again = demo_multimodal.run_multimodal_demo(output, PLAN, tokenizer, "shapes", SMALL)
     assert json.dumps({**again, "seconds": 0}) == json.dumps({**results, "seconds": 0})
 
