@@ -52,7 +52,10 @@ setup(
     # where `muse.config.shipped_config` and `muse.command_line` find them.
     packages=[*find_packages(include=["muse", "muse.*"]), "muse.configs", "muse.scripts"],
     package_dir={"muse.configs": "configs", "muse.scripts": "scripts"},
-    package_data={"muse": ["py.typed", "pretrained/*/*"], "muse.configs": ["**/*.yaml"]},
+    package_data={
+        "muse": ["py.typed", "pretrained/*/*", "experiments/page/*"],
+        "muse.configs": ["**/*.yaml"],
+    },
     entry_points={"console_scripts": ["muse = muse.command_line:main"]},
     install_requires=runtime["core"],
     extras_require=extras,

@@ -384,14 +384,14 @@ def test_a_mistake_in_training_is_one_line_and_leaves_nothing(
     assert (tmp_path / "file").read_text() == "in the way"
 
 
-def test_the_shipped_configurations_name_the_variable_they_need(monkeypatch, capsys):
+def test_the_shipped_configurations_name_the_variable_they_need(monkeypatch, shapes_data, capsys):
     monkeypatch.delenv("CHECKPOINT_DIR", raising=False)
-    line = one_error(
-        capsys,
-        train_stage1.main(
-            ["--config", str(ROOT / "configs/muse_1b/stage1.yaml"), "--device", "cpu"]
-        ),
-    )
+    monkeypatch.delenv("DATA_DIR", raising=False)
+    words = ["--config", str(ROOT / "configs/muse_1b/stage1.yaml"), "--device", "cpu"]
+    line = one_error(capsys, train_stage1.main(words))
+    assert "DATA_DIR" in line and "dataset.params.train_shards_path_or_url" in line
+    data = f"dataset.params.train_shards_path_or_url={shapes_data}/train-*.tar"
+    line = one_error(capsys, train_stage1.main([*words, data]))
     assert "CHECKPOINT_DIR" in line and "experiment.output_dir" in line
 
 

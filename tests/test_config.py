@@ -618,10 +618,10 @@ def test_stages_of_a_variant_by_name(tmp_path, monkeypatch):
 def test_shipped_configurations_are_installed_with_the_package(tmp_path):
     """What `pip install .` would copy, read where there is no clone."""
     source, target = tmp_path / "source", tmp_path / "installed"
-    for folder in ("muse", "configs"):
+    for folder in ("muse", "configs", "scripts"):
         shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("*.pyc"))
-    for name in ("setup.py", "requirements.txt"):
-        shutil.copy(ROOT / name, source)
+    for file in (ROOT / "setup.py", ROOT / "README.md", *ROOT.glob("requirements*.txt")):
+        shutil.copy(file, source)
     build = [sys.executable, "setup.py", "-q", "build_py", "--build-lib", str(target)]
     subprocess.run(build, cwd=source, check=True, capture_output=True)
     shutil.rmtree(source)

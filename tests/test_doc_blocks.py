@@ -2,8 +2,8 @@
 
 A block gets a shell of its own, in a copy of the project whose `outputs/demo` is laid out as
 `bash tools/demo.sh` leaves it (two steps a stage). A block below a line in italics that begins with
-*Needs* or *Takes* is not run: its commands' flags are parsed, and the configurations that they name
-are loaded with their overrides.
+*Needs* or *Takes* is not run here (`bash tools/check_docs.sh` runs it): its commands' flags are
+parsed, and the configurations that they name are loaded with their overrides.
 """
 
 import argparse
@@ -14,56 +14,32 @@ import shlex
 import shutil
 import subprocess
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
 from muse.config import load_config
 from muse.generation.generator_config import load_generator_config
+from muse.multimodal.umm_run_config import load_umm_config
 from tests import forked_python
 from tests.helpers import ROOT
 from tests.training.processes import free_port
+from tools.doc_blocks import Block, documents, marked_blocks, read_blocks
 
-DOCS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-FENCE = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", re.MULTILINE | re.DOTALL)
-MARK = re.compile(r"\*(?:Needs|Takes) [^*]+\*")
+DOCS = documents()
 NO_CODE = ("", "text", "bibtex")
 EXTENDING = "extending.md"  # its blocks change a copy of the project: tests/test_docs.py
 LAYOUT = ("configs", "docs", "muse", "scripts", "tests", "tools")
 
 
-class Block(NamedTuple):
-    """A code block of a document."""
-
-    document: str
-    line: int
-    language: str
-    code: str
-    marked: bool  # below a line that says what it needs, or how long it takes
-
-    def __str__(self) -> str:
-        return f"{self.document}:{self.line}"
-
-    @property
-    def treatment(self) -> str:
-        """run, parsed, configuration, extended or no code; "" for an unknown language."""
-        if self.language in NO_CODE:
-            return "no code"
-        if self.document == EXTENDING and self.language in ("python", "yaml", "diff"):
-            return "extended"
-        if self.language in ("bash", "python"):
-            return "parsed" if self.marked else "run"
-        return "configuration" if self.language == "yaml" else ""
-
-
-def read_blocks(document: str, text: str) -> list[Block]:
-    """The blocks of a document, in order."""
-    blocks = []
-    for found in FENCE.finditer(text):
-        before = text[: found.start()].rstrip().rpartition("\n")[2]
-        line = text.count("\n", 0, found.start()) + 1
-        blocks.append(Block(document, line, found[1], found[2], bool(MARK.fullmatch(before))))
-    return blocks
+def treatment(block: Block) -> str:
+    """run, parsed, configuration, extended or no code; "" for an unknown language."""
+    if block.language in NO_CODE:
+        return "no code"
+    if block.document == EXTENDING and block.language in ("python", "yaml", "diff"):
+        return "extended"
+    if block.language in ("bash", "python"):
+        return "parsed" if block.mark else "run"
+    return "configuration" if block.language == "yaml" else ""
 
 
 BLOCKS = [
@@ -71,27 +47,28 @@ BLOCKS = [
 ]
 
 
-def treated(treatment: str) -> list[Block]:
-    return [block for block in BLOCKS if block.treatment == treatment]
+def treated(how: str) -> list[Block]:
+    return [block for block in BLOCKS if treatment(block) == how]
 
 
 def test_every_block_is_treated():
     """`pytest -s` shows how."""
-    for treatment in ("run", "parsed", "configuration", "extended", "no code"):
-        print(f"\n{treatment:>13}: {', '.join(map(str, treated(treatment)))}", end="")
-    unknown = [f"{block}: {block.language}" for block in BLOCKS if not block.treatment]
+    for how in ("run", "parsed", "configuration", "extended", "no code"):
+        print(f"\n{how:>13}: {', '.join(map(str, treated(how)))}", end="")
+    unknown = [f"{block}: {block.language}" for block in BLOCKS if not treatment(block)]
     assert not unknown, "no test treats blocks of this language"
     lines = [line for file in DOCS for line in file.read_text(encoding="utf-8").splitlines()]
     assert 2 * len(BLOCKS) == sum(line.lstrip().startswith("```") for line in lines)
     assert treated("run") and treated("parsed") and treated("extended")
+    assert treated("parsed") == marked_blocks(DOCS)  # what tools/check_docs.sh runs
 
 
 def test_a_block_is_read_with_its_mark():
     text = "# A\n\n*Needs a GPU.*\n\n```bash\na b\n```\ntext\n```python\nc\n```\n*b*\n```\nd\n```"
     assert read_blocks("x.md", text) == [
-        Block("x.md", 5, "bash", "a b\n", True),
-        Block("x.md", 9, "python", "c\n", False),
-        Block("x.md", 13, "", "d\n", False),
+        Block("x.md", 5, "bash", "a b\n", "Needs a GPU."),
+        Block("x.md", 9, "python", "c\n", ""),
+        Block("x.md", 13, "", "d\n", ""),
     ]
 
 
@@ -197,6 +174,14 @@ PRINT = "printf '%q ' \"$@\"; echo"
 PYTHON = f'#!/usr/bin/env bash\n[ "$1" = -c ] && echo 8 && exit\nset -- "$0" "$@"; {PRINT}\n'
 
 
+# Scripts whose configuration is no tokenizer's.
+LOADERS = {
+    "train_generator": load_generator_config,
+    "generate": load_generator_config,
+    "train_umm": load_umm_config,
+}
+
+
 class Parsed(Exception):
     """Raised in place of running a command: carries its flags."""
 
@@ -262,8 +247,9 @@ def check_words(words: list[str]) -> None:
     flags = vars(found.value.args[0])
     config = flags.get("config")
     if config and ("muse_" in config or Path(config).is_file()):
-        of_generator = script.stem in ("train_generator", "generate")
-        (load_generator_config if of_generator else load_config)(config, flags["overrides"])
+        load = LOADERS.get(script.stem, load_config)
+        words = flags["overrides"] if "overrides" in flags else flags["words"]
+        load(config, [word for word in words if "=" in word])
 
 
 def test_unknown_words_are_found(dry_environment, parse_alone, capsys):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from omegaconf import DictConfig, OmegaConf
 
 from muse.config import load_config
@@ -22,7 +23,9 @@ from tests.data.helpers import encode, picture
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = sorted(
-    file for file in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")) if file.is_file()
+    file
+    for file in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md"))
+    if file.is_file()
 )
 CODE = re.compile(r"```.*?```", re.DOTALL)
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"")
@@ -108,7 +111,9 @@ def test_every_test_of_the_comparison_exists():
 
 
 # --- all documents
-@pytest.mark.parametrize("name", ["fidelity.md", "extending.md", "data.md"])
+@pytest.mark.parametrize(
+    "name", ["fidelity.md", "extending.md", "data.md", "training.md", "questions.md"]
+)
 def test_every_key_in_the_text_exists(name):
     """Inline code that begins with a section of the configuration, such as `losses.itc.gather`."""
     known = schema_keys()
@@ -162,6 +167,30 @@ def test_paths_are_found_in_inline_code_and_in_blocks():
     )
     added = "```python\n# muse/f.py\nimport f\n```\n`muse/f.py` `docs/run{0,1}`"
     assert named_paths(text + added) == {"muse/a.py", "tests/d.py", "tools/e.sh", "docs"}
+
+
+def test_the_readme_is_short_and_names_every_page():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert text.count("\n") <= 150
+    index = text.partition("## Documents\n")[2].partition("\n## ")[0]
+    pages = {f"docs/{file.name}" for file in (ROOT / "docs").glob("*.md")}
+    assert set(re.findall(r"\((docs/\w+\.md)\)", index)) == pages
+
+
+def test_the_citation_is_of_the_software_and_names_the_paper():
+    """What CFF 1.2.0 requires; the title and number of the paper as README has them."""
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
+    assert {"cff-version", "message", "title", "authors"} <= cited.keys()
+    assert cited["cff-version"] == "1.2.0" and cited["type"] == "software"
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    title, number = re.search(r"  title     = \{(.+)\}[\s\S]+?arXiv ([\d.]+)", readme).groups()
+    (paper,) = cited["identifiers"]
+    assert paper == {
+        "type": "url",
+        "value": f"https://arxiv.org/abs/{number}",
+        "description": paper["description"],
+    }
+    assert title in paper["description"] and title in cited["abstract"]
 
 
 def test_the_readme_draws_every_room_of_the_package():

@@ -4,7 +4,6 @@ import os
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -33,20 +32,25 @@ print(image.double().sum().item())
 """
 
 
-def run_child(*words: str) -> tuple[float, int, str]:
-    """Seconds, peak bytes and output of a Python process that finds this package."""
+# A process tells its own peak, in kB: that of its usage (ru_maxrss) starts from its parent's.
+PEAK = """
+with open("/proc/self/status") as status:
+    print(next(line for line in status if line.startswith("VmHWM")).split()[1])
+"""
+
+
+def run_child(code: str, *words: str) -> tuple[float, int, str]:
+    """Seconds, peak bytes (Linux) and output of Python code in a process of its own."""
     package = str(Path(muse.__file__).resolve().parents[1])
     environment = {**os.environ, "PYTHONPATH": package, "MUSE_LOG": "ERROR"}
-    with tempfile.TemporaryFile("w+") as output:
-        start = time.perf_counter()
-        child = subprocess.Popen([sys.executable, *words], env=environment, stdout=output)
-        _, status, usage = os.wait4(child.pid, 0)
-        seconds = time.perf_counter() - start
-        child.returncode = os.waitstatus_to_exitcode(status)
-        output.seek(0)
-        if child.returncode:
-            raise RuntimeError(f"{' '.join(words[:1])}: ended with exit code {child.returncode}")
-        return seconds, usage.ru_maxrss * 1024, output.read()
+    start = time.perf_counter()
+    command = [sys.executable, "-c", code + PEAK, *words]
+    child = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True)
+    seconds = time.perf_counter() - start
+    if child.returncode:
+        raise RuntimeError(f"{code.strip()[:40]}: ended with exit code {child.returncode}")
+    *output, peak = child.stdout.splitlines()
+    return seconds, int(peak) * 1024, "\n".join(output)
 
 
 def bench_startup(
@@ -57,9 +61,9 @@ def bench_startup(
     `ours` is the picture in float32 beside the `plain` way; the sums of their pixels must be equal.
     """
     commands = {
-        "import_muse": ("-c", "import muse"),
-        "import_torch": ("-c", "import torch"),
-        **{way: ("-c", PICTURE, way, source) for way in ("float32", *precisions, "plain")},
+        "import_muse": ("import muse",),
+        "import_torch": ("import torch",),
+        **{way: (PICTURE, way, source) for way in ("float32", *precisions, "plain")},
     }
     taken: dict[str, list[tuple[float, int, str]]] = {name: [] for name in commands}
     for _ in range(repeats):

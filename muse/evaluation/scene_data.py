@@ -131,8 +131,8 @@ def _training_loader(
     cut = SceneCrop(**asdict(recipe.augmentation)) if recipe.augmentation else setup.picture_crop()
     world = world_size()
 
-    def maker(_, fields, zero_label_ignored) -> SampleMaker:
-        return SampleMaker(cut, fields, zero_label_ignored)
+    def maker(_, *settings) -> SampleMaker:  # with this cut in place of the loader's
+        return SampleMaker(cut, *settings)
 
     return train_loader(
         source,

@@ -107,12 +107,12 @@ class LinearAttention(nn.Module):
         linear = height * width > self.head_dim
         if linear:  # sums over all places: float32 also under autocast
             scales = scales.float()
-        scales = scales.reshape(len(x), -1, 3 * self.head_dim, height * width)
+        scales = scales.reshape(x.shape[0], -1, 3 * self.head_dim, height * width)
         query, key, value = scales.chunk(3, dim=2)  # (B, heads of all scales, d, places) each
         query, key = F.relu(query), F.relu(key)
         mixed = self._linear(query, key, value) if linear else self._quadratic(query, key, value)
         mixed = mixed.to(x.dtype) if linear else mixed
-        mixed = mixed.reshape(len(x), -1, height, width)
+        mixed = mixed.reshape(x.shape[0], -1, height, width)
         mixed = self.to_out(mixed.movedim(1, -1)).movedim(-1, 1)
         return _normed(self.norm_out, mixed) + x
 

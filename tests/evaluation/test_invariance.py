@@ -30,7 +30,7 @@ def run(name, flags, folder, batch):
 
 
 def run_all(flags, folder, batch):
-    assert [run(name, flags, folder, batch) for name in COMMANDS] == [0, 0, 0, 0]
+    assert [run(name, flags, folder, batch) for name in COMMANDS] == [0] * len(COMMANDS)
 
 
 @pytest.fixture(scope="module")

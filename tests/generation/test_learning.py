@@ -35,4 +35,4 @@ def test_a_trained_network_samples_its_classes():
         assert (own.std(1) - SPREAD).abs().max() < 0.15
     # "No class" was learned from dropped labels: both classes, so both sides of their midpoint.
     first = nothing.mean((2, 3))[:, 0] > CENTRES[:, 0].mean()
-    assert 0.25 < first.float().mean() < 0.75
+    assert 0.1 < first.float().mean() < 0.9

@@ -197,4 +197,4 @@ def test_the_command_takes_precision_and_tile(words, tmp_path, capsys):
     decibels = [float(line.split("PSNR ")[1].split()[0]) for line in lines]
     assert abs(decibels[0] - decibels[1]) < 1
     assert inference.main([*base, "--output_dir", str(tmp_path / "x"), "--tile", "0"]) == 2
-    assert "--tile must be at least 1 pixel, not 0" in capsys.readouterr().err
+    assert "--tile must be at least 1, not 0" in capsys.readouterr().err

@@ -62,6 +62,6 @@ def test_a_compiled_run_equals_a_plain_one(as_one_graph, settings, monkeypatch):
         changes = {"training": {"compile": compile_parts}}
         final = train(settings("synergistic_tuning", changes, output=f"run-{compile_parts}"))
         weights.append(load_file(final / "model.safetensors"))
-    assert compiled == ["Decoder", "SynergisticBlock", "SynergisticBlock", "PatchDiscriminator"]
+    assert compiled == ["DCDecoder", "SynergisticBlock", "SynergisticBlock", "PatchDiscriminator"]
     assert weights[0].keys() == weights[1].keys()
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
