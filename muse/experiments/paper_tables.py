@@ -78,7 +78,7 @@ def _probe_cells() -> tuple[Cell, ...]:
             100,
             1,
         ),
-        Cell("MUSE-1B", "k-NN, k = 20, % ↑", "knn", ("by_k", "20", "micro"), "–", 100, 1),
+        Cell("MUSE-1B", "k-NN, k = 20, % ↑", "knn", ("by_k", "20", "top1"), "–", 100, 1),
         Cell(
             _TINY_ROW,
             "linear probe, macro, % ↑",
@@ -117,7 +117,7 @@ def _demo_cells() -> tuple[Cell, ...]:
             row = f"`linear_probe` ({label})"
             cells.append(Cell(row, column, f"demo_probe_{name}", key, "–", 100, 1))
     for k in ("10", "20", "100", "200"):
-        key = ("by_k", k, "macro")
+        key = ("by_k", k, "top1_macro")
         cells.append(Cell(f"`knn`, k = {k}", "macro, % ↑", "demo_knn", key, "–", 100, 1))
     cells.append(Cell("`zero_shot`", "macro, % ↑", "demo_zero_shot", ("top1_macro",), "–", 100, 1))
     for way in ("image_to_text", "text_to_image"):
