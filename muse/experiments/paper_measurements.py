@@ -220,7 +220,7 @@ _DEMO_MEASUREMENTS = {
     "demo_probe_native": _demo_probe(""),
     "demo_probe_release": _demo_probe(" --recipe release"),
     "demo_probe_mae": _demo_probe(" --recipe mae --augment no"),
-    "demo_probe_dinov2": _demo_probe(" --recipe dinov2 --augment no --epochs 10"),
+    "demo_probe_dinov2": _demo_probe(" --recipe dinov2 --augment no --epochs 5 --epoch_steps 20"),
     "demo_probe_encoder": _demo_probe(" --baseline --pool cls+mean"),
     "demo_knn": _demo_probe("", "knn"),
     "demo_zero_shot": Measurement(
