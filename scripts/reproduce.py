@@ -10,7 +10,7 @@ from pathlib import Path
 from muse import cli
 from muse.errors import ConfigError
 from muse.experiments.paper_tables import TABLES
-from muse.experiments.reproduce import ROOT, page, result_lines, run_table
+from muse.experiments.reproduce import ROOT, page, quoted_numbers, result_lines, run_table
 from muse.utils.io import writable_directory, write_json, write_text
 
 RECORD, PAGE = ROOT / "docs/reproduce.json", ROOT / "docs/reproduce.md"
@@ -42,7 +42,11 @@ def main(argv=None) -> int:
         outcomes = run_table(args.table, output, args.long, flags)
         print("\n".join(result_lines(args.table, outcomes)))
     if args.record:
-        found = {name: one.numbers for name, one in outcomes.items() if one.numbers is not None}
+        found = {
+            name: quoted_numbers(name, outcome.numbers)
+            for name, outcome in outcomes.items()
+            if outcome.numbers is not None
+        }
         write_json(RECORD, recorded() | found)
     if args.write_page or args.record:
         write_text(PAGE, page(recorded()))

@@ -123,6 +123,16 @@ def test_the_page_is_made_of_the_tables():
     assert row in reproduce.page(numbers) and row not in reproduce.page({})
 
 
+def test_what_is_recorded_is_what_the_page_shows():
+    numbers = {
+        "reported": {"micro": 0.5, "macro": 0.25},
+        "by_rate": [1, 2],
+        "protocol": {"muse": "1", "device": "cpu", "checkpoint": {"path": "/somewhere"}},
+    }
+    kept = {"reported": {"micro": 0.5}, "protocol": {"muse": "1", "device": "cpu"}}
+    assert reproduce.quoted_numbers("probe_release", numbers) == kept
+
+
 def test_recorded_numbers_belong_to_measurements():
     assert set(script.recorded()) <= set(MEASUREMENTS)
     json.dumps(script.recorded(), allow_nan=False)

@@ -137,6 +137,23 @@ def number_of(cell: Cell, numbers: Mapping[str, Any] | None) -> str:
     return f"{value * cell.factor:.{cell.digits}f}"
 
 
+def quoted_numbers(name: str, numbers: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a measurement's numbers those that a cell shows, and with what they were measured."""
+    kept: dict[str, Any] = {}
+    for cell in (cell for table in TABLES.values() for cell in table.cells):
+        value: Any = numbers
+        for key in cell.key if cell.measurement == name else ():
+            value = value.get(key) if isinstance(value, Mapping) else None
+        if cell.measurement == name and isinstance(value, (int, float)):
+            place = kept
+            for key in cell.key[:-1]:
+                place = place.setdefault(key, {})
+            place[cell.key[-1]] = value
+    protocol = numbers.get("protocol", {})
+    facts = {key: protocol[key] for key in ("muse", "device", "versions") if key in protocol}
+    return {**kept, "protocol": facts}
+
+
 def result_lines(name: str, outcomes: Mapping[str, Outcome]) -> list[str]:
     """The table for a terminal, then what is missing and where it is expected."""
     table = TABLES[name]
