@@ -188,7 +188,12 @@ def page(recorded: Mapping[str, Mapping[str, Any]]) -> str:
     """
     lines = [PAGE_HEAD]
     for name, table in TABLES.items():
-        lines += [f"## {table.title}", "", "```bash", f"bash tools/reproduce.sh {name}", "```", ""]
+        lines += [
+            f"## {table.title}",
+            "",
+            "*Takes minutes for what needs only the demo's pictures.*",
+        ]
+        lines += ["", "```bash", f"bash tools/reproduce.sh {name}", "```", ""]
         lines += [table.note, "", "| | column | paper | ours |", "|---|---|---:|---:|"]
         for cell in table.cells:
             ours = number_of(cell, recorded.get(cell.measurement))
