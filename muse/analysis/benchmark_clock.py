@@ -1,5 +1,7 @@
 """Clocks of the benchmark: times of several ways in turns, peak memory, what the machine can do."""
 
+import ctypes
+import gc
 import os
 import platform
 import statistics
@@ -81,6 +83,7 @@ def peak_bytes(way: Callable[[], Any], device: str = "cpu") -> int | None:
         torch.cuda.reset_peak_memory_stats()
         way()
         return torch.cuda.max_memory_allocated() - before
+    _return_freed_memory()
     try:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")  # the peak starts anew from what is resident now
@@ -89,6 +92,13 @@ def peak_bytes(way: Callable[[], Any], device: str = "cpu") -> int | None:
         return max(0, _status("VmHWM") - before)
     except OSError:
         return None
+
+
+def _return_freed_memory() -> None:
+    """Give the system what was freed: a call that used it again would seem to need nothing."""
+    gc.collect()
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # GNU's C library
+        libc.malloc_trim(0)
 
 
 def _status(name: str) -> int:

@@ -116,6 +116,14 @@ def test_operations_and_memory_of_a_call():
     assert held is None or 60 << 20 < held < 100 << 20
 
 
+def test_memory_that_was_freed_and_not_returned_counts_when_it_is_used_again():
+    blocks = [bytearray(100_000) for _ in range(2000)]  # 200 MB below the size of mappings
+    last = blocks[-1]  # at the top of the heap: what lies below it stays with the process
+    blocks.clear()
+    held = peak_bytes(lambda: torch.ones(64 << 20, dtype=torch.uint8))
+    assert len(last) and (held is None or 60 << 20 < held < 100 << 20)
+
+
 @pytest.mark.parametrize("options", [{"kind": "random"}])
 def test_the_fused_forward_ends_in_the_same_tokens_and_leaves_the_maps(options):
     torch.manual_seed(0)
