@@ -6,6 +6,7 @@ No weights, no GPU, no data.
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from muse import cli
 from muse.config import load_config, stage_files
@@ -81,23 +82,32 @@ def check_flags(args: argparse.Namespace) -> list[Path]:
     return [Path(args.config)] if args.config else stage_files(args.recipe)
 
 
+def machine(args: argparse.Namespace) -> dict[str, Any]:
+    """What the cost of a model of any kind is told of the machine."""
+    return {
+        "gpus": args.gpus,
+        "utilisation": args.utilisation,
+        "peak": args.peak_tflops,
+        "peak_float32": args.peak_tflops_float32,
+    }
+
+
+def show(args: argparse.Namespace, text: str, cost: dict[str, Any]) -> int:
+    """Print the text and, where it was asked for, write every number."""
+    print(text)
+    if args.json:
+        write_json(args.json, {**cost, "overrides": args.overrides, "versions": versions()})
+    return 0
+
+
 def print_generator_cost(args: argparse.Namespace) -> int:
     """Training and sampling of a generator on latents; an encoder's pass is not in it."""
     from muse.generation.generator_config import load_generator_config  # noqa: PLC0415 (torch)
     from muse.generation.generator_cost import generator_cost, generator_cost_text  # noqa: PLC0415
 
     check_numbers(args)
-    cost = generator_cost(
-        load_generator_config(args.generator, args.overrides),
-        gpus=args.gpus,
-        utilisation=args.utilisation,
-        peak=args.peak_tflops,
-        peak_float32=args.peak_tflops_float32,
-    )
-    print(generator_cost_text(args.generator, cost))
-    if args.json:
-        write_json(args.json, {**cost, "overrides": args.overrides, "versions": versions()})
-    return 0
+    cost = generator_cost(load_generator_config(args.generator, args.overrides), **machine(args))
+    return show(args, generator_cost_text(args.generator, cost), cost)
 
 
 def print_umm_cost(args: argparse.Namespace) -> int:
@@ -106,18 +116,9 @@ def print_umm_cost(args: argparse.Namespace) -> int:
     from muse.multimodal.umm_run_config import load_umm_config  # noqa: PLC0415
 
     check_numbers(args)
-    cost = umm_cost(
-        load_umm_config(args.umm, args.overrides),
-        Path(args.umm).expanduser().absolute().parent.name,
-        gpus=args.gpus,
-        utilisation=args.utilisation,
-        peak=args.peak_tflops,
-        peak_float32=args.peak_tflops_float32,
-    )
-    print(umm_cost_text(args.umm, cost))
-    if args.json:
-        write_json(args.json, {**cost, "overrides": args.overrides, "versions": versions()})
-    return 0
+    folder = Path(args.umm).expanduser().absolute().parent.name
+    cost = umm_cost(load_umm_config(args.umm, args.overrides), folder, **machine(args))
+    return show(args, umm_cost_text(args.umm, cost), cost)
 
 
 @cli.entry
@@ -136,22 +137,15 @@ def main(argv=None) -> int:
         run_cost(
             load_config(file, args.overrides),
             batch=args.batch_size,
-            gpus=args.gpus,
-            utilisation=args.utilisation,
-            peak=args.peak_tflops,
-            peak_float32=args.peak_tflops_float32,
+            **machine(args),
             peak_tf32=args.peak_tflops_tf32,
             bandwidth=args.bandwidth_gb,
         )
         | {"name": f"{file.parent.name}/{file.stem}"}
         for file in files
     ]
-    print(cost_markdown(costs) if args.markdown else cost_text(costs))
-    if args.json:
-        write_json(
-            args.json, {"stages": costs, "overrides": args.overrides, "versions": versions()}
-        )
-    return 0
+    text = cost_markdown(costs) if args.markdown else cost_text(costs)
+    return show(args, text, {"stages": costs})
 
 
 if __name__ == "__main__":

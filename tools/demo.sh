@@ -4,5 +4,4 @@
 # [--kind everything|stamps|shapes] [--output DIR] [key=value ...]
 source "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 set_up requirements.txt requirements-demo.txt
-export OMP_WAIT_POLICY="${OMP_WAIT_POLICY:-PASSIVE}"  # threads that spin at barriers cost a shared machine most of its time
 launch "$PYTHON" scripts/demo.py "$@"

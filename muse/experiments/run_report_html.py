@@ -56,6 +56,25 @@ def folded(summary: str, content: str) -> str:
     return f"<details><summary>{escape(summary)}</summary>{content}</details>"
 
 
+def section_by_run(
+    models: Sequence[ReportedModel],
+    parts: Sequence[str],
+    key: str,
+    title: str,
+    words: str = "",
+) -> PageSection | None:
+    """A section of one part a run below its words; None where no run has a part.
+
+    Args:
+        models: all of the page.
+        parts: HTML of each; "" where a run has nothing to show.
+        key: of the section.
+        title: its heading.
+        words: HTML above the parts.
+    """
+    return PageSection(key, title, words + by_run(models, parts)) if any(parts) else None
+
+
 def by_run(models: Sequence[ReportedModel], parts: Sequence[str]) -> str:
     """The parts one after another, each below its run's name where there are several."""
     if len(models) == 1:

@@ -9,9 +9,9 @@ from PIL import Image
 from muse.experiments.run_report_html import (
     PageSection,
     ReportedModel,
-    by_run,
     escape,
     looked_at_models,
+    section_by_run,
     table,
 )
 from muse.experiments.run_report_model import FEATURE_NAMES, picture_uri
@@ -66,14 +66,12 @@ def attention_section(models: Sequence[ReportedModel]) -> PageSection | None:
             f'aria-label="picture">{buttons}</div><div class="maps"></div>'
             '<p class="reading" role="status"></p></div>'
         )
-    if not any(parts):
-        return None
     words = (
         "<p>Click a patch of the first picture, or move with the arrow keys and press Enter. The "
         "maps show what it attends to, mean over heads; each is scaled to its own largest weight, "
         "and the patch's weight on itself is left out.</p>"
     )
-    return PageSection("attention", "What a patch attends to", words + by_run(models, parts))
+    return section_by_run(models, parts, "attention", "What a patch attends to", words)
 
 
 # ----------------------------------------------------------------------------------------- features
@@ -94,13 +92,11 @@ def features_section(models: Sequence[ReportedModel]) -> PageSection | None:
             ]
             rows.append([_named_tile(one.view.originals[i], name), *cells])
         parts[place] = table(["picture", *FEATURE_NAMES.values()], rows, "pictures")
-    if not any(parts):
-        return None
     words = (
         "<p>The three directions in which the cells of all these pictures differ most, as red, "
         "green and blue. Cells of one colour are alike to the model.</p>"
     )
-    return PageSection("features", "Features, coloured", words + by_run(models, parts))
+    return section_by_run(models, parts, "features", "Features, coloured", words)
 
 
 # ----------------------------------------------------------------------------------------- captions
@@ -129,13 +125,11 @@ def captions_section(models: Sequence[ReportedModel]) -> PageSection | None:
             f"{view.caption_count} different ones.</p>"
             f'<div class="gallery">{"".join(items)}</div>'
         )
-    if not any(parts):
-        return None
     words = (
         "<p>Captions by the cosine of picture and text. ✓ is the picture's own caption, ✗ another "
         "one, however well it may fit.</p>"
     )
-    return PageSection("captions", "Nearest captions", words + by_run(models, parts))
+    return section_by_run(models, parts, "captions", "Nearest captions", words)
 
 
 # ------------------------------------------------------------------------------------- segmentation
@@ -153,13 +147,11 @@ def foreground_section(models: Sequence[ReportedModel]) -> PageSection | None:
             rows.append([_named_tile(view.originals[i], name), *cells, f"{iou:.3f}"])
         if rows:
             parts[place] = table(["picture", "objects", "probe", "IoU"], rows, "pictures")
-    if not any(parts):
-        return None
     words = (
         "<p>A linear probe on the frozen features after the last block, trained for a moment on "
         "other pictures of the same set: an impression, not a measurement.</p>"
     )
-    return PageSection("segmentation", "Objects", words + by_run(models, parts))
+    return section_by_run(models, parts, "segmentation", "Objects", words)
 
 
 # --------------------------------------------------------------------------------- written pictures
@@ -179,9 +171,7 @@ def written_section(models: Sequence[ReportedModel]) -> PageSection | None:
                     f"<figcaption>{name}</figcaption></figure>"
                 )
         parts.append(f'<div class="gallery wide">{"".join(figures)}</div>' if figures else "")
-    if not any(parts):
-        return None
-    return PageSection("written", "Pictures that the run has written", by_run(models, parts))
+    return section_by_run(models, parts, "written", "Pictures that the run has written")
 
 
 def _embedded(file: Path) -> str | None:

@@ -42,7 +42,7 @@ def test_position_embedding_is_the_hubs():
     weights = interpolate(37, 16, 16.1 / 37)
     maps = embedding[0, 1:].double().numpy().reshape(37, 37, 5)
     want = np.einsum("ia,jb,abc->ijc", weights, weights, maps).reshape(256, 5)
-    got = hub_position_embedding(embedding, 16)
+    got = hub_position_embedding(embedding, (37, 37), 16)
     assert got.shape == (1, 257, 5)
     assert torch.equal(got[:, 0], embedding[:, 0])
     np.testing.assert_allclose(got[0, 1:].numpy(), want, atol=1e-5)
@@ -74,7 +74,7 @@ def test_features_are_the_class_token_at_224():
             torch.nn.init.ones_(parameter)
         elif parameter.ndim > 1 and name.startswith("blocks"):
             parameter.data.mul_(3)
-    embedding = hub_position_embedding(network.pos_embed.data, 16)
+    embedding = hub_position_embedding(network.pos_embed.data, (37, 37), 16)
     wrapped = DinoV2(network)
     images = torch.rand(2, 3, 64, 80)
     with torch.no_grad():

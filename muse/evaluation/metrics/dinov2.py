@@ -24,13 +24,12 @@ OFFSET = 0.1  # of the authors' interpolation: (16 + .1) / 37 in place of 16 / 3
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
-def hub_position_embedding(embedding: Tensor, grid: int) -> Tensor:
-    """(1, 1 + m*m, C) of the class token and an m x m grid -> (1, 1 + grid*grid, C)."""
+def hub_position_embedding(embedding: Tensor, own: tuple[int, int], grid: int) -> Tensor:
+    """(1, 1 + h*w, C) of the class token and an (h, w) grid -> (1, 1 + grid*grid, C)."""
     token, patches = embedding[:, :1], embedding[:, 1:]
-    side = round(patches.shape[1] ** 0.5)
-    maps = patches.float().transpose(1, 2).unflatten(2, (side, side))  # (1,C,m,m)
-    scale = (grid + OFFSET) / side
-    maps = F.interpolate(maps, scale_factor=(scale, scale), mode="bicubic")
+    maps = patches.float().transpose(1, 2).unflatten(2, own)  # (1,C,h,w)
+    scale = tuple((grid + OFFSET) / side for side in own)
+    maps = F.interpolate(maps, scale_factor=scale, mode="bicubic")
     return torch.cat((token, maps.flatten(2).transpose(1, 2).to(token)), 1)
 
 
@@ -49,8 +48,9 @@ class DinoV2(nn.Module):
 
     def __init__(self, network: nn.Module):
         super().__init__()
+        patches = network.patch_embed
         embedding = hub_position_embedding(
-            network.pos_embed.data, SIDE // network.patch_embed.patch_size[0]
+            network.pos_embed.data, patches.grid_size, SIDE // patches.patch_size[0]
         )
         network.set_input_size((SIDE, SIDE))
         network.pos_embed = nn.Parameter(embedding)
