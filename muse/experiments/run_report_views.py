@@ -28,7 +28,8 @@ def reconstruction_section(models: Sequence[ReportedModel]) -> PageSection | Non
     figures = []
     for place in range(max(len(one.view.originals) for _, one in seen)):
         group = [_slider(one, place) for _, one in seen if place < len(one.view.originals)]
-        figures.append("".join(group))
+        row = "".join(group)
+        figures.append(f'<div class="together">{row}</div>' if len(seen) > 1 else row)
     words = "<p>Left of the line the original, right of it what the model makes of its latent.</p>"
     kind = "gallery" if len(seen) == 1 else "gallery several"
     return PageSection(
