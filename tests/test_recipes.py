@@ -31,6 +31,7 @@ KEYS = {  # key: (paper, release), the same in every stage
     "dataset.params.mix": ("sample", "batch"),  # row 46
     "dataset.params.resampled": (False, True),  # row 54
     "dataset.params.shuffle_buffer": (1000, 5000),
+    "dataset.preprocessing.jpeg_draft": (True, False),  # row 57
     "optimizer.no_decay": ([], ["^encoder\\.embeddings\\."]),  # row 36
     "lr_scheduler.params.discriminator_end_lr": (None, 2e-6),  # row 55
 }
@@ -50,7 +51,7 @@ def test_the_ledger_names_every_key_of_a_recipe_and_the_recipes_set_all_that_it_
             text.partition("\n\n")[0],
         )
     )
-    assert len(named) == 22
+    assert len(named) == 23
 
     def keys(node: dict, prefix: str = "") -> set[str]:
         inner = [(f"{prefix}{name}", value) for name, value in node.items()]
