@@ -25,8 +25,8 @@ class TopologyTeacherConfig:
     kind: str = key("dinov3", choices=("dinov3", "affinity", "random", "none"))
     source: str = key(
         "facebook/dinov3-vith16plus-pretrain-lvd1689m",
-        "dinov3: hub id, local directory, timm:NAME; affinity: efficientnet_lite0, timm name, "
-        "local directory",
+        "dinov3: hub id, local directory, timm:NAME, internvit:SOURCE; affinity: "
+        "efficientnet_lite0, timm name, local directory, internvit:SOURCE",
     )
     config: dict[str, Any] = key(
         {}, "further arguments of the library's constructor; random (tests): the network's fields"

@@ -32,6 +32,9 @@ def test_what_a_configuration_needs():
     assert named[TEACHER].key == "teacher.topology.source"
     forbidden = (".bin", ".py", ".pt", "*.*", ".pkl")
     assert not [one for part in parts() for one in part.patterns if one.endswith(forbidden)]
+    own = {p.repo_id: p for p in parts(**{"teacher.topology.source": f"internvit:{ENCODER}"})}
+    assert own[ENCODER].key == "model.encoder.source, teacher.topology.source"
+    assert TEACHER not in own
     tiny = load_config("muse_tiny/stage1", ["model.encoder.source=muse_tiny"])
     assert download.needed_weights(tiny, lambda source: "") == []
 

@@ -15,6 +15,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from muse.config import plain
 from muse.errors import CheckpointError
+from muse.teachers.hub import INTERNVIT
 from muse.utils.io import file_sha256, write_json
 from muse.utils.weights import SOURCE_FILES, packaged
 
@@ -65,12 +66,12 @@ def _sources(
     """(key, source, files) of every part that is read from somewhere."""
     for part in ("encoder", "decoder"):
         yield f"model.{part}.source", plain(cfg.model[part].source), SOURCE_FILES
-    topology = cfg.teacher.topology
-    if topology.kind not in ("none", "random"):
-        yield "teacher.topology.source", plain(topology.source), TEACHER_FILES
-    feature = cfg.teacher.feature
-    if feature.kind not in ("none", "random"):
-        yield "teacher.feature.source", plain(feature.source), TEACHER_FILES
+    for name in ("topology", "feature"):
+        teacher = cfg.teacher[name]
+        source = str(plain(teacher.source))
+        files = SOURCE_FILES if source.startswith(INTERNVIT) else TEACHER_FILES
+        if teacher.kind not in ("none", "random"):
+            yield f"teacher.{name}.source", source.removeprefix(INTERNVIT), files
     text = cfg.teacher.text
     source = str(plain(text.source))
     if text.kind == "open_clip":

@@ -96,9 +96,37 @@ VARIANTS: dict[str, Variant] = {
             Leg("stage3", (2,), ('optimizer.lr_multipliers={"^encoder\\\\.": 0.02}',)),
         ),
     ),
+    # Other teachers of structure; `paper` has the affinity of EfficientNet-Lite0.
+    "teacher_vit": Variant(
+        "teacher: attention of a ViT (the packaged encoder)",
+        ("teacher.topology.kind=dinov3", "teacher.topology.source=internvit:muse_tiny"),
+    ),
+    "teacher_vit_affinity": Variant(
+        "teacher: affinity of the same ViT's tokens",
+        (
+            "teacher.topology.source=internvit:muse_tiny",
+            "teacher.topology.layers=[0, 1, 2, 3]",
+        ),
+    ),
+    "teacher_untrained": Variant(
+        "teacher: attention of a ViT with random weights",
+        ("teacher.topology.kind=random", "teacher.topology.source=random"),
+    ),
 }
 # The rows that carry the paper's claims, and what stage 3 does in the encoder.
 CLAIMS = ("paper", "baseline", "shared", "no_stop_gradient", "no_nce", "isolated", "slow_encoder")
+# What a set of rows is called on the command line.
+SETS = {
+    "claims": CLAIMS,
+    "teachers": (
+        "paper",
+        "teacher_vit",
+        "teacher_vit_affinity",
+        "teacher_untrained",
+        "no_topology",
+    ),
+    "all": tuple(VARIANTS),
+}
 
 
 @dataclass(frozen=True)

@@ -20,10 +20,10 @@ from muse.teachers.base import (
     evenly_spaced_layers,
     log,
 )
+from muse.teachers.extractors import load_extractor
 from muse.teachers.features import (
     FeatureLayer,
     layer_features,
-    load_extractor,
     read_layers,
     resize_features,
 )

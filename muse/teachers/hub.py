@@ -16,6 +16,7 @@ from muse.utils.weights import copy_of
 
 TIMM = "timm:"
 PACKAGE = "package:"
+INTERNVIT = "internvit:"
 # Fields of the gated model, as transformers' DINOv3ViTConfig wants them: its architecture can be
 # made where its files cannot be had. A test holds them against timm's own definition.
 DINOV3 = {

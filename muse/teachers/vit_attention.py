@@ -24,11 +24,8 @@ from muse.teachers.base import (
     log,
     resize_images,
 )
-from muse.teachers.hub import (
-    TIMM,
-    is_timm_directory,
-)
-from muse.teachers.vit_parts import timm_parts, transformers_parts
+from muse.teachers.hub import INTERNVIT, TIMM, is_timm_directory
+from muse.teachers.vit_parts import internvit_parts, timm_parts, transformers_parts
 
 
 def patch_attention(weights: Tensor, num_prefix: int, heads: str = "mean") -> Tensor:
@@ -153,16 +150,19 @@ def build_attention_teacher(
     """An attention teacher from the options of `teacher.topology`, and `pretrained`.
 
     Args:
-        options: `source`: a hub id, a directory in transformers' or timm's layout, `timm:NAME`, or
-            `random` (a DINOv3 built from `config`). `image_size`: pixels, [H, W], `grid` (as many
-            patches as the student's `grid` has tokens), or None (the images' own). Further `config,
-            layers, heads, pretrained`.
+        options: `source`: a hub id, a directory in transformers' or timm's layout, `timm:NAME`,
+            `internvit:SOURCE`, or `random` (a DINOv3 built from `config`). `image_size`: pixels,
+            [H, W], `grid` (as many patches as the student's `grid` has tokens), or None (the
+            images' own). Further `config, layers, heads, pretrained`.
         num_maps: how many student blocks there are.
         grid: the student's token grid.
     """
     source, config = str(options["source"]), dict(options["config"])
-    from_timm = source.startswith(TIMM) or is_timm_directory(source)
-    parts = timm_parts if from_timm else transformers_parts
+    parts = transformers_parts
+    if source.startswith(INTERNVIT):
+        parts = internvit_parts
+    elif source.startswith(TIMM) or is_timm_directory(source):
+        parts = timm_parts
     network, attentions, settings = parts(source, config, options["pretrained"])
     layers = choose_layers(options["layers"], len(attentions), num_maps)
     own_size = settings.pop("image_size", None)

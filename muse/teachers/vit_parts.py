@@ -6,10 +6,12 @@ from typing import Any, NamedTuple
 from torch import nn
 
 from muse.errors import ConfigError
+from muse.models.internvit import build_encoder
 from muse.models.layers import IMAGENET_MEAN, IMAGENET_STD
 from muse.teachers.base import Normalise
 from muse.teachers.hub import (
     DINOV3,
+    INTERNVIT,
     loading,
     require_complete,
     stored_normalisation,
@@ -64,19 +66,37 @@ def transformers_parts(source: str, config: dict[str, Any], pretrained: bool) ->
             )
             require_complete(what, report["missing_keys"])
             normalise = Normalise(*stored_normalisation(source))
-    # By class name, because the modules move between transformers versions: the innermost attention
-    # module of each layer is the one.
-    attentions = [
+    num_prefix = 1 + getattr(settings, "num_register_tokens", 0)
+    patch = (settings.patch_size,) * 2
+    return VitParts(
+        network,
+        _attention_modules(network),
+        {"patch": patch, "normalise": normalise, "num_prefix": num_prefix},
+    )
+
+
+def internvit_parts(source: str, config: dict[str, Any], pretrained: bool) -> VitParts:
+    """An InternViT from `internvit:SOURCE`, SOURCE as `model.encoder.source` takes it: InternVL's
+    own, or the encoder of a MUSE model. `config` and errors as above.
+    """
+    source = source.removeprefix(INTERNVIT)
+    network = build_encoder(source, config, load_weights=pretrained)
+    patch = tuple(network.config.patch_size)
+    settings = {"patch": patch, "normalise": Normalise(), "num_prefix": 1}
+    return VitParts(network, _attention_modules(network), settings)
+
+
+def _attention_modules(network: nn.Module) -> list[nn.Module]:
+    """The innermost attention module of each layer of a transformers ViT.
+
+    By class name, because the modules move between transformers versions.
+    """
+    return [
         module
         for module in network.modules()
         if _is_attention(module)
         and not any(_is_attention(child) for child in module.modules() if child is not module)
     ]
-    num_prefix = 1 + getattr(settings, "num_register_tokens", 0)
-    patch = (settings.patch_size,) * 2
-    return VitParts(
-        network, attentions, {"patch": patch, "normalise": normalise, "num_prefix": num_prefix}
-    )
 
 
 def _transformers_settings(source: str, config: dict[str, Any], pretrained: bool) -> Any:
@@ -140,7 +160,7 @@ def _native_class(settings: Any, source: str) -> Any:
     if settings.model_type not in MODEL_CLASSES:
         raise ConfigError(
             f"teacher.topology.source {source!r} is a {settings.model_type!r} model; attention is "
-            f"read from {', '.join(MODEL_CLASSES)} or a timm ViT (timm:NAME); use "
-            "teacher.topology.kind=affinity for others"
+            f"read from {', '.join(MODEL_CLASSES)}, a timm ViT (timm:NAME) or internvit:SOURCE; "
+            "use teacher.topology.kind=affinity for others"
         )
     return getattr(transformers, MODEL_CLASSES[settings.model_type])

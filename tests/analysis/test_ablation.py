@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from muse.experiments import ablation
-from muse.experiments.ablation import VARIANTS, Study, StudyPlan
+from muse.experiments.ablation import SETS, VARIANTS, Study, StudyPlan
 from muse.experiments.ablation_study import Task, collect, markdown, plan_tasks, work_through
 from muse.utils.io import write_json
 from scripts.ablate import main
@@ -78,6 +78,14 @@ def test_rows_switch_what_their_labels_say(study):
     rates = {name: cells(study, name, -1)[0].optimizer.lr_multipliers for name in VARIANTS}
     assert dict(rates["slow_encoder"]) == {"^encoder\\.": 0.02}
     assert dict(rates["paper"]) == {"^encoder\\.": 0.2}
+    sources = {name: cells(study, name, 0)[0].teacher.topology.source for name in SETS["teachers"]}
+    assert sources == {
+        "paper": "efficientnet_lite0",
+        "teacher_vit": "internvit:muse_tiny",
+        "teacher_vit_affinity": "internvit:muse_tiny",
+        "teacher_untrained": "random",
+        "no_topology": "efficientnet_lite0",
+    }
     baseline, weights = cells(study, "baseline", 0)
     assert (
         weights == (True, True)
@@ -103,7 +111,7 @@ def test_what_is_equal_is_trained_once_and_nothing_else(study):
     names = [task.name for task in tasks]
     # First legs: four variants share one. Second: three. Third: the baseline has none.
     # And a measurement each.
-    assert len(set(names)) == len(names) == 2 * (9 + 10 + 11 + 12)
+    assert len(set(names)) == len(names) == 2 * (12 + 13 + 14 + 15)
     for place, task in enumerate(tasks):
         assert all(needed in names[:place] for needed in task.after)
 
@@ -227,7 +235,7 @@ def test_the_study_from_end_to_end_and_again(tmp_path, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--variants", "paper,papre"], "papre: there are paper"),
+        (["--variants", "paper,papre"], "papre: there are claims, teachers, all, paper"),
         (["--seeds", "0"], "must be 1"),
         (["--fast", "--full"], "not allowed with"),
         (["--data", "nowhere"], "nowhere"),

@@ -224,6 +224,24 @@ def test_transformers_backbone_from_a_directory(tmp_path):
     torch.testing.assert_close(teacher(pictures())[:, :8], expected)
 
 
+def test_internvit_tokens_by_layer():
+    options = {"kind": "backbone", "source": "internvit:muse_tiny", "layers": [0, 3]}
+    teacher = build_feature_teacher(options)
+    seen = []
+    for layer in (0, 3):
+        teacher.extractor.network.encoder.layer[layer].register_forward_hook(
+            lambda module, inputs, output: seen.append(output[:, 1:])
+        )
+    images = pictures()
+    found = teacher(images)
+    rows, columns = images.shape[-2] // 8, images.shape[-1] // 8
+    assert found.shape == (len(images), 320, rows, columns)
+    expected = torch.cat(seen, dim=-1).reshape(len(images), rows, columns, 320)
+    torch.testing.assert_close(found.permute(0, 2, 3, 1), expected)
+    with pytest.raises(ConfigError, match=r"layers 0\.\.3, not \[4\]"):
+        build_feature_teacher(options | {"layers": [4]})
+
+
 def test_torchvision_nodes_and_weights_file(tmp_path):
     torch.manual_seed(0)
     network = torchvision.models.resnet18().eval()

@@ -9,6 +9,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 from muse.errors import CheckpointError, ConfigError
+from muse.models.internvit import build_encoder
 from muse.models.layers import IMAGENET_MEAN, IMAGENET_STD
 from muse.teachers import build_topology_teacher
 from muse.teachers.base import choose_layers, evenly_spaced_layers
@@ -240,6 +241,24 @@ def test_without_weights_the_architecture_is_the_same_and_no_weights_file_is_ask
     target = made(pictures().to("meta"))
     assert target.grid == (4, 3) and target.maps[0].is_meta
     assert target.maps[0].shape == ours(pictures()).maps[0].shape
+
+
+def test_an_internvit_is_a_teacher_too(tmp_path):
+    """The packaged encoder, and a directory: transformers' own attentions, cut to the patches."""
+    teacher = build_topology_teacher({"source": "internvit:muse_tiny"}, 2, (8, 8))
+    assert teacher.layers == (1, 3) and not teacher.network.training
+    images = pictures(64, 48)
+    target = teacher(images)
+    assert target.grid == (8, 6)  # patches of 8 pixels
+    build_encoder("muse_tiny", {}).save_pretrained(tmp_path)
+    network = transformers.InternVLVisionModel.from_pretrained(tmp_path).eval()
+    attentions = own_attentions(network, imagenet(images))
+    for layer, found in zip((1, 3), target.maps):
+        expected = attentions[layer][..., 1:, 1:].mean(1, keepdim=True)
+        expected = expected / expected.sum(-1, keepdim=True)
+        torch.testing.assert_close(found, expected, atol=1e-6, rtol=1e-5)
+    with pytest.raises(CheckpointError, match="nowhere: no such directory"):
+        build_topology_teacher({"source": "internvit:nowhere"}, 2)
 
 
 # --------------------------------------------------------------------------------------------- timm
