@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))  # tools/ is no par
 
 from muse import cli  # noqa: E402
 from muse.analysis.benchmark_clock import machine_facts  # noqa: E402
+from muse.analysis.benchmark_loader import bench_loader  # noqa: E402
 from muse.analysis.benchmark_parts import PARTS as BENCHES  # noqa: E402
 from muse.analysis.benchmark_parts import Bench  # noqa: E402
 from muse.analysis.benchmark_startup import bench_startup  # noqa: E402
@@ -31,6 +32,7 @@ BATCH = 32
 REPEATS = 3
 PARTS = ("evaluator", "frechet", "miou")
 MODEL_PARTS = ("encode", "decode", "reconstruct", "teacher", "losses", "train_step", "growth")
+KNOWN = (*PARTS, *MODEL_PARTS, "loader", "startup")
 
 
 def race(*ways: Callable[[], object], repeats: int = REPEATS) -> list[tuple[float, object]]:
@@ -170,11 +172,10 @@ def time_model(parts: Sequence[str], args) -> dict[str, dict]:
 
 def check_parts(words: str) -> list[str]:
     """The parts of a comma-separated list; ConfigError for an unknown one."""
-    known = (*PARTS, *MODEL_PARTS, "startup")
     parts = [part.strip() for part in words.split(",")]
-    unknown = [part for part in parts if part not in known]
+    unknown = [part for part in parts if part not in KNOWN]
     if unknown:
-        raise ConfigError(f"unknown part '{unknown[0]}': one of {', '.join(known)}")
+        raise ConfigError(f"unknown part '{unknown[0]}': one of {', '.join(KNOWN)}")
     return parts
 
 
@@ -205,6 +206,8 @@ def show(name: str, row: dict, old: dict) -> None:
                 f"{one['time_over_flops']:.2f}{memory}"
             )
         return
+    if name == "loader":
+        return [show_loader(size, one) for size, one in row.items()]
     unit = row.get("unit", "s")
     slow = row["slow"] if "slow" in row else row["plain"]["seconds"]
     line = f"{name:<12}{flat_seconds(row):>10.3f}{unit:>3}{slow:>10.3f}{unit:>3}"
@@ -225,13 +228,25 @@ def show(name: str, row: dict, old: dict) -> None:
         print(f"{'':<12}{'':>13}{value:>10.3f}{unit:>3}{value / row['ours']:>8.2f}x  {way}")
 
 
+def show_loader(size: str, one: dict) -> None:
+    """A line for a size of pictures, or for the resume."""
+    if size == "resume":
+        taken = f"{one['seconds_processor']:.2f} s of the processor, {one['seconds_clock']:.2f} s"
+        return print(f"loader resumed after {one['resumed_after']} samples: {taken}")
+    print(
+        f"loader {size:<10}{one['loader_images_per_s']:>8.1f} images/s, plain way "
+        f"{one['plain_images_per_s']:.1f}: {one['loader_over_plain_processor']:.2f}x, "
+        f"{one['loader_over_plain_clock']:.2f}x by the clock"
+    )
+
+
 @cli.entry
 def main(argv=None) -> int:
     parser = cli.plain_parser(__doc__)
     parser.add_argument(
         "--parts",
         default=",".join(PARTS),
-        help=f"comma-separated, of {', '.join((*PARTS, *MODEL_PARTS, 'startup'))}",
+        help=f"comma-separated, of {', '.join(KNOWN)}",
     )
     parser.add_argument("--config", default=None, help="of one stage, for parts of the tokenizer")
     parser.add_argument("--device", default="cpu", help="of parts of the tokenizer")
@@ -243,7 +258,10 @@ def main(argv=None) -> int:
         "--dim", type=int, default=2048, help="feature width of evaluator and frechet"
     )
     parser.add_argument(
-        "--images", type=int, default=128, help="image pairs of 224x224 for evaluator"
+        "--images",
+        type=int,
+        default=128,
+        help="image pairs of 224x224 for evaluator; pictures of a round for loader",
     )
     parser.add_argument(
         "--masks", type=int, default=4, help="512x512 masks of 150 classes for miou"
@@ -260,6 +278,8 @@ def main(argv=None) -> int:
     old = read_old(args.against)
     rows = compare([part for part in parts if part in PARTS], args.dim, args.images, args.masks)
     rows |= time_model([part for part in parts if part in MODEL_PARTS], args)
+    if "loader" in parts:
+        rows["loader"] = bench_loader(args.images, args.repeats)
     if "startup" in parts:
         rows["startup"] = bench_startup(repeats=args.repeats)
     print(f"{'part':<12}{'ours':>13}{'plain way':>13}{'ratio':>9}")

@@ -7,6 +7,7 @@ import torch
 
 from muse.analysis import benchmark_parts
 from muse.analysis.benchmark_clock import count_flops, matrix_peak, peak_bytes, time_ways
+from muse.analysis.benchmark_loader import bench_loader
 from muse.analysis.benchmark_parts import (
     Bench,
     bench_growth,
@@ -16,6 +17,7 @@ from muse.analysis.benchmark_parts import (
 )
 from muse.analysis.benchmark_startup import bench_startup
 from muse.config import load_config
+from muse.errors import ConfigError
 from muse.teachers import build_topology_teacher
 from scripts import benchmark
 from tests.helpers import MIXED_DECODER, random_images, run_config, tiny_model
@@ -157,3 +159,16 @@ def test_startup_runs_whole_processes():
 def test_mistakes(words, message, capsys):
     assert benchmark.main(words) == 2
     assert message in capsys.readouterr().err
+
+
+def test_the_loader_and_the_plain_way_give_every_picture_and_a_resume_its_place():
+    threads = torch.get_num_threads()
+    rows = bench_loader(images=32, repeats=1, samples=5000)
+    assert list(rows) == ["500x375", "1024x768", "resume"] and torch.get_num_threads() == threads
+    for size in ("500x375", "1024x768"):
+        row = rows[size]
+        ratio = row["loader_images_per_s"] / row["plain_images_per_s"]
+        assert row["loader_over_plain_processor"] == pytest.approx(ratio, rel=0.01)
+    assert rows["resume"]["resumed_after"] == 5000 and rows["resume"]["seconds_clock"] > 0
+    with pytest.raises(ConfigError, match="images at least 32"):
+        bench_loader(images=8)

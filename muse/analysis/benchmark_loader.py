@@ -1,37 +1,32 @@
-#!/usr/bin/env python3
-"""Pictures a second of the training loader beside the plain way, and the time of a late resume.
+"""The training loader beside the plain way, and the time of a late resume.
 
-Everything is measured in one process and one run, the ways in turn; a line of JSON each. Rates are
-by the processor's time, which other programs on the machine change less than the clock's; the
-ratios by the clock stand beside them.
+Rates are by the processor's time, which other programs on the machine change less than the clock's;
+the ratios by the clock stand beside them.
 """
 
 import io
-import json
 import statistics
-import sys
 import tarfile
 import tempfile
 import time
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+import torch
+from PIL import Image
 
-import torch  # noqa: E402
-from PIL import Image  # noqa: E402
-
-from muse import cli  # noqa: E402
-from muse.data.dataloader import train_loader  # noqa: E402
-from muse.data.decode import decode_image  # noqa: E402
-from muse.data.ordering import Places  # noqa: E402
-from muse.data.records import Record  # noqa: E402
-from muse.data.shard_index import ShardContents  # noqa: E402
-from muse.data.train import StreamSpec, WorkerStream, start_position  # noqa: E402
-from muse.data.transforms import Transform, generator_for, to_float  # noqa: E402
-from muse.errors import ConfigError  # noqa: E402
+from muse.data.dataloader import train_loader
+from muse.data.decode import decode_image
+from muse.data.ordering import Places
+from muse.data.records import Record
+from muse.data.shard_index import ShardContents
+from muse.data.train import StreamSpec, WorkerStream, start_position
+from muse.data.transforms import Transform, generator_for, to_float
+from muse.errors import ConfigError
 
 EDGE, CROP, BATCH = 256, 224, 32
+SIZES = ((500, 375), (1024, 768))
 CLOCKS = {"processor": time.process_time, "clock": time.perf_counter}
 
 
@@ -95,7 +90,7 @@ def loader_epoch(path: Path, count: int, draft: bool) -> int:
     return sum(len(next(batches)["keys"]) for _ in range(count // BATCH))
 
 
-def measure(size: tuple[int, int], count: int, repeats: int) -> dict:
+def loader_rates(size: tuple[int, int], count: int, repeats: int) -> dict[str, Any]:
     """Medians of images/s and the ratio to the plain way of the same round."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "a.tar"
@@ -154,7 +149,7 @@ class KeyMaker:
         return {"keys": [record.key for record in samples]}
 
 
-def resume_seconds(samples: int) -> dict:
+def resume_seconds(samples: int) -> dict[str, float]:
     """Time from a position after `samples` of one reader's epoch to its next batch; and that of
     the plain way, which walks through all records, for a hundredth of it.
     """
@@ -174,22 +169,24 @@ def resume_seconds(samples: int) -> dict:
     return {"resumed_after": samples, **seconds, "walking_seconds_estimate": walking}
 
 
-@cli.entry
-def main(argv: list[str] | None = None) -> int:
-    """Parse, measure, print a line of JSON for each size and for the resume."""
-    parser = cli.plain_parser(__doc__)
-    parser.add_argument("--images", type=int, default=96, help="pictures of a round")
-    parser.add_argument("--repeats", type=int, default=7, help="rounds; medians are given")
-    parser.add_argument("--samples", type=int, default=10_000_000, help="before the resume")
-    args = parser.parse_args(argv)
-    if args.images < BATCH or args.repeats < 1 or args.samples < 100:
-        raise ConfigError(f"--images at least {BATCH}, --repeats 1, --samples 100")
+def bench_loader(
+    images: int = 96, repeats: int = 7, samples: int = 10_000_000
+) -> dict[str, dict[str, Any]]:
+    """`WIDTHxHEIGHT` -> images/s of the loader and of the plain way; `resume` -> its seconds.
+
+    One thread, one process. `loader_without_draft` decodes each JPEG whole.
+
+    Args:
+        images: pictures of a round, at least a batch of 32.
+        repeats: rounds, whose medians are given.
+        samples: what a run had drawn before it is resumed.
+    """
+    if images < BATCH or repeats < 1 or samples < 100:
+        raise ConfigError(f"loader: images at least {BATCH}, repeats 1, samples 100")
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
-    for size in ((500, 375), (1024, 768)):
-        print(json.dumps(measure(size, args.images, args.repeats)), flush=True)
-    print(json.dumps(resume_seconds(args.samples)))
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    try:
+        rows = {f"{one[0]}x{one[1]}": loader_rates(one, images, repeats) for one in SIZES}
+        return {**rows, "resume": resume_seconds(samples)}
+    finally:
+        torch.set_num_threads(threads)
