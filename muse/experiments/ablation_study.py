@@ -5,7 +5,6 @@ import json
 import logging
 import multiprocessing
 import os
-import statistics
 from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import asdict
@@ -21,6 +20,7 @@ from muse.config import resolved
 from muse.evaluation.suite import Yardstick, latent_grid
 from muse.experiments.ablation import VARIANTS, Study, measure_variant, train_base, train_run
 from muse.experiments.gradient_figure import draw_gradients
+from muse.experiments.spreads import spread_cell, spread_of
 from muse.teachers.build import shared_text_teacher, shared_topology_teacher
 from muse.utils.io import versions, write_json, write_text
 
@@ -170,7 +170,7 @@ def collect(study: Study, variants: Sequence[str], seeds: Sequence[int]) -> dict
             seed: json.loads(study.record(name, seed).read_text())["measured"] for seed in seeds
         }
         columns = {
-            column: _spread([read(one) for one in measured.values()])
+            column: spread_of([read(one) for one in measured.values()])
             for column, (read, _) in COLUMNS.items()
         }
         rows[name] = {
@@ -196,20 +196,13 @@ def collect(study: Study, variants: Sequence[str], seeds: Sequence[int]) -> dict
     }
 
 
-def _spread(values: Sequence[float | None]) -> dict[str, Any]:
-    found = [value for value in values if value is not None]
-    return {
-        "mean": statistics.fmean(found) if found else None,
-        "std": statistics.stdev(found) if len(found) > 1 else None,
-        "values": list(values),
-    }
-
-
 def markdown(results: dict[str, Any]) -> str:
     """The table, and what its columns mean."""
     lines = ["| variant | " + " | ".join(COLUMNS) + " |", "|---|" + "---:|" * len(COLUMNS)]
     for row in results["variants"].values():
-        cells = [_cell(row["columns"][column], digits) for column, (_, digits) in COLUMNS.items()]
+        cells = [
+            spread_cell(row["columns"][column], digits) for column, (_, digits) in COLUMNS.items()
+        ]
         lines.append(f"| {row['label']} | {' | '.join(cells)} |")
     plan, seeds = results["protocol"]["plan"], results["protocol"]["seeds"]
     encoder = results["protocol"]["encoder"]
@@ -228,10 +221,3 @@ def markdown(results: dict[str, Any]) -> str:
         "Over the steps in which both reach a tensor there; none: they never share one."
     )
     return "\n".join(lines) + f"\n\n{note}\n"
-
-
-def _cell(column: dict[str, Any], digits: int) -> str:
-    if column["mean"] is None:
-        return "none"
-    spread = f" ± {column['std']:.{digits}f}" if column["std"] is not None else ""
-    return f"{column['mean']:.{digits}f}{spread}"

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,18 +72,7 @@ def run_generation_demo(
     output = writable_directory(output)
     torch.set_flush_denormal(True)
     trained = open_tokenizer(find_tokenizer(tokenizer))
-    data = Path(data) if data else demo_data(output, plan.images, kind)[0]
-    classes = read_lines(data / "classes.txt", "class names")
-    network = load_feature_network(NETWORK)
-    train = classified_set(_pictures(f"{data}/train-*.tar"), network)
-    val = classified_set(_pictures(f"{data}/val-*.tar"), network)
-    judge = Judge(network, train, len(classes))
-    other_half = ClassifiedSet(*(part[judge.half :] for part in train))
-    if min(judge.half, len(other_half.labels)) < plan.samples:
-        raise DataError(
-            f"{data}: {len(train.labels)} training pictures are too few for halves of "
-            f"{plan.samples}"
-        )
+    data, classes, judge, other_half, val = prepare_yardstick(output, plan, data, kind)
     results: dict[str, Any] = {
         "real": {"fd": judge.distance(other_half.first(plan.samples).features)},
         "held_out": {
@@ -104,6 +93,35 @@ def run_generation_demo(
     draw_samples(output, made, judge, classes)
     write_tables(output, results)
     return results
+
+
+class GenerationYardstick(NamedTuple):
+    """What samples of every latent space are held against."""
+
+    data: Path
+    classes: list[str]
+    judge: Judge
+    other_half: ClassifiedSet  # real pictures that the judge's distance is not to
+    val: ClassifiedSet  # real pictures that nobody learned
+
+
+def prepare_yardstick(
+    output: Path, plan: GenerationDemoPlan, data: Path | None, kind: str
+) -> GenerationYardstick:
+    """Read the pictures, or make them in `output`; DataError where they are too few."""
+    data = Path(data) if data else demo_data(output, plan.images, kind)[0]
+    classes = read_lines(data / "classes.txt", "class names")
+    network = load_feature_network(NETWORK)
+    train = classified_set(_pictures(f"{data}/train-*.tar"), network)
+    val = classified_set(_pictures(f"{data}/val-*.tar"), network)
+    judge = Judge(network, train, len(classes))
+    other_half = ClassifiedSet(*(part[judge.half :] for part in train))
+    if min(judge.half, len(other_half.labels)) < plan.samples:
+        raise DataError(
+            f"{data}: {len(train.labels)} training pictures are too few for halves of "
+            f"{plan.samples}"
+        )
+    return GenerationYardstick(data, classes, judge, other_half, val)
 
 
 def _protocol(

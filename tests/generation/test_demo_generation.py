@@ -1,6 +1,7 @@
 """The demo of generation, small: its rows are what their definitions say, and it goes on."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -12,7 +13,13 @@ from muse.evaluation.metrics.frechet import frechet_distance
 from muse.experiments import demo_generation, generation_report
 from muse.experiments.demo_data import make_demo_data
 from muse.experiments.generation_judge import ClassifiedSet, Judge, LinearClassifier, classified_set
-from muse.experiments.latent_spaces import GenerationDemoPlan, PixelGrid, find_tokenizer
+from muse.experiments.latent_spaces import (
+    GenerationDemoPlan,
+    LatentSpace,
+    PixelGrid,
+    find_tokenizer,
+)
+from scripts import compare_tokenizers as compare_script
 from scripts import demo_generation as script
 from tests.helpers import one_error, tiny_model
 
@@ -80,6 +87,52 @@ def test_too_few_pictures_are_named(parts, tmp_path):
     plan = GenerationDemoPlan(steps=1, samples=40, sampler_steps=1)
     with pytest.raises(DataError, match="64 training pictures are too few for halves of 40"):
         demo_generation.run_generation_demo(tmp_path, plan, str(tokenizer), data)
+
+
+# -------------------------------------------------------------------------- several tokenizers
+def test_tokenizers_are_compared_seed_by_seed_and_once(run, parts, tmp_path, monkeypatch, capsys):
+    _, results = run
+    data, tokenizer = parts
+    other = tmp_path / "other"
+    tiny_model(1).save_pretrained(other)
+    study = {"variants": {"shared": {"runs": {"0": ["runs/1", "runs/2"]}}}}
+    (tmp_path / "ablation.json").write_text(json.dumps(study))
+    shutil.copytree(other, tmp_path / "runs" / "2" / "final")
+    monkeypatch.setitem(demo_generation.GENERATION_PLANS, "default", PLAN)
+    words = ["--run", f"a={tokenizer},{other}", "--study", str(tmp_path), "--variants", "shared"]
+    words += ["--data", str(data), "--output", str(tmp_path / "out"), *SMALL]
+    assert compare_script.main(words) == 0
+    printed = capsys.readouterr().out
+    assert (tmp_path / "out" / "comparison.md").read_text() in printed
+    rows = json.loads((tmp_path / "out" / "comparison.json").read_text())["tokenizers"]
+    # The demo's own figures for the same tokenizer and seed; other weights give others.
+    assert rows["a"]["seeds"][0] == json.loads(json.dumps(results["muse"]))
+    assert rows["a"]["seeds"][1] != rows["shared"]["seeds"][0]  # seeds 1 and 0
+    distances = [one["samples"]["fd"] for one in rows["a"]["seeds"]]
+    column = rows["a"]["columns"]["samples: distance ↓"]
+    assert column["mean"] == pytest.approx(sum(distances) / 2)
+    assert column["std"] == pytest.approx(abs(distances[0] - distances[1]) / 2**0.5)
+    assert rows["shared"]["columns"]["samples: distance ↓"]["std"] is None
+
+    monkeypatch.setattr("muse.experiments.latent_spaces.Trainer", lambda *_: pytest.fail("trained"))
+    monkeypatch.setattr(LatentSpace, "samples", lambda *_: pytest.fail("sampled"))
+    assert compare_script.main(words) == 0
+    assert capsys.readouterr().out == printed
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ([], "no tokenizers: give --run NAME=DIR,DIR or --study DIR"),
+        (["--run", "a"], "--run a: not of the form NAME=DIR,DIR"),
+        (["--run", "a=nowhere"], "nowhere"),
+        (["--study", "nowhere"], "nowhere/ablation.json"),
+        (["--run", "a=muse_tiny", "--steps", "0"], "--steps"),
+    ],
+)
+def test_wrong_tokenizers_are_one_line(words, said, tmp_path, capsys):
+    code = compare_script.main([*words, "--output", str(tmp_path / "out")])
+    assert said in one_error(capsys, code)
 
 
 # ------------------------------------------------------------------------------------- the judge
