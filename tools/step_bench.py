@@ -60,7 +60,7 @@ for _ in range(int(steps) + 1):  # the first makes the optimizer's states
     total, _ = loss(model(images, **loss.needs), batch_of)
     total.backward()
     optimizer.step()
-    found.append((time.perf_counter() - start, float(total)))
+    found.append((time.perf_counter() - start, float(total.detach())))
 with open("/proc/self/status") as status:
     peak = int(next(line for line in status if line.startswith("VmHWM")).split()[1]) * 1024
 seconds, losses = zip(*found)
@@ -95,7 +95,7 @@ def main(argv: list[str] | None = None) -> int:
     if min(args.batch, args.steps, args.repeats) < 1:
         raise ConfigError("--batch, --steps and --repeats must be at least 1")
     common = [
-        "training.mixed_precision=no",
+        "training.mixed_precision='no'",  # older code read the bare word as false
         "teacher.topology.source=random",
         f"teacher.topology.config={DINOV3}",
         "teacher.text.kind=random",
