@@ -250,6 +250,7 @@ def main(argv=None) -> int:
     )
     parser.add_argument("--config", default=None, help="of one stage, for parts of the tokenizer")
     parser.add_argument("--device", default="cpu", help="of parts of the tokenizer")
+    parser.add_argument("--checkpoint", default="muse_tiny", help="a saved model, for startup")
     parser.add_argument("--batch", type=int, default=4, help="images")
     parser.add_argument("--size", type=int, default=None, help="pixels; default: the crop")
     parser.add_argument("--repeats", type=int, default=5, help="measurements of each way")
@@ -281,7 +282,7 @@ def main(argv=None) -> int:
     if "loader" in parts:
         rows["loader"] = bench_loader(args.images, args.repeats)
     if "startup" in parts:
-        rows["startup"] = bench_startup(repeats=args.repeats)
+        rows["startup"] = bench_startup(args.checkpoint, args.repeats)
     print(f"{'part':<12}{'ours':>13}{'plain way':>13}{'ratio':>9}")
     for name, row in rows.items():
         show(name, row, old)
