@@ -68,10 +68,15 @@ class Bench:
         return torch.rand(shape, generator=generator).to(self.device)
 
     def peak(self, precision: str) -> float:
-        """The machine's measured operations a second, measured once."""
+        """The machine's measured operations a second: the best of all measurements so far."""
         if precision not in self.peaks:
-            self.peaks[precision] = matrix_peak(self.device, precision)
+            self.measure_peak(precision)
         return self.peaks[precision]
+
+    def measure_peak(self, precision: str) -> None:
+        """Measure it again: a machine's speed drifts, and a peak of a slow moment flatters."""
+        found = matrix_peak(self.device, precision)
+        self.peaks[precision] = max(found, self.peaks.get(precision, 0.0))
 
     def row(
         self, name: str, ours: Callable[[], Any], slow: Callable[[], Any], flops: int | None = None
@@ -79,7 +84,9 @@ class Bench:
         """Both ways' times, their agreement, and what follows for `ours`."""
         difference = require_same(name, ours(), slow(), SAME[self.device.partition(":")[0]])
         flops = count_flops(ours) if flops is None else flops
+        self.measure_peak("float32")
         times = time_ways({"ours": ours, "plain": slow}, self.device, self.repeats)
+        self.measure_peak("float32")
         seconds = times["ours"]["seconds"]
         return {
             **times,

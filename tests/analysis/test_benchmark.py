@@ -75,6 +75,16 @@ def test_in_16_bits_reports_its_own_peak(config):
     assert row["share_of_peak"] == pytest.approx(2 * 64**3 / row["seconds"] / 1e9)
 
 
+def test_the_peak_is_the_best_that_was_measured(config, monkeypatch):
+    bench, found = Bench(load_config(config), batch=1, repeats=1), iter([3e9, 5e9, 4e9])
+    monkeypatch.setattr(benchmark_parts, "matrix_peak", lambda *_: next(found))
+    assert bench.peak("float32") == 3e9
+    a = torch.randn(64, 64)
+    row = bench.row("product", lambda: a @ a, lambda: a @ a)  # before and after: 5 and 4
+    assert bench.peak("float32") == 5e9
+    assert row["share_of_peak"] == pytest.approx(2 * 64**3 / row["ours"]["seconds"] / 5e9)
+
+
 @torch.no_grad()
 def test_written_out_attention_gives_the_same_numbers_by_another_way(monkeypatch):
     model = tiny_model(decoder={"config": MIXED_DECODER})
