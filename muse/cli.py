@@ -8,6 +8,8 @@ import functools
 import logging
 import os
 import platform
+import select
+import signal
 import sys
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -38,7 +40,9 @@ def entry(main: Callable[..., int | None]) -> Callable[..., int]:
     def wrapped(argv: Sequence[str] | None = None) -> int:
         setup_logging()
         try:
-            return main(argv) or 0
+            code = main(argv) or 0
+            sys.stdout.flush()  # what could not be written is said here, not at exit
+            return code
         except InterpolationResolutionError as error:
             message = unset_variable(error)
         except MuseError as error:
@@ -49,6 +53,10 @@ def entry(main: Callable[..., int | None]) -> Callable[..., int]:
             message = missing_package(error)
         except (PermissionError, FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
             message = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        except BrokenPipeError:
+            if _stdout_is_read():
+                raise  # another pipe: a bug
+            return 128 + signal.SIGPIPE  # as of any command before `| head`
         except OSError as error:
             if error.errno is None:  # not from the system: a bug, which keeps its traceback
                 raise
@@ -60,6 +68,16 @@ def entry(main: Callable[..., int | None]) -> Callable[..., int]:
         return 2
 
     return wrapped
+
+
+def _stdout_is_read() -> bool:
+    """Whether someone reads stdout; else what is left to print goes nowhere, silently."""
+    poll = select.poll()
+    poll.register(sys.stdout.fileno(), 0)  # asks for errors only
+    gone = any(event & select.POLLERR for _, event in poll.poll(0))
+    if gone:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return not gone
 
 
 class _Stderr(logging.StreamHandler):

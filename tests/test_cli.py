@@ -609,6 +609,28 @@ def test_bugs_keep_their_traceback():
         main([])
 
 
+@pytest.mark.parametrize("lines", [1, 100_000])  # flushed at the end; in the middle of printing
+def test_a_reader_that_has_gone_is_no_error(lines):
+    code = (
+        f"from muse import cli\nraise SystemExit(cli.entry(lambda _: print('row\\n' * {lines}))())"
+    )
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-c", code], stdout=write, stderr=subprocess.PIPE, cwd=ROOT
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")
+
+
+def test_a_broken_pipe_that_is_not_stdout_is_a_bug():
+    def main(_):
+        raise BrokenPipeError(errno.EPIPE, "a worker's pipe")
+
+    with pytest.raises(BrokenPipeError):
+        cli.entry(main)()
+
+
 def test_the_log_follows_a_redirected_stderr(capsys):
     for _ in range(2):
         cli.setup_logging()

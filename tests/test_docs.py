@@ -32,7 +32,6 @@ LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)|(?:src|href)=\"([^\"]+)\"")
 # Paths of the project in inline code and in code blocks, such as `muse/config.py`.
 PATH = re.compile(r"(?<![\w./-])((?:muse|scripts|tools|docs|configs|tests)/[\w./-]*)(\{)?")
 ADDED_BY_EXAMPLES = {"losses.total_variation.weight"}
-FILES_ADDED_BY_EXAMPLES = {"scripts/train_stage4.py"}  # beside those that a code block begins with
 FIRST_ROWS = range(1, 25)  # known before the project was built; the document carries all of them
 
 
@@ -147,7 +146,7 @@ def test_every_local_link_resolves(document):
 
 def named_paths(text: str) -> set[str]:
     """Paths of the project that a document names and does not add itself."""
-    added = set(re.findall(r"```\w+\n# (\S+/\S+)\n", text)) | FILES_ADDED_BY_EXAMPLES
+    added = set(re.findall(r"```\w+\n# (\S+/\S+)\n", text))
     paths = set()
     for code in re.findall(r"```.*?```|`[^`\n]+`", text, re.DOTALL):
         for path, brace in PATH.findall(code):  # of `stage{1,2}` the folder is looked at
