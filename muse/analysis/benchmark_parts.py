@@ -21,6 +21,7 @@ from muse.analysis.benchmark_clock import (
     peak_bytes,
     time_ways,
 )
+from muse.analysis.counters import FlopCounter
 from muse.analysis.step_count import output_tensors
 from muse.config import plain
 from muse.errors import ConfigError
@@ -249,9 +250,11 @@ def bench_growth(bench: Bench, sizes: tuple[int, ...] = GROWTH, tile: int | None
     rows: dict[str, Any] = {}
     for size in sizes:
         way = partial(bench.model.reconstruct, bench.images(size, 1), tile)
-        time = time_ways({"ours": way}, bench.device, bench.repeats)["ours"]
-        rows[str(size)] = {**time, "flops": count_flops(way)}
-        rows[str(size)]["peak_bytes"] = peak_bytes(way, bench.device)
+        with FlopCounter() as counter:  # this call is the warm-up too
+            peak = peak_bytes(way, bench.device)
+        time = time_ways({"ours": way}, bench.device, bench.repeats, warmup=0)["ours"]
+        rows[str(size)] = {**time, "flops": counter.get_total_flops()}
+        rows[str(size)]["peak_bytes"] = peak
     first = rows[str(sizes[0])]
     for size in sizes:
         row = rows[str(size)]

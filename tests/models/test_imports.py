@@ -29,7 +29,7 @@ def test_a_reconstruction_imports_no_package_that_it_does_not_use():
     alone, inference, picture = (set(names) for names in json.loads(done.stdout))
     assert not alone & {"torch", "numpy", "omegaconf", "yaml", *NEVER}
     assert "torch" in inference
-    # InternViT is transformers' class, which is imported when a model is built, and brings in scipy,
-    # accelerate and (until 5.20 at least) scikit-learn where they are installed.
+    # InternViT is transformers' class, which is imported when a model is built. Where they are
+    # installed it brings in scipy, accelerate and (transformers 5.20) scikit-learn.
     assert not inference & {"transformers", "scipy", "accelerate", *NEVER}
     assert not picture & (NEVER - {"sklearn"})
