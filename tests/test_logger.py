@@ -4,7 +4,9 @@ touches no number.
 
 import importlib.util
 import json
+import logging
 import os
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -95,6 +97,22 @@ def test_a_step_between_two_records_touches_no_number(opened, tmp_path):
         assert not (tmp_path / "metrics.jsonl").exists()
         with pytest.raises(AssertionError, match="between two log steps"), NoOperation():
             log.step(3, 24, numbers, 0.2, 1e-3)
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_terminal_has_a_bar_and_a_file_a_line_a_log_step(
+    terminal, opened, monkeypatch, capsys, caplog
+):
+    monkeypatch.delenv("TQDM_DISABLE", raising=False)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: terminal)
+    caplog.set_level(logging.INFO, "muse.training.logger")
+    log, _ = opened(2)
+    with log:
+        for step in (1, 2, 3):
+            log.step(step, 8 * step, {"loss": torch.tensor(0.5)}, 0.0, 1e-3)
+    assert ("step/s" in capsys.readouterr().err) == terminal
+    lines = [record.getMessage().partition(", ")[0] for record in caplog.records]
+    assert lines == ([] if terminal else ["step 2 of 100: loss 0.5000"])
 
 
 def test_a_record_holds_losses_norms_rates_memory_and_data_time(opened, tmp_path, monkeypatch):

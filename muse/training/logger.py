@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,6 +42,9 @@ class RunLog:
         self._kept: dict[str, Tensor] = {}
         if self.main:
             self._keep_until(step)
+        shown = self.main and not os.environ.get("TQDM_DISABLE")
+        terminal = sys.stderr.isatty()
+        self._lines = shown and not terminal  # a bar in a file is a line for every redrawing
         self._bar = tqdm(
             total=cfg.training.max_train_steps,
             initial=step,
@@ -48,7 +52,7 @@ class RunLog:
             dynamic_ncols=True,
             mininterval=2.0,
             desc=cfg.experiment.name,
-            disable=not self.main or bool(os.environ.get("TQDM_DISABLE")),
+            disable=not (shown and terminal),
         )
 
     def __enter__(self) -> Self:
@@ -105,11 +109,12 @@ class RunLog:
             "data_time": round(waited, 4),
             "memory_gb": round(memory_in_use(self.accelerator.device) / 1e9, 3),
         }
-        self._bar.set_postfix_str(
-            f"loss {values.get('loss', float('nan')):.4f}, {rate:.1f} images/s, "
-            f"data {waited:.2f} s",
-            refresh=False,
+        words = (
+            f"loss {values.get('loss', float('nan')):.4f}, {rate:.1f} images/s, data {waited:.2f} s"
         )
+        self._bar.set_postfix_str(words, refresh=False)
+        if self._lines:
+            log.info("step %d of %d: %s", step, self.cfg.training.max_train_steps, words)
         self.record(step, record)
         self._clock, self._images, self._waited, self._seen, self._kept = now, images, 0.0, step, {}
 
