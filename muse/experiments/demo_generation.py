@@ -41,7 +41,7 @@ NETWORK = "efficientnet_lite0"
 GENERATION_PLANS = {
     "default": GenerationDemoPlan(steps=100, samples=240, sampler_steps=25),
     "fast": GenerationDemoPlan(steps=6, samples=18, sampler_steps=3, images=96),
-    "full": GenerationDemoPlan(steps=8000, samples=1200, sampler_steps=50, watch_every=1000),
+    "full": GenerationDemoPlan(steps=4000, samples=600, sampler_steps=50, watch_every=1000),
 }
 
 

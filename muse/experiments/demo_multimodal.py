@@ -31,7 +31,7 @@ from muse.utils.io import file_sha256, versions, writable_directory, write_json
 log = logging.getLogger(__name__)
 
 MULTIMODAL_PLANS = {
-    "default": MultimodalDemoPlan((400, 120, 20, 260, 90), batch=16),
+    "default": MultimodalDemoPlan((300, 100, 20, 140, 40), batch=16),
     "fast": MultimodalDemoPlan(
         (8, 4, 2, 6, 4),
         images=96,
