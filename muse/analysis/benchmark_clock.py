@@ -1,6 +1,5 @@
 """Clocks of the benchmark: times of several ways in turns, peak memory, what the machine can do."""
 
-import ctypes
 import gc
 import os
 import platform
@@ -13,6 +12,7 @@ import torch
 
 from muse.analysis.counters import FlopCounter
 from muse.utils.io import versions
+from muse.utils.memory import return_freed_memory
 
 TYPES = {"float32": torch.float32, "bf16": torch.bfloat16}
 
@@ -83,7 +83,8 @@ def peak_bytes(way: Callable[[], Any], device: str = "cpu") -> int | None:
         torch.cuda.reset_peak_memory_stats()
         way()
         return torch.cuda.max_memory_allocated() - before
-    _return_freed_memory()
+    gc.collect()
+    return_freed_memory()  # a call that used it again would seem to need nothing
     try:
         with open("/proc/self/clear_refs", "w") as file:
             file.write("5")  # the peak starts anew from what is resident now
@@ -92,13 +93,6 @@ def peak_bytes(way: Callable[[], Any], device: str = "cpu") -> int | None:
         return max(0, _status("VmHWM") - before)
     except OSError:
         return None
-
-
-def _return_freed_memory() -> None:
-    """Give the system what was freed: a call that used it again would seem to need nothing."""
-    gc.collect()
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # GNU's C library
-        libc.malloc_trim(0)
 
 
 def _status(name: str) -> int:

@@ -171,7 +171,7 @@ def scan_shard(path: str) -> ShardIndex:
 def _places_of_members(archive: tarfile.TarFile, path: str) -> Iterator[dict]:
     """Members as webdataset groups them, with their place instead of their content."""
     size = os.path.getsize(path)
-    while (info := archive.next()) is not None:
+    for info in archive:  # Python 3.10's next() cannot be called on an archive of no members
         archive.members = []  # tarfile would remember every header
         if not info.isreg() or META.match(info.name):
             continue

@@ -18,11 +18,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from muse.errors import CheckpointError, ConfigError
+from muse.utils.memory import return_freed_memory
 from muse.utils.weights import TensorFiles, load_into, read_state_dict
 
 PRECISIONS = ("float32", "bf16", "int8")
 LAYERS = (nn.Linear, nn.Conv2d)
 STEPS = 127  # of an int8 to each side of zero
+TRIM_EVERY = 64 * 2**20  # bytes read between two returns of freed memory
 _TYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -138,7 +140,7 @@ def fill(
         for part in ("weight", "bias")
     }
     lower_precision(model, precision)
-    state = {}
+    state, read = {}, 0
     for file in files:
         for name, tensor in _tensors(file):
             if name in shapes and tensor.shape != shapes[name]:
@@ -148,7 +150,11 @@ def fill(
                     "checkpoint of another size"
                 )
             state.update(_converted(name, tensor, name in layers, precision))
+            if (read := read + tensor.nbytes) > TRIM_EVERY:
+                return_freed_memory()  # what is kept lies between large temporaries
+                read = 0
     load_into(model, state, where, assign=True)
+    return_freed_memory()
     return model.eval()
 
 

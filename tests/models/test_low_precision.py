@@ -1,5 +1,10 @@
 """A saved model in 32, 16 and 8 bits: the same numbers, or near ones, from tensors held once."""
 
+import os
+import platform
+import subprocess
+import sys
+
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -114,6 +119,53 @@ def test_no_more_than_one_tensor_is_there_in_float32(saved, monkeypatch):
     assert len(events) > 20 and [kind for kind, _ in events] == ["read", "kept"] * (
         len(events) // 2
     )
+
+
+# Large temporaries with small tensors between them that stay: a third of a gigabyte is freed.
+FREEING = """
+import torch
+from muse.utils.memory import return_freed_memory
+
+def held():
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) for line in status if line.startswith("RssAnon"))
+
+torch.ones(2**20)
+start, kept, large = held(), [], []
+for _ in range(80):
+    large.append(torch.ones(2**20))
+    kept.append(torch.ones(2**14))
+del large
+before = held() - start
+return_freed_memory()
+print(before, held() - start)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the call is GNU's C library's")
+def test_freed_memory_goes_back_to_the_system():
+    # As after a while of work, when large blocks are no longer mapped one by one.
+    environment = {
+        **os.environ,
+        "MALLOC_MMAP_THRESHOLD_": str(2**25),
+        "MALLOC_TRIM_THRESHOLD_": str(2**40),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", FREEING], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    before, after = map(int, done.stdout.split())
+    assert before > 300_000 and after < before / 4  # kB; 5 MB are kept
+
+
+def test_freed_memory_goes_back_while_a_model_is_read(saved, monkeypatch):
+    _, folder = saved
+    calls = []
+    monkeypatch.setattr(low_precision, "TRIM_EVERY", 2**11)
+    monkeypatch.setattr(low_precision, "return_freed_memory", lambda: calls.append(1))
+    MUSE_ViT.from_pretrained(folder, precision="int8")
+    large = [t for t in load_file(folder / "model.safetensors").values() if t.nbytes > 2**11]
+    assert len(calls) > len(large) > 5  # after each of them, and at the end
 
 
 def test_rounding_is_within_half_a_step_and_exact_for_whole_steps():
