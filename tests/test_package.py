@@ -16,15 +16,7 @@ from muse import command_line
 from tests.helpers import ROOT, one_error
 
 # Packages of extras, which look as if they were not installed.
-BLOCKED = (
-    "accelerate",
-    "webdataset",
-    "braceexpand",
-    "timm",
-    "open_clip",
-    "lpips",
-    "torch_fidelity",
-)
+BLOCKED = ("accelerate", "timm", "open_clip", "lpips", "torch_fidelity")
 SITE = """
 from importlib.machinery import PathFinder
 find = PathFinder.find_spec
@@ -106,7 +98,7 @@ def test_the_wheel_holds_what_a_user_needs(wheel):
     found = re.findall(r"Programming Language :: Python :: (3\.\d+)", facts)
     assert found == ["3.10", "3.11", "3.12", "3.13"]
     needed = re.findall(r"^Requires-Dist: ([\w-]+)[^;\n]*$", facts, re.MULTILINE)
-    assert "torch" in needed and not set(needed) & {"webdataset", "lpips", "accelerate", "gradio"}
+    assert "torch" in needed and not set(needed) & {"timm", "lpips", "accelerate", "gradio"}
 
 
 def test_a_picture_right_after_installation(installed):
@@ -121,10 +113,14 @@ def test_a_picture_right_after_installation(installed):
     assert "PSNR" in done.stdout and "shrunk from 512x512" in done.stdout
     done = run(installed, "info", "muse_tiny", blocked=BLOCKED)
     assert done.returncode == 0 and "reconstruct" in done.stdout, done.stderr
+    done = run(installed, "report", "muse_tiny", "--data", "photo.jpg", blocked=BLOCKED)
+    assert done.returncode == 0, done.stderr
+    assert (installed.parent / "work/report.html").stat().st_size > 50_000
 
 
 def test_a_package_that_is_not_installed_is_one_line(installed):
-    words = ("evaluate", "--config", "muse_tiny/stage3", "--checkpoint", "muse_tiny")
+    shards = [f"dataset.params.{part}_shards_path_or_url=x" for part in ("train", "eval")]
+    words = ("train", "--config", "muse_tiny/stage1", *shards)
     done = run(installed, *words, blocked=BLOCKED)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "is not installed (pip install 'muse-tokenizer[" in done.stderr
