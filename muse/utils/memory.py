@@ -1,6 +1,7 @@
 """Memory that was freed and that the C library keeps, back to the system."""
 
 import ctypes
+import sys
 
 
 def return_freed_memory() -> None:
@@ -9,5 +10,5 @@ def return_freed_memory() -> None:
     A process that frees many large temporaries keeps them otherwise: they count as its memory, and
     nothing else can have them. Without GNU's C library this does nothing.
     """
-    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
         libc.malloc_trim(0)
